@@ -1,0 +1,226 @@
+"""What is read from a network: the feature maps of a layer and their gradients. The only file with hooks.
+
+Whatever happens inside, the network is left as it was found: no hook, no changed flag, no gradient.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Layer = nn.Module | str | None
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, its parameters out of the graph and gradients recorded; on exit all as before.
+
+    Gradients are recorded inside even if the caller is under `no_grad` or `inference_mode`. Flags are restored module
+    by module and parameter by parameter, after an exception too.
+
+    Args:
+        model: any network.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
+    """The module that `layer` means in `model`.
+
+    Args:
+        model: any network; a `Classifier` names its target layer in `model.layer`.
+        layer: a module of the model, its dotted name (for a `Classifier`: as the wrapped network names it), or None
+            for the model's own target layer.
+
+    Raises:
+        ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
+    """
+    if layer is None:
+        layer = getattr(model, "layer", None)
+        if layer is None:
+            raise ValueError(
+                f"layer: wanted a module or a dotted name; {type(model).__name__} has no target layer of its own"
+            )
+    if isinstance(layer, nn.Module):
+        if not any(module is layer for module in model.modules()):
+            raise ValueError(f"layer: {type(layer).__name__} is not a module of the given model")
+        return layer
+    if not isinstance(layer, str):
+        raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
+    network = getattr(model, "network", model)
+    names = dict(network.named_modules())
+    if not layer or layer not in names:
+        close = difflib.get_close_matches(layer, names, n=3) or [name for name in names if name][-3:]
+        raise ValueError(
+            f"layer: no {layer!r} in {type(network).__name__}; wanted a dotted name such as {', '.join(close)}"
+        )
+    return names[layer]
+
+
+def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
+    """Refuse, in one sentence, what would fail later or go wrong in silence.
+
+    Args:
+        model: any network; of a `Classifier`, the range of the images and of the class indices is checked too.
+        images: (B,C,H,W) float, of the device and dtype of the model.
+        class_idx: (B,) int64 on the same device.
+
+    Raises:
+        TypeError: an argument is no tensor, or has the wrong dtype.
+        ValueError: an argument has the wrong shape, device or range.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: wanted a tensor (B,3,H,W), got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
+    if not isinstance(class_idx, Tensor):
+        raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
+    if class_idx.dtype != torch.int64:
+        raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
+    if class_idx.shape != images.shape[:1]:
+        raise ValueError(f"class_idx: wanted shape ({len(images)},), one class an image, got {tuple(class_idx.shape)}")
+    if class_idx.device != images.device:
+        raise ValueError(f"class_idx: wanted on the device of the images, {images.device}, got {class_idx.device}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None and parameter.device != images.device:
+        raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
+    if parameter is not None and parameter.dtype != images.dtype:
+        raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
+    if hasattr(model, "mean") and hasattr(model, "std"):
+        low, high = (value.item() for value in images.aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            raise ValueError(f"images: wanted values in [0,1], before mean/std, got [{low:.3g}, {high:.3g}]")
+
+
+def check_class_range(class_idx: Tensor, num_classes: int) -> None:
+    """Refuse class indices outside the classes of the network.
+
+    Args:
+        class_idx: (B,) int64.
+        num_classes: number C of logits.
+
+    Raises:
+        ValueError: an index is not in 0..C-1.
+    """
+    low, high = (int(value) for value in class_idx.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
+
+
+def feature_maps(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[Tensor, Tensor]:
+    """Feature maps A_k of a layer and the logits, from one forward pass without gradients.
+
+    Args:
+        model: any network that takes `images`.
+        images: (B,C,H,W) float.
+        layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
+
+    Returns:
+        features (B,K,h,w), a copy that in-place operations after the layer do not reach, and logits (B,C). Tokens
+        (B,N,K) of a transformer come as a grid, without class, distillation and register tokens.
+
+    Raises:
+        ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
+    """
+    captured: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        captured[:] = [_tensor(output).detach().clone()]
+
+    with frozen(model), torch.no_grad(), _hooked(resolve_layer(model, layer), keep):
+        logits = model(_usable(images))
+    return _as_grid(_reached(captured), model, images), logits
+
+
+def features_and_gradients(
+    model: nn.Module, images: Tensor, class_idx: Tensor, layer: Layer = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feature maps A, gradients g = d y_c / d A and logits, by one forward pass and one backward down to the layer.
+
+    Args:
+        model: any network that takes `images`.
+        images: (B,C,H,W) float.
+        class_idx: (B,) int64, the class c of each image.
+        layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
+
+    Returns:
+        features (B,K,h,w), gradients (B,K,h,w), logits (B,C); tokens as in `feature_maps`.
+
+    Raises:
+        ValueError: as `feature_maps`; a class index out of range; logits that do not depend on the layer.
+    """
+    captured: list[Tensor] = []
+
+    def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        captured[:] = [_tensor(output).detach().requires_grad_()]
+        return captured[0].clone()  # in-place operations that follow may not touch a leaf
+
+    with frozen(model), _hooked(resolve_layer(model, layer), restart_graph):
+        logits = model(_usable(images))
+        check_class_range(class_idx, logits.shape[1])
+        features = _reached(captured)
+        class_logits = logits.gather(1, class_idx[:, None])
+        (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
+    if gradients is None:
+        raise ValueError("layer: the logits do not depend on its output")
+    return _as_grid(features.detach(), model, images), _as_grid(gradients, model, images), logits.detach()
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _usable(images: Tensor) -> Tensor:
+    # tensors made under inference_mode cannot enter a graph
+    return images.clone() if images.is_inference() else images
+
+
+def _tensor(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"layer: wanted one whose output is a tensor, got a {type(output).__name__}")
+    return output
+
+
+def _reached(captured: list[Tensor]) -> Tensor:
+    if not captured:
+        raise ValueError("layer: the forward pass never reaches it")
+    return captured[0]
+
+
+def _as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """(B,K,h,w) as it is; tokens (B,N,K) -> (B,K,h,w) with h/w as H/W."""
+    if output.ndim == 4:
+        return output
+    if output.ndim != 3:
+        raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
+    batch, tokens, channels = output.shape
+    height, width = images.shape[-2:]
+    prefix = getattr(getattr(model, "network", model), "num_prefix_tokens", None)
+    for extra in range(tokens) if prefix is None else (prefix,):
+        rows = math.isqrt((tokens - extra) * height // width)
+        if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
+            columns = (tokens - extra) // rows
+            return output[:, extra:].transpose(1, 2).reshape(batch, channels, rows, columns)
+    raise ValueError(f"layer: {tokens} tokens do not fill a grid with the shape of a {height}x{width} image")

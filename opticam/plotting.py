@@ -1,0 +1,165 @@
+"""Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_COLORS = sns.color_palette("colorblind")
+METHOD_LABELS = {"fake_cam": "Fake-CAM", "grad_cam": "Grad-CAM", "opti_cam": "Opti-CAM"}
+METHOD_COLORS = {"fake_cam": _COLORS[7], "grad_cam": _COLORS[0], "opti_cam": _COLORS[3]}
+METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
+SALIENCY_CMAP = "inferno"
+
+
+def use_style() -> None:
+    """The one style of all figures: colour-blind safe, readable at half width, deterministic files."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    mpl.rcParams |= {
+        "figure.dpi": 100,
+        "savefig.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "opticam",
+    }
+
+
+def to_picture(image: Tensor) -> np.ndarray:
+    """An image (3,H,W) or map (1,H,W) in [0,1] as matplotlib wants it: (H,W,3) or (H,W), float."""
+    array = image.detach().cpu().float().permute(1, 2, 0).numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array.clip(0, 1)
+
+
+def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55) -> np.ndarray:
+    """The map in colour over the image in gray.
+
+    Args:
+        image: (3,H,W) in [0,1].
+        saliency: (1,H,W) in [0,1].
+        alpha: weight of the map.
+
+    Returns:
+        (H,W,3) float in [0,1].
+    """
+    colored = mpl.colormaps[SALIENCY_CMAP](to_picture(saliency))[..., :3]
+    gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
+    return alpha * colored + (1 - alpha) * gray[..., None]
+
+
+def image_grid(
+    rows: Sequence[Sequence[np.ndarray | Tensor]],
+    *,
+    column_titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    size: float = 2.0,
+) -> Figure:
+    """Images in rows and columns.
+
+    Args:
+        rows: pictures (H,W,3) or (H,W), or tensors (3,H,W) or (1,H,W), in [0,1]; maps are shown in colour.
+        column_titles: above the first row.
+        row_titles: left of each row.
+        captions: below each picture.
+        size: width and height of one picture in inches.
+
+    Returns:
+        The figure, not shown.
+    """
+    columns = max(len(row) for row in rows)
+    extra = 0.25 if captions else 0.0
+    figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns, (size + extra) * len(rows)), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            ax = axes[i, j]
+            array = to_picture(picture) if isinstance(picture, Tensor) else picture
+            ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
+            if captions:
+                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=9)
+            if i == 0 and j < len(column_titles):
+                ax.set_title(column_titles[j], fontsize=11)
+            if j == 0 and i < len(row_titles):
+                ax.text(
+                    -0.06, 0.5, row_titles[i], transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=10
+                )
+    return figure
+
+
+def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
+    """One decision explained: image, overlay and masked image side by side.
+
+    Args:
+        image: (3,H,W) in [0,1].
+        saliency: (1,H,W) in [0,1].
+        masked: (3,H,W) in [0,1].
+        titles: three.
+
+    Returns:
+        The figure, not shown.
+    """
+    return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
+
+
+def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """Bars of means with their intervals, one panel a metric, one bar a method.
+
+    Args:
+        summary: from `evaluate.summarize`, in percent.
+        columns: column -> title of its panel.
+
+    Returns:
+        The figure, not shown.
+    """
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.0), squeeze=False, sharey=True)
+    names = [METHOD_LABELS.get(method, method) for method in summary.index]
+    colors = [METHOD_COLORS.get(method, _COLORS[-1]) for method in summary.index]
+    for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
+        mean = summary[column].to_numpy()
+        error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
+        ax.bar(names, mean, yerr=error, color=colors, capsize=4, error_kw={"lw": 1.2})
+        for position, value in enumerate(mean):
+            ax.annotate(f"{value:.1f}", (position - 0.06, value), ha="right", va="bottom", fontsize=9)
+        ax.set_title(title)
+        ax.tick_params(axis="x", labelrotation=25)
+    axes[0, 0].set(ylabel="%", ylim=(0, 105))
+    return figure
+
+
+def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:
+    """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`."""
+    for xmin, ymin, xmax, ymax in boxes.tolist():
+        ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=1.5))
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
+
+    Args:
+        figure: what to write.
+        path: where; folders are made.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    kind = path.suffix.lstrip(".") or "png"
+    stamps = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    try:
+        figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=stamps.get(kind))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

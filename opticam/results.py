@@ -1,0 +1,87 @@
+"""Tables on disk: one Parquet file, written whole or not at all, that knows how it came about."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from opticam.datasets import REPOSITORY
+
+_KEY = b"opticam"
+
+
+def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
+    """Write a table with its provenance; a file of that name is replaced in one step.
+
+    Args:
+        rows: the table.
+        path: where, `.parquet`; folders are made.
+        parameters: what the rows were computed with; JSON.
+        device: where they were computed.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "parameters": dict(parameters),
+        "package": version("opticam"),
+        "commit": _commit(),
+        "device": device,
+        "torch": torch.__version__,
+    }
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A table that `write_rows` wrote, and its provenance.
+
+    Args:
+        path: the `.parquet` file.
+
+    Returns:
+        The rows, and `parameters`, `package`, `commit`, `device`, `torch`.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file without provenance of this package, or no Parquet at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"results: no file at {path}")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"results: {path} is not a Parquet file") from error
+    metadata = table.schema.metadata or {}
+    if _KEY not in metadata:
+        raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
+    return table.to_pandas(), json.loads(metadata[_KEY])
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,264 @@
+"""Strict papermill: run a numbered notebook with checked parameters, or render it in place.
+
+papermill only warns of an unknown parameter, checks no type, and leaves a half-executed file under the final name. Here
+parameters are checked before anything starts, and a notebook is under its own name only if every cell ran.
+"""
+
+import ast
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from opticam.datasets import REPOSITORY
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+
+
+class NotebookError(RuntimeError):
+    """A notebook was started and did not come to its end."""
+
+
+def list_notebooks() -> list[Path]:
+    """The numbered notebooks, in reading order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def find_notebook(name: str | Path) -> Path:
+    """The notebook that a person's word means.
+
+    Args:
+        name: its number ("03"), its name ("03_faithfulness"), or a path to any notebook.
+
+    Raises:
+        ValueError: no such notebook.
+    """
+    path = Path(name)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path
+    for known in list_notebooks():
+        if str(name) in (known.name, known.stem, known.stem[:2]):
+            return known
+    raise ValueError(
+        f"notebook: wanted one of {', '.join(path.stem for path in list_notebooks())}, or a path, got {str(name)!r}"
+    )
+
+
+def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
+    """What may be set in a notebook: name -> `type` (the annotation), `default` (a Python value) and `help`.
+
+    Args:
+        notebook: as `find_notebook`.
+
+    Raises:
+        ValueError: unknown or unreadable notebook, or a default that is no literal of the annotated type.
+    """
+    path = find_notebook(notebook)
+    try:
+        listed = papermill.inspect_notebook(path)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError) as error:
+        raise ValueError(f"notebook: {path.name} is not a notebook that can be read") from error
+    parameters = {}
+    for name, entry in listed.items():
+        kind = entry["inferred_type_name"]
+        try:
+            default = _cast(name, ast.literal_eval(entry["default"]), kind)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"parameter {name} of {path.name}: the default is no {kind} literal") from error
+        parameters[name] = {"type": kind, "default": default, "help": entry["help"]}
+    return parameters
+
+
+def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given parameters, cast to the types the notebook annotates.
+
+    Args:
+        notebook: as `find_notebook`.
+        given: name -> value; text, as from a command line, is read as the annotated type.
+
+    Raises:
+        ValueError: one sentence per fault: an unknown name, or a value that is not of the type.
+    """
+    known = notebook_parameters(notebook)
+    cast, faults = {}, []
+    for name, value in given.items():
+        if name not in known:
+            faults.append(f"parameter {name}: unknown to this notebook; wanted one of {', '.join(known)}")
+            continue
+        try:
+            cast[name] = _cast(name, value, known[name]["type"])
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return cast
+
+
+def run_notebook(
+    notebook: str | Path, output: str | Path, parameters: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> Path:
+    """Execute a notebook from top to bottom in a kernel of its own, in the notebooks' folder.
+
+    Args:
+        notebook: as `find_notebook`.
+        output: where the executed notebook goes; folders are made.
+        parameters: see `check_parameters`.
+        progress: show a bar over the cells.
+
+    Returns:
+        The path of the executed notebook: `output`.
+
+    Raises:
+        ValueError: unknown notebook or parameter, or a value of the wrong type; nothing was started.
+        OSError: the output cannot be written.
+        NotebookError: a cell failed or the kernel died; what ran is in `NAME.failed.ipynb` beside `output`, and an
+            older `output` is left as it was.
+    """
+    source, output = find_notebook(notebook), Path(output).absolute()
+    checked = check_parameters(source, parameters or {})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    sockets = Path(tempfile.mkdtemp(prefix="opticam-"))
+    # Unix sockets: no port to race for; absolute, because relative ones hang when notebooks run side by side
+    transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        executed = papermill.execute_notebook(
+            source,
+            temporary,
+            parameters=checked,
+            kernel_name="python3",
+            cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
+            progress_bar={"desc": source.stem, "unit": "cell", "leave": True} if progress else False,
+            config=Config({"KernelManager": transport}),
+        )
+        for number, cell in enumerate(executed.cells):
+            if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
+                raise DeadKernelError(f"cell {number} did not run")
+        temporary.replace(output)
+        failed.unlink(missing_ok=True)
+    except (PapermillExecutionError, DeadKernelError) as error:
+        temporary.replace(failed)
+        raise NotebookError(f"{source.stem}: {_last_line(error)}; what ran is in {failed}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        shutil.rmtree(sockets, ignore_errors=True)
+    return output
+
+
+def render_notebook(notebook: str | Path, *, progress: bool = True) -> Path:
+    """Execute a notebook at its own defaults and write it back canonically: two renders are byte-identical.
+
+    Args:
+        notebook: as `find_notebook`.
+        progress: show a bar over the cells.
+
+    Returns:
+        The path of the notebook.
+
+    Raises:
+        NotebookError: it did not come to its end, or an output shows a path of this machine; it is left as it was.
+        ValueError: unknown notebook.
+    """
+    path = find_notebook(notebook)
+    folder = Path(tempfile.mkdtemp(prefix="opticam-"))
+    executed = run_notebook(path, folder / path.name, progress=progress)
+    text = canonical(nbformat.read(executed, as_version=4))
+    for place in (str(REPOSITORY), str(Path.home())):
+        if place in text:
+            raise NotebookError(
+                f"{path.stem}: an output shows {place}, a path of this machine; the executed notebook is {executed}"
+            )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    shutil.rmtree(folder)
+    return path
+
+
+def canonical(notebook: nbformat.NotebookNode) -> str:
+    """The notebook as text without anything that differs between two equal runs.
+
+    Cells keep source, outputs and tags; ids count the cells; timestamps, papermill's metadata and injected parameters,
+    and the interpreter's version go.
+
+    Args:
+        notebook: executed.
+
+    Returns:
+        JSON, keys sorted, ending in a newline.
+    """
+    kept = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for number, cell in enumerate(kept):
+        cell["id"] = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags", [])
+        cell["metadata"] = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell["outputs"] = _joined_streams(cell.outputs)
+    content = {
+        "cells": kept,
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    return nbformat.writes(nbformat.from_dict(content)) + "\n"
+
+
+def _joined_streams(outputs: list) -> list:
+    # how a kernel cuts its text into messages depends on timing
+    joined: list = []
+    for output in outputs:
+        if joined and output.output_type == "stream" == joined[-1].output_type and output.name == joined[-1].name:
+            joined[-1]["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
+
+
+def _cast(name: str, value: Any, kind: str) -> Any:
+    wanted = ValueError(f"parameter {name}: wanted {kind}, got {value!r}")
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "list[str]":
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        if isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value):
+            return list(value)
+        raise wanted
+    if kind in ("int", "float", "bool") and isinstance(value, str):
+        try:
+            value = json.loads(value.lower() if kind == "bool" else value)
+        except json.JSONDecodeError:
+            raise wanted from None
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise wanted
+
+
+def _last_line(error: Exception) -> str:
+    if isinstance(error, PapermillExecutionError):
+        value = re.sub(r"\s+", " ", str(error.evalue)).strip()
+        return f"cell {error.cell_index} failed with {error.ename}: {value}"
+    return f"the kernel died ({error})"
