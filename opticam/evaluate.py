@@ -69,7 +69,7 @@ def evaluate(
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
         batch_size: images in flight; the result does not depend on it.
-        progress: show a bar.
+        progress: show a bar; the environment variable TQDM_DISABLE=1, which the runner sets, keeps it out of files.
 
     Returns:
         One row per image and method: `image`, `label`, `class_idx`, `method`, the columns of `score`, and `status`:
@@ -78,7 +78,8 @@ def evaluate(
     device = next(model.parameters()).device
     batches: Iterable = DataLoader(dataset, batch_size=batch_size, collate_fn=list)
     tables = []
-    with tqdm(total=len(dataset) * len(methods), unit="map", disable=not progress) as bar:  # type: ignore[arg-type]
+    quiet = {} if progress else {"disable": True}
+    with tqdm(total=len(dataset) * len(methods), unit="map", **quiet) as bar:  # type: ignore[arg-type]
         for samples in batches:
             images = torch.stack([sample.image for sample in samples]).to(device)
             class_idx = torch.tensor([sample.label for sample in samples], device=device)

@@ -1,7 +1,7 @@
 """Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,9 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+Metric = Callable[[Tensor, Tensor], Tensor]
 
 _COLORS = sns.color_palette("colorblind")
 METHOD_LABELS = {"fake_cam": "Fake-CAM", "grad_cam": "Grad-CAM", "opti_cam": "Opti-CAM"}
@@ -134,6 +137,54 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         ax.tick_params(axis="x", labelrotation=25)
     axes[0, 0].set(ylabel="%", ylim=(0, 105))
     return figure
+
+
+def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
+    """What each metric gives for every pair of p and o, as shades of gray, and where the images lie, by method.
+
+    Args:
+        rows: with the columns `method`, `prob` (p) and `masked_prob` (o), from `evaluate`.
+        metrics: name -> function of p and o, one panel each.
+
+    Returns:
+        The figure, not shown.
+    """
+    centres = (torch.arange(200).double() + 0.5) / 200
+    p, o = torch.meshgrid(centres, centres, indexing="xy")
+    figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics), 3.9), squeeze=False, sharey=True)
+    for ax, (name, metric) in zip(axes[0], metrics.items(), strict=True):
+        # not to black: the points have to stay visible
+        ax.imshow(metric(p, o), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
+        for method, group in rows.groupby("method", sort=False):
+            label, color = METHOD_LABELS.get(method, method), METHOD_COLORS.get(method, _COLORS[-1])
+            ax.scatter(group["prob"], group["masked_prob"], color=color, s=32, lw=0.5, edgecolor="w", label=label)
+        ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")
+        ax.set_title(f"{METRIC_LABELS.get(name, name)} (white 0, dark 1)")
+    axes[0, 0].set_ylabel("$o$, for the masked image")
+    axes[0, 0].legend(fontsize=9, loc="upper left", framealpha=0.9)
+    return figure
+
+
+def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
+    """The summary as people read it: "mean [low, high]", one row a method.
+
+    Args:
+        summary: from `evaluate.summarize`.
+        columns: column -> heading.
+        digits: after the point.
+
+    Returns:
+        Index `method` by label, one text column a heading.
+    """
+    cells = {
+        heading: [
+            f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            for mean, low, high in summary[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
+        ]
+        for column, heading in columns.items()
+    }
+    return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
 
 
 def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:

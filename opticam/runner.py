@@ -69,8 +69,8 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     path = find_notebook(notebook)
     try:
         listed = papermill.inspect_notebook(path)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError) as error:
-        raise ValueError(f"notebook: {path.name} is not a notebook that can be read") from error
+    except (nbformat.ValidationError, AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"notebook: {path.name} is not a Python notebook ({str(error).splitlines()[0]})") from error
     parameters = {}
     for name, entry in listed.items():
         kind = entry["inferred_type_name"]
@@ -136,6 +136,7 @@ def run_notebook(
     # Unix sockets: no port to race for; absolute, because relative ones hang when notebooks run side by side
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
+    os.environ["TQDM_DISABLE"] = "1"  # for the kernel: a saved bar stays where it stood
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         executed = papermill.execute_notebook(

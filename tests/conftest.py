@@ -1,0 +1,40 @@
+"""Small networks whose every number can be checked by hand or by a loop."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+
+class TinyCNN(nn.Module):
+    """Two convolutions, global average pooling, one linear layer; takes images of any size."""
+
+    def __init__(self, channels: int = 6, num_classes: int = 5) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny() -> TinyCNN:
+    torch.manual_seed(0)
+    return TinyCNN().double()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(5, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def class_idx() -> Tensor:
+    return torch.tensor([0, 3, 4, 1, 3])

@@ -1,0 +1,121 @@
+"""What holds for every method in METHODS."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import TinyCNN
+
+from opticam import METHODS
+
+FAST = {**METHODS, "opti_cam": partial(METHODS["opti_cam"], num_steps=6)}
+pytestmark = pytest.mark.parametrize("method", list(FAST.values()), ids=list(FAST))
+
+
+def state(model):
+    """Everything a method might leave changed, comparable with ==."""
+    modules = list(model.modules())
+    return (
+        [module.training for module in modules],
+        [
+            (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for module in modules
+        ],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad if parameter.grad is None else parameter.grad.tolist() for parameter in model.parameters()],
+        [value.tolist() for value in model.state_dict().values()],
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+def test_shape_range_dtype_and_no_gradient(method, tiny, images, class_idx):
+    for dtype, wanted in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+    ):
+        saliency = method(tiny.to(dtype), images.to(dtype), class_idx, layer="features")
+        assert saliency.shape == (5, 1, 24, 32)
+        assert saliency.dtype == wanted
+        assert saliency.device == images.device
+        assert not saliency.requires_grad
+        assert saliency.isfinite().all()
+        assert saliency.amin() >= 0
+        assert saliency.amax() <= 1
+
+
+def test_batch_equals_singles(method, tiny, images, class_idx):
+    batch = method(tiny, images, class_idx, layer="features")
+    singles = [method(tiny, images[b : b + 1], class_idx[b : b + 1], layer="features") for b in range(5)]
+    torch.testing.assert_close(batch, torch.cat(singles), rtol=0, atol=1e-10)
+
+
+def test_everything_is_as_before(method, tiny, images, class_idx):
+    tiny.train()
+    tiny.features[0].eval()
+    tiny.features[0].weight.requires_grad_(False)
+    tiny(images).sum().backward()
+    before, pixels = state(tiny), images.clone()
+    method(tiny, images, class_idx, layer="features")
+    assert state(tiny) == before
+    assert torch.equal(images, pixels)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_everything_is_as_before_when_forward_raises(method, tiny, images, class_idx, call):
+    calls = 0
+
+    def fail(*_):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise ZeroDivisionError
+
+    tiny.train()
+    tiny.fc.register_forward_hook(fail)
+    before = state(tiny)
+    try:
+        method(tiny, images, class_idx, layer="features")
+    except ZeroDivisionError:
+        assert calls == call
+    else:
+        assert calls < call  # a method of fewer passes
+    assert state(tiny) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_under_no_grad_and_inference_mode(method, tiny, images, class_idx, mode):
+    expected = method(tiny, images, class_idx, layer="features")
+    with mode():
+        torch.testing.assert_close(method(tiny, images.clone(), class_idx, layer="features"), expected)
+
+
+def test_frozen_network(method, tiny, images, class_idx):
+    expected = method(tiny, images, class_idx, layer="features")
+    assert torch.equal(method(tiny.requires_grad_(False), images, class_idx, layer="features"), expected)
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+
+
+def test_one_channel(method, images, class_idx):
+    torch.manual_seed(0)
+    saliency = method(TinyCNN(channels=1).double(), images, class_idx, layer="features")
+    assert saliency.shape == (5, 1, 24, 32)
+    assert saliency.isfinite().all()
+
+
+def test_images_that_require_grad_are_left_alone(method, tiny, images, class_idx):
+    watched = images.clone().requires_grad_()
+    torch.testing.assert_close(
+        method(tiny, watched, class_idx, layer="features"), method(tiny, images, class_idx, layer="features")
+    )
+    assert watched.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu(method, tiny, images, class_idx):
+    expected = method(tiny, images, class_idx, layer="features")
+    saliency = method(tiny.cuda(), images.cuda(), class_idx.cuda(), layer="features")
+    assert saliency.is_cuda
+    torch.testing.assert_close(saliency.cpu(), expected, rtol=0, atol=1e-8)

@@ -1,0 +1,113 @@
+"""The formulas of the papers once more, loop by loop, in numpy and float64: slow, and without any import of opticam.
+
+Networks are only called; gradients come from central differences, so that no line of autograd is shared either.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+Array = np.ndarray
+
+
+def upsample(grid: Array, height: int, width: int) -> Array:
+    """Bilinear, align_corners=False: pixel centres are at (i + 1/2) in both grids, the border is repeated."""
+    rows, columns = grid.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            y = min(max((i + 0.5) * rows / height - 0.5, 0), rows - 1)
+            x = min(max((j + 0.5) * columns / width - 0.5, 0), columns - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+            a, b = y - top, x - left
+            out[i, j] = (1 - a) * ((1 - b) * grid[top, left] + b * grid[top, right]) + a * (
+                (1 - b) * grid[bottom, left] + b * grid[bottom, right]
+            )
+    return out
+
+
+def min_max(grid: Array) -> Array:
+    low, high = min(grid.flat), max(grid.flat)
+    if high == low:
+        return np.zeros_like(grid)
+    out = np.zeros_like(grid)
+    for i in range(grid.shape[0]):
+        for j in range(grid.shape[1]):
+            out[i, j] = (grid[i, j] - low) / (high - low)
+    return out
+
+
+def softmax(values: Array) -> Array:
+    exponentials = [math.exp(value - max(values)) for value in values]
+    return np.array([value / sum(exponentials) for value in exponentials])
+
+
+def weighted_sum(features: Array, weights: Array) -> Array:
+    out = np.zeros(features.shape[1:])
+    for k in range(len(weights)):
+        for i in range(out.shape[0]):
+            for j in range(out.shape[1]):
+                out[i, j] += weights[k] * features[k, i, j]
+    return out
+
+
+def opti_cam_map(features: Array, u: Array, height: int, width: int) -> Array:
+    """S(u) = n(up(sum_k softmax(u)_k relu(A_k))) of one image."""
+    return min_max(upsample(weighted_sum(np.maximum(features, 0), softmax(u)), height, width))
+
+
+def opti_cam(model: nn.Module, head: Callable, image: Array, label: int, num_steps: int, lr: float) -> Array:
+    """u after `num_steps` of Adam on f(x * S(u))_c, gradient by central differences. `head` gives the feature maps."""
+    height, width = image.shape[1:]
+    features = head(torch.from_numpy(image)[None])[0].detach().numpy()
+
+    def objective(u: Array) -> float:
+        masked = image * opti_cam_map(features, u, height, width)[None]
+        with torch.no_grad():
+            return model(torch.from_numpy(masked)[None])[0, label].item()
+
+    u = np.zeros(len(features))
+    first, second = np.zeros_like(u), np.zeros_like(u)
+    for t in range(1, num_steps + 1):
+        for k in range(len(u)):
+            step = np.zeros_like(u)
+            step[k] = 1e-5
+            gradient = (objective(u + step) - objective(u - step)) / 2e-5
+            first[k] = 0.9 * first[k] + 0.1 * gradient
+            second[k] = 0.999 * second[k] + 0.001 * gradient**2
+        for k in range(len(u)):
+            corrected = first[k] / (1 - 0.9**t), second[k] / (1 - 0.999**t)
+            u[k] += lr * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
+    return u
+
+
+def grad_cam(features: Array, head: Callable, label: int, height: int, width: int) -> Array:
+    """n(up(relu(sum_k w_k A_k))), w_k the mean of d y_c / d A_k by central differences; `head`: features to logits."""
+    channels, rows, columns = features.shape
+    weights = np.zeros(channels)
+    for k in range(channels):
+        for i in range(rows):
+            for j in range(columns):
+                step = np.zeros_like(features)
+                step[k, i, j] = 1e-5
+                with torch.no_grad():
+                    up = head(torch.from_numpy(features + step)[None])[0, label].item()
+                    down = head(torch.from_numpy(features - step)[None])[0, label].item()
+                weights[k] += (up - down) / 2e-5 / (rows * columns)
+    return min_max(upsample(np.maximum(weighted_sum(features, weights), 0), height, width))
+
+
+def average_drop(p: float, o: float) -> float:
+    return max(0.0, p - o) / p
+
+
+def average_increase(p: float, o: float) -> float:
+    return 1.0 if o > p else 0.0
+
+
+def average_gain(p: float, o: float) -> float:
+    return 0.0 if p == 1 else max(0.0, o - p) / (1 - p)

@@ -1,0 +1,121 @@
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
+
+from opticam import METHODS, cli
+from opticam.datasets import demo
+
+PHOTO = str(demo().paths[17])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Opti-CAM with two steps."""
+    whole = METHODS["opti_cam"]
+    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: whole(*args, **options, num_steps=2))
+
+
+def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
+    assert cli.main(["explain", PHOTO]) == 0
+    printed = capsys.readouterr().out
+    assert "50.8 %  bald eagle  (22)" in printed
+    assert "Opti-CAM for bald eagle (22, the predicted class)" in printed
+    assert "probability 50.8 % -> " in printed
+    assert len([line for line in printed.splitlines() if line.startswith("  ") and line.endswith(")")]) == 5
+    picture = Image.open(folder / "imagenet_17_22.opti_cam.png")
+    assert picture.width > 2 * picture.height
+
+
+def test_explain_another_class_by_name_with_another_method(capsys, folder):
+    assert cli.main(["explain", PHOTO, "--class", "Kite", "--method", "grad_cam", "--output", "deep/out.pdf"]) == 0
+    assert "Grad-CAM for kite (21)" in capsys.readouterr().out
+    assert (folder / "deep" / "out.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "png")]
+)
+def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
+    photo = Image.open(PHOTO)
+    gray = np.asarray(photo.convert("L"))
+    photo = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else photo.convert(mode)
+    photo.save(f"photo.{suffix}")
+    assert cli.main(["explain", f"photo.{suffix}", "--method", "grad_cam"]) == 0
+    if mode != "1":
+        assert "bald eagle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nothing.jpg"], "image: no file at nothing.jpg"),
+        (["text.jpg"], "text.jpg is not an image that can be read"),
+        ([PHOTO, "--class", "1000"], "class: wanted an index in 0..999, got 1000"),
+        ([PHOTO, "--class", "-1"], "class: wanted an index in 0..999, got -1"),
+        ([PHOTO, "--class", "eagel"], "class: wanted an index in 0..999 or a class name, got 'eagel'"),
+        ([PHOTO, "--model", "resnet51"], "model: wanted one of efficientnet_lite0"),
+        ([PHOTO, "--method", "gradcam"], "method: wanted one of fake_cam, grad_cam, opti_cam, got 'gradcam'"),
+        ([PHOTO, "--method", "grad_cam", "--layer", "layer4"], "layer: no 'layer4' in EfficientNet"),
+        ([PHOTO, "--method", "grad_cam", "--layer", "classifier"], "layer: wanted feature maps (B,K,h,w)"),
+        ([PHOTO, "--device", "gpu"], "device: wanted a torch device"),
+        ([PHOTO, "--output", "out.txt"], "output: wanted a name ending in .png, .pdf or .svg, got 'out.txt'"),
+        ([PHOTO, "--method", "grad_cam", "--output", "text.jpg/out.png"], "text.jpg"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(words, sentence, capsys, folder):
+    (folder / "text.jpg").write_text("hello")
+    assert cli.main(["explain", *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("opticam: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "99"], "notebook: wanted one of"),
+        (["run", "03", "-p", "limt=3"], "parameter limt: unknown to this notebook; wanted one of model"),
+        (["run", "03", "-p", "limit=three"], "parameter limit: wanted int, got 'three'"),
+        (["run", "03", "-p", "limit"], "parameter: wanted name=value, got 'limit'"),
+        (["run", "-p", "limit=3"], "parameter: wanted exactly one notebook"),
+        (["run", "01", "02", "-o", "x.ipynb"], "output: wanted exactly one notebook"),
+        (["render", "nothing.ipynb"], "notebook: wanted one of"),
+    ],
+)
+def test_bad_runs_end_in_one_sentence(words, sentence, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_failing_notebook_ends_with_one(capsys, folder):
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    broken = new_notebook(cells=[new_code_cell("1 / 0")], metadata={"kernelspec": kernel})
+    nbformat.write(broken, folder / "broken.ipynb")
+    assert cli.main(["run", "broken.ipynb", "-o", "o.ipynb"]) == 1
+    assert "opticam: broken: cell 0 failed with ZeroDivisionError" in capsys.readouterr().err
+    assert (folder / "o.failed.ipynb").exists()
+
+
+def test_list(capsys):
+    assert cli.main(["run", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "03_faithfulness" in printed
+    assert "limit: int = 20" in printed
+
+
+def test_no_words_and_unknown_words_end_with_two(capsys):
+    for words in ([], ["explian"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == 2

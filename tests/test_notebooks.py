@@ -1,0 +1,79 @@
+"""The notebooks: DESIGN's form, honest numbers, and every one runs at tiny parameters."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+
+from opticam.runner import list_notebooks, notebook_parameters, run_notebook
+
+TINY = {
+    "01": {"num_steps": 2},
+    "02": {"num_steps": 2, "limit": 2},
+    "03": {"num_steps": 2, "limit": 2, "gallery": 1},
+}
+pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
+
+
+def text_of(cell):
+    """Source of the outputs that a person reads as text."""
+    outputs = cell.get("outputs", [])
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def test_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    first, second = notebook.cells[:2]
+    assert re.match(r"# .+\?\n\n\*\*.+\*\*\n\nReads .+ Writes .+ Time: ", first.source), (
+        "question, answer, reads, writes, time"
+    )
+    assert second.metadata.get("tags") == ["parameters"]
+    names = [line.split(":")[0] for line in second.source.splitlines()]
+    assert len(names) <= 10
+    assert list(notebook_parameters(path)) == names, "papermill must see every parameter"
+    assert all(entry["help"] for entry in notebook_parameters(path).values())
+    assert notebook.cells[-1].source.startswith("## What we learned")
+    assert any(re.search(r"^\s*assert ", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_no_def_url_path_or_silenced_warning(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        tree = ast.parse(cell.source)
+        assert not any(
+            isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) for node in ast.walk(tree)
+        )
+        assert not re.search(r"https?://|filterwarnings|sys\.path|[\"'](/|~|[A-Z]:\\)", cell.source)
+        statements = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        assert sum(node.end_lineno - node.lineno + 1 for node in statements) <= 16
+
+
+def test_committed_as_rendered(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert [cell.id for cell in notebook.cells] == [f"cell-{i:02d}" for i in range(len(notebook.cells))]
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in code:
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert all(output.get("name") != "stderr" for output in cell.outputs)
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+
+
+def test_numbers_of_the_answer_are_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    answer = re.search(r"\*\*(.+)\*\*", notebook.cells[0].source).group(1)
+    numbers = re.findall(r"\d+\.\d+", answer)
+    printed = "\n".join(text_of(cell) for cell in notebook.cells)
+    assert numbers
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", printed), f"{number} is printed nowhere"
+
+
+def test_runs_at_tiny_parameters(path, tmp_path):
+    given = {name: str(tmp_path) for name in ("figures", "results") if name in notebook_parameters(path)}
+    run_notebook(path, tmp_path / path.name, {**TINY[path.stem[:2]], **given}, progress=False)
+    assert list(tmp_path.glob("*.png"))

@@ -1,0 +1,70 @@
+"""What the files beside the package promise."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import yaml
+
+from opticam.datasets import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_agrees_with_pyproject():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    packages = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert environment["name"] == PROJECT["name"]
+    assert f"python{PROJECT['requires-python']}" in packages
+    (install,) = (entry for entry in pip if entry.startswith("-e "))
+    extras = re.fullmatch(r"-e \.\[(.+)\]", install).group(1).split(",")
+    assert set(extras) == set(PROJECT["optional-dependencies"])
+    assert f"'.[{','.join(extras)}]'" in (REPOSITORY / "Makefile").read_text()
+    versions = [entry for entry in [*packages, *pip] if re.search(r"\d", entry) and not entry.startswith("python>=")]
+    assert not versions, "versions live in pyproject.toml"
+
+
+def test_constraints_pin_every_dependency_by_name_and_version_only():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines)
+    named = [
+        *PROJECT["dependencies"],
+        *(entry for extra in PROJECT["optional-dependencies"].values() for entry in extra),
+    ]
+    normal = {name.lower().replace("_", "-") for name in pins}
+    assert {re.split(r"[><=\[]", entry)[0] for entry in named} <= normal
+
+
+def test_the_table_of_the_readme_is_the_output_of_notebook_03():
+    readme = (REPOSITORY / "README.md").read_text()
+    table = re.search(r"<!-- printed by notebooks/03_faithfulness -->\n(.+?)\n\n", readme, re.S).group(1)
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "03_faithfulness.ipynb", as_version=4)
+    printed = "\n".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert table.count("\n") >= 4
+    assert table in printed
+
+
+def test_links_in_markdown_resolve():
+    for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("data/*.md"), *REPOSITORY.glob("notebooks/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_import_needs_no_network_and_leaves_random_state_alone():
+    program = (
+        "import socket, random, torch\n"
+        "def refuse(*_, **__): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "before = torch.get_rng_state(), random.getstate()\n"
+        "import opticam, opticam.cli, opticam.plotting, opticam.results\n"
+        "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY / "tests")
+
+
+def test_references_share_no_code_with_the_package():
+    assert "import opticam" not in (REPOSITORY / "tests" / "references.py").read_text().split('"""', 2)[2]

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import references
+import torch
+
+from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_combine_is_the_weighted_sum():
+    features, weights = rand(2, 4, 3, 5), rand(2, 4)
+    for b in range(2):
+        expected = references.weighted_sum(features[b].numpy(), weights[b].numpy())
+        np.testing.assert_allclose(combine(features, weights)[b, 0], expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(9, 13), (24, 32), (3, 5), (2, 2)])
+def test_upsample_is_bilinear_with_pixel_centres(size):
+    maps = rand(2, 1, 3, 5)
+    for b in range(2):
+        np.testing.assert_allclose(
+            upsample(maps, size)[b, 0], references.upsample(maps[b, 0].numpy(), *size), atol=1e-13
+        )
+
+
+def test_upsample_worked_example():
+    # 2 -> 4 pixels: centres at -0.25 (repeats 0), 0.25, 0.75, 1.25 (repeats 1)
+    assert upsample(torch.tensor([[[[0.0, 1.0]]]]), (1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
+
+
+def test_min_max_is_per_image_and_invariant_to_scale_and_offset():
+    maps = rand(3, 1, 4, 6)
+    for b in range(3):
+        np.testing.assert_allclose(min_max(maps)[b, 0], references.min_max(maps[b, 0].numpy()), atol=1e-15)
+    torch.testing.assert_close(min_max(7 * maps - 2), min_max(maps), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -2.0, 1e30, 1e-30])
+def test_min_max_of_a_constant_is_zero(value):
+    assert (min_max(torch.full((2, 1, 4, 4), value)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_an_interpolated_constant_is_not_stretched(dtype):
+    constants = rand(64).to(dtype)
+    maps = upsample(constants[:, None, None, None].expand(64, 1, 7, 7), (240, 240))
+    assert (maps.amax((1, 2, 3)) > maps.amin((1, 2, 3))).any()  # else this test shows nothing
+    assert (min_max(maps) == 0).all()
+
+
+def test_small_but_real_differences_survive():
+    maps = torch.full((1, 1, 2, 2), 1.0)
+    maps[..., 0, 0] += 1e-5
+    assert min_max(maps).flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_gradient_of_a_constant_map_is_finite():
+    maps = torch.full((1, 1, 4, 4), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(min_max(maps).sum(), maps)
+    assert gradient.isfinite().all()
+
+
+def test_saliency_map_cuts_negative_values_before_it_interpolates():
+    # relu first: [0, 0, 1] upsampled to 6; the other order would start above 0 later
+    maps = torch.tensor([[[[-1.0, -1.0, 1.0]]]])
+    expected = references.min_max(references.upsample(np.array([[0.0, 0.0, 1.0]]), 1, 6))
+    np.testing.assert_allclose(saliency_map(maps, (1, 6))[0, 0], expected, atol=1e-7)
+
+
+def test_apply_mask_keeps_dtype_and_multiplies_every_channel():
+    image = rand(1, 3, 2, 2).half()
+    masked = apply_mask(image, torch.tensor([[[[0.0, 1.0], [0.5, 0.25]]]]))
+    assert masked.dtype == torch.float16
+    assert (masked[0, :, 0, 0] == 0).all()
+    assert torch.equal(masked[0, :, 0, 1], image[0, :, 0, 1])
+    assert torch.equal(masked[0, :, 1, 0], image[0, :, 1, 0] * 0.5)
