@@ -152,15 +152,16 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics), 3.9), squeeze=False, sharey=True)
-    for ax, (name, metric) in zip(axes[0], metrics.items(), strict=True):
+    for ax, (metric_name, metric) in zip(axes[0], metrics.items(), strict=True):
         # not to black: the points have to stay visible
-        ax.imshow(metric(p, o), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
+        ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
         for method, group in rows.groupby("method", sort=False):
-            label, color = METHOD_LABELS.get(method, method), METHOD_COLORS.get(method, _COLORS[-1])
-            ax.scatter(group["prob"], group["masked_prob"], color=color, s=32, lw=0.5, edgecolor="w", label=label)
+            name = str(method)
+            style = {"color": METHOD_COLORS.get(name, _COLORS[-1]), "label": METHOD_LABELS.get(name, name)}
+            ax.scatter(group["prob"], group["masked_prob"], s=32, lw=0.5, edgecolor="w", **style)
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")
-        ax.set_title(f"{METRIC_LABELS.get(name, name)} (white 0, dark 1)")
+        ax.set_title(f"{METRIC_LABELS.get(metric_name, metric_name)} (white 0, dark 1)")
     axes[0, 0].set_ylabel("$o$, for the masked image")
     axes[0, 0].legend(fontsize=9, loc="upper left", framealpha=0.9)
     return figure
