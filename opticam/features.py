@@ -145,7 +145,7 @@ def feature_maps(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple
         captured[:] = [_tensor(output).detach().clone()]
 
     with frozen(model), torch.no_grad(), _hooked(resolve_layer(model, layer), keep):
-        logits = model(_usable(images))
+        logits = model(usable(images))
     return _as_grid(_reached(captured), model, images), logits
 
 
@@ -173,14 +173,19 @@ def features_and_gradients(
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), _hooked(resolve_layer(model, layer), restart_graph):
-        logits = model(_usable(images))
+        logits = model(usable(images))
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured)
-        class_logits = logits.gather(1, class_idx[:, None])
+        class_logits = logits.gather(1, usable(class_idx)[:, None])
         (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError("layer: the logits do not depend on its output")
     return _as_grid(features.detach(), model, images), _as_grid(gradients, model, images), logits.detach()
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager
@@ -190,11 +195,6 @@ def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _usable(images: Tensor) -> Tensor:
-    # tensors made under inference_mode cannot enter a graph
-    return images.clone() if images.is_inference() else images
 
 
 def _tensor(output: object) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen
+from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
 from opticam.saliency import apply_mask, combine, min_max, upsample
 
 
@@ -86,7 +86,8 @@ def opti_cam(
     if not lr > 0:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     with frozen(model):
-        images = images.detach().clone(memory_format=torch.channels_last)
+        images = usable(images).detach().contiguous(memory_format=torch.channels_last)
+        class_idx = usable(class_idx)
         features, logits = feature_maps(model, images, layer)
         check_class_range(class_idx, logits.shape[1])
         dtype = torch.promote_types(features.dtype, torch.float32)  # half precision is too coarse for the weights

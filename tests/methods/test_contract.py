@@ -88,7 +88,9 @@ def test_everything_is_as_before_when_forward_raises(method, tiny, images, class
 def test_under_no_grad_and_inference_mode(method, tiny, images, class_idx, mode):
     expected = method(tiny, images, class_idx, layer="features")
     with mode():
-        torch.testing.assert_close(method(tiny, images.clone(), class_idx, layer="features"), expected)
+        made_inside = images.clone(), class_idx.clone()
+        torch.testing.assert_close(method(tiny, *made_inside, layer="features"), expected)
+    torch.testing.assert_close(method(tiny, *made_inside, layer="features"), expected)
 
 
 def test_frozen_network(method, tiny, images, class_idx):
