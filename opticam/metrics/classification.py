@@ -40,7 +40,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
         Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
-    return torch.where(p > 0, (p - o).clamp(min=0) / p.clamp(min=torch.finfo(p.dtype).tiny), 0)
+    return (p - o).clamp(min=0) / p.clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
-    return torch.where(p < 1, (o - p).clamp(min=0) / (1 - p).clamp(min=torch.finfo(p.dtype).tiny), 0)
+    return (o - p).clamp(min=0) / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def _checked(probs: Tensor, masked_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,12 +44,15 @@ def test_agrees_with_the_published_code():
     np.testing.assert_allclose(masked_logits, golden["masked_logits"], rtol=0, atol=1e-9)
 
 
-def test_agrees_with_the_loop_version(tiny, images, class_idx):
-    result = opti_cam(tiny, images[:2], class_idx[:2], layer="features", num_steps=4, lr=0.3)
+@pytest.mark.parametrize("depth", [3, 4])
+def test_agrees_with_the_loop_version(tiny, images, class_idx, depth):
+    # before the last ReLU the feature maps have both signs
+    layer, tiny.head = ("features" if depth == 4 else "features.2"), tiny.features[:depth]
+    result = opti_cam(tiny, images[:2], class_idx[:2], layer=layer, num_steps=4, lr=0.3)
     for b in range(2):
         image, label = images[b].numpy(), int(class_idx[b])
-        u = references.opti_cam(tiny, tiny.features, image, label, num_steps=4, lr=0.3)
-        features = tiny.features(images[b : b + 1])[0].detach().numpy()
+        u = references.opti_cam(tiny, tiny.head, image, label, num_steps=4, lr=0.3)
+        features = tiny.head(images[b : b + 1])[0].detach().numpy()
         np.testing.assert_allclose(result.weights[b], references.softmax(u), rtol=0, atol=1e-6)
         np.testing.assert_allclose(
             result.saliency[b, 0], references.opti_cam_map(features, u, 24, 32), rtol=0, atol=1e-5
