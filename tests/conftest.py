@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import opticam  # noqa: F401  (first, so that test modules may import torchvision in any order)
+
 torch.set_num_threads(1)
 
 
