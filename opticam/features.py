@@ -5,8 +5,9 @@ Whatever happens inside, the network is left as it was found: no hook, no change
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -124,29 +125,34 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
-def feature_maps(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[Tensor, Tensor]:
-    """Feature maps A_k of a layer and the logits, from one forward pass without gradients.
+def feature_maps(
+    model: nn.Module, images: Tensor, layer: Layer | Sequence[Layer] = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Feature maps A_k of one layer or several, and the logits, from one forward pass without gradients.
 
     Args:
         model: any network that takes `images`.
         images: (B,C,H,W) float.
-        layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
+        layer: see `resolve_layer`; or several. Of a module called several times in one pass, the last output counts.
 
     Returns:
-        features (B,K,h,w), a copy that in-place operations after the layer do not reach, and logits (B,C). Tokens
-        (B,N,K) of a transformer come as a grid, without class, distillation and register tokens.
+        A tuple with features (B,K,h,w) for each layer, copies that in-place operations after the layer do not reach;
+        and logits (B,C). Tokens (B,N,K) of a transformer come as a grid, without class, distillation and register
+        tokens; channels-last maps (B,h,w,K), as of a Swin transformer, come as (B,K,h,w).
 
     Raises:
         ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
     """
-    captured: list[Tensor] = []
+    layers = layer if isinstance(layer, Sequence) and not isinstance(layer, str | nn.Module) else [layer]
+    captured: list[list[Tensor]] = [[] for _ in layers]
+    if not layers:
+        raise ValueError("layer: wanted at least one")
 
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        captured[:] = [_tensor(output).detach().clone()]
-
-    with frozen(model), torch.no_grad(), _hooked(resolve_layer(model, layer), keep):
+    with frozen(model), torch.no_grad(), ExitStack() as hooks:
+        for name, place in zip(layers, captured, strict=True):
+            hooks.enter_context(_hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = model(usable(images))
-    return _as_grid(_reached(captured), model, images), logits
+    return tuple(_as_grid(_reached(place), model, images) for place in captured), logits
 
 
 def features_and_gradients(
@@ -188,6 +194,10 @@ def usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _keep(place: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
+    place[:] = [_tensor(output).detach().clone()]
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
@@ -210,13 +220,15 @@ def _reached(captured: list[Tensor]) -> Tensor:
 
 
 def _as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """(B,K,h,w) as it is; tokens (B,N,K) -> (B,K,h,w) with h/w as H/W."""
+    """(B,K,h,w) as it is; channels-last (B,h,w,K) and tokens (B,N,K) -> (B,K,h,w), with h/w as H/W."""
+    height, width = images.shape[-2:]
     if output.ndim == 4:
-        return output
+        a, b, c = output.shape[1:]
+        channels_last = a * width == b * height and b * width != c * height  # the image's shape tells which sides
+        return output.permute(0, 3, 1, 2) if channels_last else output
     if output.ndim != 3:
         raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
     batch, tokens, channels = output.shape
-    height, width = images.shape[-2:]
     prefix = getattr(getattr(model, "network", model), "num_prefix_tokens", None)
     for extra in range(tokens) if prefix is None else (prefix,):
         rows = math.isqrt((tokens - extra) * height // width)

@@ -1,8 +1,11 @@
 """The algebra of saliency maps: combine feature maps, upsample, normalise, mask an image."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import functional as TF
 
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
@@ -52,6 +55,41 @@ def min_max(maps: Tensor) -> Tensor:
     return torch.where(constant, 0, (maps - low) / torch.where(constant, 1, span))
 
 
+def max_only(maps: Tensor) -> Tensor:
+    """`n(s) = s / max s` per image; an option of the ablation. A map without a positive value gives zeros.
+
+    Args:
+        maps: (B,1,H,W), non-negative as sums of ReLUs are; negative values count as 0.
+
+    Returns:
+        (B,1,H,W) in [0,1], independent of the scale of the map; a positive constant gives ones.
+
+    Reference:
+        Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.
+    """
+    maps = maps.relu()
+    high = maps.amax((1, 2, 3), keepdim=True)
+    return maps / torch.where(high > 0, high, 1)
+
+
+def sigmoid(maps: Tensor) -> Tensor:
+    """`n(s) = 1/(1 + exp(-s))`, elementwise; an option of the ablation.
+
+    Args:
+        maps: (B,1,H,W); non-negative ones give values from 1/2 on.
+
+    Returns:
+        (B,1,H,W) in (0,1).
+
+    Reference:
+        Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.
+    """
+    return maps.sigmoid()
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {"min_max": min_max, "max": max_only, "sigmoid": sigmoid}
+
+
 def saliency_map(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """The one post-processing rule of all methods here: ReLU, upsample, then `min_max`.
 
@@ -66,14 +104,32 @@ def saliency_map(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return min_max(upsample(maps.relu(), size))
 
 
-def apply_mask(images: Tensor, saliency: Tensor) -> Tensor:
-    """The masked image `x * S`, black where the map is 0.
+def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None) -> Tensor:
+    """The masked image `x * S`, black where the map is 0, or `x * S + b * (1 - S)` with a baseline `b`.
 
     Args:
         images: (B,3,H,W) in [0,1], before mean/std.
         saliency: (B,1,H,W) in [0,1].
+        baseline: what shows where the map is 0, of a shape that broadcasts to the images; None for black.
 
     Returns:
         (B,3,H,W) of the dtype of the images.
     """
-    return images * saliency.to(images.dtype)
+    saliency = saliency.to(images.dtype)
+    return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
+
+
+def mean_color(images: Tensor) -> Tensor:
+    """Baseline: the mean colour of each image, (B,3,1,1). (For the mean colour of ImageNet give `model.mean`.)"""
+    return images.mean((2, 3), keepdim=True)
+
+
+def blur(images: Tensor) -> Tensor:
+    """Baseline: each image blurred by an 11x11 Gaussian of sigma 5, (B,3,H,W); the start of RISE's insertion.
+
+    Unlike there, borders are reflected, since 0 is black here and not the mean colour. Sides of 6 pixels or more.
+    """
+    return TF.gaussian_blur(images, [11, 11], [5.0, 5.0])
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor] | None] = {"black": None, "mean": mean_color, "blur": blur}

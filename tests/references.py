@@ -55,34 +55,76 @@ def weighted_sum(features: Array, weights: Array) -> Array:
     return out
 
 
-def opti_cam_map(features: Array, u: Array, height: int, width: int) -> Array:
-    """S(u) = n(up(sum_k softmax(u)_k relu(A_k))) of one image."""
-    return min_max(upsample(weighted_sum(np.maximum(features, 0), softmax(u)), height, width))
+def class_logit(masked: Array, original: Array, c: int) -> float:
+    return masked[c]
 
 
-def opti_cam(model: nn.Module, head: Callable, image: Array, label: int, num_steps: int, lr: float) -> Array:
-    """u after `num_steps` of Adam on f(x * S(u))_c, gradient by central differences. `head` gives the feature maps."""
+def logit_difference(masked: Array, original: Array, c: int) -> float:
+    return -abs(original[c] - masked[c])
+
+
+def logit_margin(masked: Array, original: Array, c: int) -> float:
+    return masked[c] - max(value for j, value in enumerate(masked) if j != c)
+
+
+def probability(masked: Array, original: Array, c: int) -> float:
+    return softmax(masked)[c]
+
+
+def log_probability(masked: Array, original: Array, c: int) -> float:
+    return math.log(softmax(masked)[c])
+
+
+def by_max(grid: Array) -> Array:
+    return grid / max(grid.flat) if max(grid.flat) > 0 else np.zeros_like(grid)
+
+
+def sigmoid(grid: Array) -> Array:
+    return 1 / (1 + np.exp(-grid))
+
+
+def opti_cam(
+    model: nn.Module,
+    features: list[Array],
+    image: Array,
+    label: int,
+    num_steps: int,
+    lr: float,
+    objective: Callable = class_logit,
+    normalize: Callable = min_max,
+) -> tuple[Array, Array]:
+    """u after `num_steps` of Adam and its map; gradients by central differences. `features` of one layer or several."""
     height, width = image.shape[1:]
-    features = head(torch.from_numpy(image)[None])[0].detach().numpy()
+    bounds = np.cumsum([0, *(len(maps) for maps in features)])
 
-    def objective(u: Array) -> float:
-        masked = image * opti_cam_map(features, u, height, width)[None]
+    def saliency(u: Array) -> Array:
+        total = np.zeros((height, width))
+        for maps, first, last in zip(features, bounds, bounds[1:], strict=False):
+            total += upsample(weighted_sum(np.maximum(maps, 0), softmax(u[first:last])), height, width)
+        return normalize(total)
+
+    def logits(image: Array) -> Array:
         with torch.no_grad():
-            return model(torch.from_numpy(masked)[None])[0, label].item()
+            return model(torch.from_numpy(image)[None])[0].numpy()
 
-    u = np.zeros(len(features))
+    original = logits(image)
+
+    def value(u: Array) -> float:
+        return objective(logits(image * saliency(u)[None]), original, label)
+
+    u = np.zeros(bounds[-1])
     first, second = np.zeros_like(u), np.zeros_like(u)
     for t in range(1, num_steps + 1):
         for k in range(len(u)):
             step = np.zeros_like(u)
             step[k] = 1e-5
-            gradient = (objective(u + step) - objective(u - step)) / 2e-5
+            gradient = (value(u + step) - value(u - step)) / 2e-5
             first[k] = 0.9 * first[k] + 0.1 * gradient
             second[k] = 0.999 * second[k] + 0.001 * gradient**2
         for k in range(len(u)):
             corrected = first[k] / (1 - 0.9**t), second[k] / (1 - 0.999**t)
             u[k] += lr * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
-    return u
+    return u, saliency(u)
 
 
 def grad_cam(features: Array, head: Callable, label: int, height: int, width: int) -> Array:

@@ -24,7 +24,7 @@ class Tokens(nn.Module):
 
 
 def test_feature_maps_are_the_layers_output(tiny, images):
-    features, logits = feature_maps(tiny, images, "features")
+    (features,), logits = feature_maps(tiny, images, "features")
     torch.testing.assert_close(features, tiny.features(images), rtol=0, atol=1e-14)
     torch.testing.assert_close(logits, tiny(images), rtol=0, atol=1e-14)
     assert not features.requires_grad
@@ -38,7 +38,7 @@ def test_features_and_gradients(images, class_idx, inplace):
     expected = conv(images).detach()
     features, gradients, logits = features_and_gradients(model, images, class_idx, "0")
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-14)  # also where the ReLU overwrites its input
-    torch.testing.assert_close(feature_maps(model, images, "0")[0], expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(feature_maps(model, images, "0")[0][0], expected, rtol=0, atol=1e-14)
     # y_c = sum_k W_ck mean_ij relu(A_kij) + b_c, so dy_c/dA_kij = W_ck 1[A_kij > 0] / (h w)
     area = expected.shape[2] * expected.shape[3]
     torch.testing.assert_close(
@@ -52,15 +52,44 @@ def test_tokens_become_a_grid_in_reading_order(prefix):
     torch.manual_seed(0)
     model = Tokens(prefix)
     images = torch.rand(2, 3, 64, 128)
-    features, _ = feature_maps(model, images, "norm")
+    (features,), _ = feature_maps(model, images, "norm")
     assert features.shape == (2, 4, 8, 16)
     torch.testing.assert_close(features, model.norm(model.embed(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_channels_last_maps_are_told_by_the_shape_of_the_image(channels):
+    conv = nn.Conv2d(3, channels, 8, 8)
+    last = nn.Sequential(conv, _Permute(0, 2, 3, 1), _Permute(0, 3, 1, 2), nn.Flatten(), nn.LazyLinear(2))
+    images = torch.rand(2, 3, 64, 128)
+    last(images)
+    for layer in ("0", "1"):
+        ((features,), _) = feature_maps(last, images, layer)
+        torch.testing.assert_close(features, conv(images).detach())
+
+
+class _Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, images):
+        return images.permute(*self.order)
+
+
+def test_several_layers_in_one_pass(tiny, images):
+    passes = []
+    tiny.register_forward_hook(lambda *_: passes.append(1))
+    first, last = feature_maps(tiny, images, ["features.0", tiny.features])[0]
+    torch.testing.assert_close(first, tiny.features[0](images).detach())
+    torch.testing.assert_close(last, tiny.features(images).detach())
+    assert len(passes) == 1
 
 
 def test_number_of_prefix_tokens_is_read_from_the_model():
     model = Tokens(1)
     model.num_prefix_tokens = 1
-    assert feature_maps(model, torch.rand(1, 3, 24, 24), "norm")[0].shape == (1, 4, 3, 3)
+    assert feature_maps(model, torch.rand(1, 3, 24, 24), "norm")[0][0].shape == (1, 4, 3, 3)
     model.num_prefix_tokens = 2
     with pytest.raises(ValueError, match="10 tokens do not fill a grid"):
         feature_maps(model, torch.rand(1, 3, 24, 24), "norm")

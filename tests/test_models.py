@@ -49,7 +49,7 @@ def test_every_model_has_its_target_layer(name, shape):
         network = MODELS[name].build(False)
     classifier = models.Classifier(network.to_empty(device="cpu").eval(), name, MODELS[name], imagenet_classes())
     side = classifier.input_size
-    features, logits = feature_maps(classifier, torch.zeros(1, 3, side, side))
+    (features,), logits = feature_maps(classifier, torch.zeros(1, 3, side, side))
     assert features.shape == (1, *shape)
     assert logits.shape == (1, 1000)
 

@@ -3,7 +3,7 @@ import pytest
 import references
 import torch
 
-from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
+from opticam.saliency import apply_mask, blur, combine, max_only, mean_color, min_max, saliency_map, sigmoid, upsample
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -77,3 +77,30 @@ def test_apply_mask_keeps_dtype_and_multiplies_every_channel():
     assert (masked[0, :, 0, 0] == 0).all()
     assert torch.equal(masked[0, :, 0, 1], image[0, :, 0, 1])
     assert torch.equal(masked[0, :, 1, 0], image[0, :, 1, 0] * 0.5)
+
+
+def test_other_normalisations():
+    maps = rand(3, 1, 4, 6)
+    for b in range(3):
+        np.testing.assert_allclose(max_only(maps)[b, 0], references.by_max(maps[b, 0].numpy()), atol=1e-15)
+        np.testing.assert_allclose(sigmoid(maps)[b, 0], references.sigmoid(maps[b, 0].numpy()), atol=1e-15)
+    assert (max_only(torch.zeros(1, 1, 2, 2)) == 0).all()
+    assert max_only(torch.tensor([[[[-1.0, 2.0]]]])).tolist() == [[[[0.0, 1.0]]]]
+
+
+def test_apply_mask_with_a_baseline():
+    image, baseline, saliency = rand(2, 3, 4, 4), rand(1, 3, 1, 1), rand(2, 1, 4, 4)
+    expected = image * saliency + baseline * (1 - saliency)
+    torch.testing.assert_close(apply_mask(image, saliency, baseline), expected, rtol=0, atol=1e-15)
+
+
+def test_baselines():
+    image = rand(2, 3, 12, 16)
+    torch.testing.assert_close(mean_color(image)[1, 2, 0, 0], image[1, 2].mean())
+    flat = torch.full((1, 3, 12, 16), 0.25)
+    torch.testing.assert_close(blur(flat), flat)
+    spot = torch.zeros(1, 1, 21, 21)
+    spot[..., 10, 10] = 1
+    weights = torch.exp(-(torch.arange(-5.0, 6) ** 2) / 50)
+    weights = weights / weights.sum()
+    torch.testing.assert_close(blur(spot)[0, 0, 5:16, 5:16], weights[:, None] * weights)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from opticam.methods.cam import fake_cam, grad_cam
-from opticam.methods.opti_cam import OptiCAMResult, class_logit, opti_cam
+from opticam.methods.opti_cam import OBJECTIVES, SCHEDULES, OptiCAMResult, class_logit, opti_cam
 
 
 def _opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options: Any) -> Tensor:
@@ -19,4 +19,4 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "opti_cam": _opti_cam_map,
 }
 
-__all__ = ["METHODS", "OptiCAMResult", "class_logit", "fake_cam", "grad_cam", "opti_cam"]
+__all__ = ["METHODS", "OBJECTIVES", "SCHEDULES", "OptiCAMResult", "class_logit", "fake_cam", "grad_cam", "opti_cam"]

@@ -4,14 +4,19 @@ Zhang, Torres, Sicre, Avrithis, Ayache, "Opti-CAM: Optimizing saliency maps for 
 arXiv 2301.07002.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
 from opticam.saliency import apply_mask, combine, min_max, upsample
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class OptiCAMResult(NamedTuple):
@@ -19,8 +24,8 @@ class OptiCAMResult(NamedTuple):
 
     Attributes:
         saliency: (B,1,H,W) in [0,1], the best map seen.
-        weights: (B,K), softmax(u) of that map; non-negative, sum 1.
-        objective: (B,T+1), the objective before the first step and after each of the T steps.
+        weights: (B,K), softmax(u) of that map, non-negative, sum 1; of several layers one after the other, each sum 1.
+        objective: (B,T+1), the objective before the first step and after each of the T; NaN once an image has stopped.
         num_steps: (B,) int64, the steps after which the kept map was reached: the position of the maximum.
     """
 
@@ -44,20 +49,91 @@ def class_logit(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Ten
     return masked_logits.gather(1, class_idx[:, None])[:, 0]
 
 
+def logit_difference(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+    """Keep the logit: `-|f(x)_c - f(x * S)_c|`, an option of the ablation. Arguments as `class_logit`.
+
+    Returns:
+        (B,), at most 0; higher is better.
+    """
+    return -(class_logit(logits, logits, class_idx) - class_logit(masked_logits, logits, class_idx)).abs()
+
+
+def logit_margin(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+    """Lead over the strongest other class, `f(x * S)_c - max_{j != c} f(x * S)_j`. Arguments as `class_logit`.
+
+    Returns:
+        (B,), positive where c wins; higher is better.
+    """
+    others = masked_logits.scatter(1, class_idx[:, None], -torch.inf).amax(1)
+    return class_logit(masked_logits, logits, class_idx) - others
+
+
+def probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+    """`softmax(f(x * S))_c`: saturates near 1, its gradient vanishes; not the paper's. Arguments as `class_logit`.
+
+    Returns:
+        (B,), in [0,1]; higher is better.
+    """
+    return class_logit(masked_logits.softmax(1), logits, class_idx)
+
+
+def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+    """`log softmax(f(x * S))_c`. Arguments as `class_logit`.
+
+    Returns:
+        (B,), at most 0; higher is better.
+    """
+    return class_logit(masked_logits.log_softmax(1), logits, class_idx)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "class_logit": class_logit,
+    "logit_difference": logit_difference,
+    "logit_margin": logit_margin,
+    "probability": probability,
+    "log_probability": log_probability,
+}
+
+
+def adam(u: Tensor, lr: float, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """The paper's optimiser: Adam, betas (0.9, 0.999), eps 1e-8, constant learning rate."""
+    return torch.optim.Adam([u], lr=lr, betas=(0.9, 0.999), eps=1e-8, maximize=True), None
+
+
+def adam_cosine(u: Tensor, lr: float, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Adam as the paper's, its learning rate falling to 0 by half a cosine over the steps."""
+    optimizer, _ = adam(u, lr, num_steps)
+    return optimizer, CosineAnnealingLR(optimizer, max(num_steps, 1))
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "paper": {"optimizer": adam, "num_steps": 100, "lr": 0.1},
+    "fast": {"optimizer": adam_cosine, "num_steps": 28, "lr": 1.0},
+}
+
+
 def opti_cam(
     model: nn.Module,
     images: Tensor,
     class_idx: Tensor,
     *,
-    layer: Layer = None,
-    objective: Callable[[Tensor, Tensor, Tensor], Tensor] = class_logit,
+    layer: Layer | Sequence[Layer] = None,
+    objective: Objective = class_logit,
     normalize: Callable[[Tensor], Tensor] = min_max,
+    baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
+    optimizer: Callable[[Tensor, float, int], tuple[torch.optim.Optimizer, LRScheduler | None]] = adam,
     num_steps: int = 100,
     lr: float = 0.1,
+    u: Tensor | None = None,
+    tol: float = 0.0,
+    patience: int = 10,
+    autocast: torch.dtype | None = None,
+    batch_size: int | None = None,
 ) -> OptiCAMResult:
     """Saliency maps `S(u*)` whose masked image has the largest class logit.
 
-    `S(u) = n(up(sum_k softmax(u)_k relu(A_k)))` and `u* = argmax_u f(x * S(u))_c`, by Adam from constant `u`.
+    `S(u) = n(up(sum_k softmax(u)_k relu(A_k)))` and `u* = argmax_u f(x * S(u))_c`, by Adam from constant `u`. Several
+    layers have a softmax each, and their upsampled sums are added before `n`.
 
     Two deviations from the published code, both named in `definitions.md` as faults of it: the objective is summed over
     the batch, so an image's map does not depend on its neighbours; and the best map seen is kept, which for a rising
@@ -67,11 +143,23 @@ def opti_cam(
         model: takes `images` and returns logits (B,C). Left as found: mode, flags, gradients, hooks.
         images: (B,3,H,W) float in [0,1]; mean/std are the model's own business.
         class_idx: (B,) int64, the class to explain.
-        layer: a module or its dotted name; by default the model's own target layer.
-        objective: from (masked_logits, logits, class_idx) to (B,), maximised for each image by itself.
-        normalize: from upsampled maps (B,1,H,W) to saliency in [0,1].
+        layer: a module or its dotted name, or several; by default the model's own target layer.
+        objective: from (masked_logits, logits, class_idx) to (B,), maximised image by image; see `OBJECTIVES`.
+        normalize: from upsampled maps (B,1,H,W) to saliency in [0,1]; see `NORMALIZATIONS`.
+        baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
+            in `BASELINES`; None for black, as published.
+        optimizer: from (u, lr, num_steps) to a torch optimiser that maximises and a scheduler of its learning rate or
+            None; elementwise in `u`, or images would depend on each other. `**SCHEDULES["fast"]` sets this, `num_steps`
+            and `lr`.
         num_steps: T. The paper's experiments are reproduced with 100; the published demo runs 50.
-        lr: learning rate of Adam.
+        lr: learning rate.
+        u: (B,K) start of the free variables; None for a constant, which means equal weights.
+        tol: an image stops when its best objective grew by less than this share of its size in `patience` steps, and
+            leaves the batch. 0 never stops, and needs no synchronisation with the device.
+        patience: steps, see `tol`.
+        autocast: reduced precision of the network's passes, such as `torch.bfloat16`; map and weights stay float32.
+        batch_size: images in flight; None for all at once. Where a device runs out of memory, the images in flight are
+            halved, with a warning, until they fit.
 
     Returns:
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
@@ -81,34 +169,137 @@ def opti_cam(
         ValueError: wrong shape, device or range, unknown layer, negative `num_steps`, `lr` not above 0.
     """
     check_inputs(model, images, class_idx)
-    if num_steps < 0:
-        raise ValueError(f"num_steps: wanted at least 0, got {num_steps}")
+    for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name}: wanted at least {least}, got {number}")
     if not lr > 0:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
-    with frozen(model):
-        images = usable(images).detach().contiguous(memory_format=torch.channels_last)
-        class_idx = usable(class_idx)
-        features, logits = feature_maps(model, images, layer)
-        check_class_range(class_idx, logits.shape[1])
-        dtype = torch.promote_types(features.dtype, torch.float32)  # half precision is too coarse for the weights
-        features = features.to(dtype).relu()
+    if not tol >= 0:
+        raise ValueError(f"tol: wanted at least 0, got {tol}")
 
-        def saliency_of(u: Tensor) -> Tensor:
-            return normalize(upsample(combine(features, u.softmax(1)), images.shape[-2:]))
+    def explain(part: slice) -> OptiCAMResult:
+        x = usable(images[part]).detach().contiguous(memory_format=torch.channels_last)
+        c = usable(class_idx[part])
+        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
+        reduced = partial(torch.autocast, x.device.type, autocast, enabled=autocast is not None)
+        with reduced():
+            features, y = feature_maps(model, x, layer)
+        check_class_range(c, y.shape[1])
+        features = tuple(maps.to(dtype).relu() for maps in features)
+        widths = [maps.shape[1] for maps in features]
+        b = baseline(x) if callable(baseline) else baseline
+        b = None if b is None else b.expand(images.shape)[part] if b is baseline else b.expand_as(x)
 
-        u = torch.zeros(features.shape[:2], dtype=dtype, device=images.device, requires_grad=True)
-        optimizer = torch.optim.Adam([u], lr=lr, betas=(0.9, 0.999), eps=1e-8, maximize=True)
-        history = torch.empty(len(images), num_steps + 1, dtype=dtype, device=images.device)
-        best = torch.full_like(history[:, 0], -torch.inf)
-        best_u = u.detach().clone()
-        for step in range(num_steps + 1):
-            value = objective(model(apply_mask(images, saliency_of(u))), logits, class_idx)
-            history[:, step] = value.detach()
-            better = history[:, step] > best
-            best = torch.where(better, history[:, step], best)
-            best_u = torch.where(better[:, None], u.detach(), best_u)
-            if step < num_steps:
-                (u.grad,) = torch.autograd.grad(value.sum(), u)
-                optimizer.step()
+        def saliency(u: Tensor, features: Sequence[Tensor]) -> Tensor:
+            weights = softmax_by_layer(u, widths).split(widths, 1)
+            sums = [upsample(combine(maps, w), x.shape[-2:]) for maps, w in zip(features, weights, strict=True)]
+            return normalize(sum(sums[1:], sums[0]))
+
+        def objective_of(rows: Tensor) -> Callable[[Tensor], Tensor]:
+            x_r, y_r, c_r, b_r = x[rows], y[rows].to(dtype), c[rows], None if b is None else b[rows]
+            x_r = x_r.contiguous(memory_format=torch.channels_last)
+            features_r = [maps[rows] for maps in features]
+
+            def value(u: Tensor) -> Tensor:
+                masked = apply_mask(x_r, saliency(u, features_r), b_r)
+                with reduced():
+                    masked_logits = model(masked)
+                return objective(masked_logits.to(dtype), y_r, c_r)
+
+            return value
+
+        start = torch.zeros(len(x), sum(widths)) if u is None else usable(u[part]).detach()
+        if start.shape != (len(x), sum(widths)):
+            raise ValueError(
+                f"u: wanted shape ({len(images)},{sum(widths)}), got {tuple(start.shape)} for {len(x)} images"
+            )
+        start = start.to(x.device, dtype)
+        best_u, history = _maximise(
+            objective_of, start, lambda u: optimizer(u, lr, num_steps), num_steps, tol, patience
+        )
         with torch.no_grad():
-            return OptiCAMResult(saliency_of(best_u), best_u.softmax(1), history, history.argmax(1))
+            steps = history.nan_to_num(-torch.inf).argmax(1)
+            return OptiCAMResult(saliency(best_u, features), softmax_by_layer(best_u, widths), history, steps)
+
+    with frozen(model):
+        parts, first, in_flight = [], 0, batch_size or len(images)
+        while first < len(images):
+            try:
+                parts.append(explain(slice(first, first + in_flight)))
+                first += in_flight
+            except torch.OutOfMemoryError:
+                if in_flight == 1:
+                    raise
+                in_flight = (min(in_flight, len(images) - first) + 1) // 2
+                warnings.warn(f"out of memory: going on with {in_flight} images in flight", stacklevel=2)
+    return OptiCAMResult(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def softmax_by_layer(u: Tensor, widths: Sequence[int]) -> Tensor:
+    """Weights from free variables: a softmax for each layer.
+
+    Args:
+        u: (B,K), layer after layer.
+        widths: number of feature maps of each layer, sum K.
+
+    Returns:
+        (B,K), non-negative; sum 1 over each layer.
+    """
+    return torch.cat([of_layer.softmax(1) for of_layer in u.split(list(widths), 1)], 1)
+
+
+def _maximise(
+    objective_of: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    start: Tensor,
+    optimizer: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
+    num_steps: int,
+    tol: float,
+    patience: int,
+) -> tuple[Tensor, Tensor]:
+    """Ascend from `start`, row by row: the best rows seen (B,K), and the objective at every step (B,T+1).
+
+    `objective_of` gives, for the rows still at work, the function from their u to their objective.
+    """
+    rows = torch.arange(len(start), device=start.device)
+    u = start.clone().requires_grad_()
+    ascent, decay = optimizer(u)
+    history = start.new_full((len(start), num_steps + 1), torch.nan)
+    best, best_u = start.new_full((len(start),), -torch.inf), start.clone()
+    goal, stale = best.clone(), torch.zeros_like(rows)
+    objective = objective_of(rows)
+    for step in range(num_steps + 1):
+        value = objective(u)
+        now = value.detach()
+        history[rows, step] = now
+        better = now > best[rows]
+        best[rows] = torch.where(better, now, best[rows])
+        best_u[rows] = torch.where(better[:, None], u.detach(), best_u[rows])
+        if step == num_steps:
+            break
+        (u.grad,) = torch.autograd.grad(value.sum(), u)
+        ascent.step()
+        if decay is not None:
+            decay.step()
+        if tol > 0:
+            gained = ~(now <= goal[rows] + tol * goal[rows].abs())  # true at first, where the goal is -inf
+            goal[rows] = torch.where(gained, now, goal[rows])
+            stale[rows] = torch.where(gained, 0, stale[rows] + 1)
+            working = stale[rows] < patience
+            if not working.all():  # the one synchronisation, and only where a tolerance was asked for
+                rows = rows[working]
+                if len(rows) == 0:
+                    break
+                u, objective = _keep_rows(u, working, ascent), objective_of(rows)
+    return best_u, history
+
+
+def _keep_rows(u: Tensor, working: Tensor, ascent: torch.optim.Optimizer) -> Tensor:
+    """The working rows of `u` as the optimiser's new parameter, its moments cut alike."""
+    kept = u.detach()[working].requires_grad_()
+    state = ascent.state.pop(u)
+    ascent.state[kept] = {
+        name: value[working] if isinstance(value, Tensor) and value.shape == u.shape else value
+        for name, value in state.items()
+    }
+    ascent.param_groups[0]["params"] = [kept]
+    return kept

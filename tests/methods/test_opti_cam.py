@@ -1,3 +1,5 @@
+import weakref
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ from conftest import TinyCNN
 from torch import nn
 
 from opticam import METHODS, opti_cam
-from opticam.saliency import apply_mask
+from opticam.features import feature_maps
+from opticam.methods.opti_cam import OBJECTIVES, SCHEDULES, adam, class_logit, logit_difference
+from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, mean_color
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "opticam_minmax_mask.npz"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Published(nn.Module):
@@ -32,31 +36,57 @@ class Published(nn.Module):
         return self.fc(self.features((images - self.shift) / self.scale).mean((2, 3)))
 
 
-def test_agrees_with_the_published_code():
-    golden = np.load(GOLDEN)
+@pytest.mark.parametrize(("name", "objective"), [("mask", class_logit), ("diff", logit_difference)])
+def test_agrees_with_the_published_code(name, objective):
+    golden = np.load(GOLDEN / f"opticam_minmax_{name}.npz")
     model = Published(golden)
     images, class_idx = torch.from_numpy(golden["images"]), torch.from_numpy(golden["class_idx"])
     num_steps, lr = int(golden["steps"]), float(golden["lr"])
-    result = opti_cam(model, images, class_idx, layer="features", num_steps=num_steps, lr=lr)
+    result = opti_cam(
+        model, images, class_idx, layer="features", objective=_rising(objective), num_steps=num_steps, lr=lr
+    )
     np.testing.assert_allclose(result.saliency, golden["saliency"], rtol=0, atol=1e-9)
     with torch.no_grad():
         masked_logits = model(images * result.saliency)
     np.testing.assert_allclose(masked_logits, golden["masked_logits"], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("depth", [3, 4])
-def test_agrees_with_the_loop_version(tiny, images, class_idx, depth):
-    # before the last ReLU the feature maps have both signs
-    layer, tiny.head = ("features" if depth == 4 else "features.2"), tiny.features[:depth]
-    result = opti_cam(tiny, images[:2], class_idx[:2], layer=layer, num_steps=4, lr=0.3)
-    for b in range(2):
-        image, label = images[b].numpy(), int(class_idx[b])
-        u = references.opti_cam(tiny, tiny.head, image, label, num_steps=4, lr=0.3)
-        features = tiny.head(images[b : b + 1])[0].detach().numpy()
-        np.testing.assert_allclose(result.weights[b], references.softmax(u), rtol=0, atol=1e-6)
-        np.testing.assert_allclose(
-            result.saliency[b, 0], references.opti_cam_map(features, u, 24, 32), rtol=0, atol=1e-5
-        )
+LAYERS = {
+    "after ReLU": ["features"],
+    "both signs": ["features.2"],
+    "early": ["features.0"],
+    "several": ["features.0", "features.3"],
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
+    images = torch.rand(1, 3, 10, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    result = opti_cam(
+        tiny,
+        images,
+        torch.tensor([3]),
+        layer=layers if len(layers) > 1 else layers[0],
+        objective=_rising(OBJECTIVES[objective]),
+        normalize=NORMALIZATIONS[normalize],
+        num_steps=3,
+        lr=0.3,
+    )
+    features = [maps[0].numpy() for maps in feature_maps(tiny, images, layers)[0]]
+    slow = getattr(references, objective), getattr(references, {"max": "by_max"}.get(normalize, normalize))
+    u, saliency = references.opti_cam(tiny, features, images[0].numpy(), 3, 3, 0.3, *slow)
+    widths = np.cumsum([len(maps) for maps in features])[:-1]
+    weights = np.concatenate([references.softmax(part) for part in np.split(u, widths)])
+    np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
+
+
+def _rising(objective):
+    """The objective plus 1000 a call: same gradients, and the last map is the best, as the published code keeps it."""
+    calls = count()
+    return lambda *arguments: objective(*arguments) + 1000 * next(calls)
 
 
 def test_objective_is_the_logit_of_the_masked_image(tiny, images, class_idx):
@@ -185,3 +215,142 @@ def test_bad_input_in_one_sentence(tiny, images, class_idx, change, message):
 def test_methods_entry_is_the_map_of_the_record(tiny, images, class_idx):
     saliency = METHODS["opti_cam"](tiny, images, class_idx, layer="features", num_steps=3)
     assert torch.equal(saliency, opti_cam(tiny, images, class_idx, layer="features", num_steps=3).saliency)
+
+
+OPTIONS = {
+    "paper": {},
+    "fast": SCHEDULES["fast"] | {"num_steps": 12},
+    "difference": {"objective": OBJECTIVES["logit_difference"]},
+    "margin": {"objective": OBJECTIVES["logit_margin"]},
+    "sigmoid": {"normalize": NORMALIZATIONS["sigmoid"]},
+    "max": {"normalize": NORMALIZATIONS["max"]},
+    "layers": {"layer": ["features.0", "features"]},
+    "mean": {"baseline": BASELINES["mean"]},
+    "blur": {"baseline": BASELINES["blur"]},
+    "tol": {"tol": 1e-3, "patience": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_batch_and_chunks_do_not_matter_for_any_option(tiny, images, class_idx, options):
+    options = {"layer": "features", "num_steps": 12, **options}
+    batch = opti_cam(tiny, images, class_idx, **options)
+    for size in (1, 2):
+        for whole, chunked in zip(batch, opti_cam(tiny, images, class_idx, batch_size=size, **options), strict=True):
+            torch.testing.assert_close(whole, chunked, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def test_baseline_shows_where_the_map_is_zero(tiny, images, class_idx):
+    given = torch.rand(5, 3, 24, 32, dtype=torch.float64)
+    for baseline, shown in ((mean_color, mean_color(images)), (given, given), (given[:1], given[:1]), (None, 0)):
+        result = opti_cam(tiny, images, class_idx, layer="features", num_steps=3, baseline=baseline, batch_size=2)
+        masked = images * result.saliency + shown * (1 - result.saliency)
+        logits = tiny(masked).gather(1, class_idx[:, None])[:, 0]
+        torch.testing.assert_close(result.objective.amax(1), logits, rtol=0, atol=1e-12)
+
+
+def test_start(tiny, images, class_idx):
+    u = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = u.clone()
+    result = opti_cam(tiny, images, class_idx, layer="features", num_steps=0, u=u)
+    torch.testing.assert_close(result.weights, u.softmax(1))
+    opti_cam(tiny, images, class_idx, layer="features", num_steps=2, u=u, batch_size=2)
+    assert torch.equal(u, kept)
+    with pytest.raises(ValueError, match=r"u: wanted shape \(5,6\), got \(5, 7\)"):
+        opti_cam(tiny, images, class_idx, layer="features", u=torch.zeros(5, 7))
+
+
+TOL = 0.003
+
+
+def test_an_image_stops_by_itself_and_costs_nothing_from_then_on(tiny, images, class_idx):
+    sizes = []
+    tiny.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    options = {"layer": "features", "num_steps": 60, "lr": 0.3}
+    full = opti_cam(tiny, images, class_idx, **options)
+    sizes.clear()
+    stopped = opti_cam(tiny, images, class_idx, tol=TOL, patience=3, **options)
+    taken = (~stopped.objective.isnan()).sum(1)
+    assert taken.unique().numel() > 1  # not all at once, else this test shows little
+    assert sum(sizes) == len(images) + taken.sum()
+    for b, count_b in enumerate(taken.tolist()):
+        torch.testing.assert_close(stopped.objective[b, :count_b], full.objective[b, :count_b], rtol=0, atol=1e-9)
+        values, goal, stale = full.objective[b].tolist(), -float("inf"), 0
+        for t, value in enumerate(values):  # the rule once more, by hand
+            if t == 0 or value > goal + TOL * abs(goal):
+                goal, stale = value, 0
+            else:
+                stale += 1
+            if stale == 3:
+                break
+        assert count_b == t + 1
+
+
+def test_out_of_memory_halves_what_is_in_flight_and_says_so(tiny, images, class_idx):
+    def limited(module, args):
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    expected = opti_cam(tiny, images, class_idx, layer="features", num_steps=3)
+    tiny.register_forward_pre_hook(limited)
+    with pytest.warns(UserWarning, match="out of memory: going on with") as said:
+        result = opti_cam(tiny, images, class_idx, layer="features", num_steps=3)
+    assert [str(warning.message).split()[6] for warning in said] == ["3", "2"]  # 5 -> 3 -> 2, then no more
+    torch.testing.assert_close(result.saliency, expected.saliency, rtol=0, atol=1e-10)
+
+
+def test_out_of_memory_for_a_single_image_is_the_callers(tiny, images, class_idx):
+    def none_left(module, args):
+        raise torch.OutOfMemoryError("no room")
+
+    tiny.register_forward_pre_hook(none_left)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        opti_cam(tiny, images[:1], class_idx[:1], layer="features", num_steps=3)
+
+
+def test_autocast_reduces_the_passes_only(images, class_idx):
+    torch.manual_seed(0)
+    model = TinyCNN()
+    seen = []
+    model.fc.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    result = opti_cam(model, images.float(), class_idx, layer="features", num_steps=5, autocast=torch.bfloat16)
+    exact = opti_cam(model, images.float(), class_idx, layer="features", num_steps=5)
+    assert set(seen[:7]) == {torch.bfloat16}
+    assert set(seen[7:]) == {torch.float32}
+    assert result.saliency.dtype == result.objective.dtype == torch.float32
+    torch.testing.assert_close(result.objective, exact.objective, rtol=0, atol=0.03)
+
+
+def test_memory_does_not_grow_with_the_steps(tiny, images, class_idx):
+    graphs, alive = [], []
+
+    def spy(masked_logits, logits, class_idx):
+        alive.append(sum(reference() is not None for reference in graphs))
+        graphs.append(weakref.ref(masked_logits))
+        return class_logit(masked_logits, logits, class_idx)
+
+    opti_cam(tiny, images, class_idx, layer="features", num_steps=8, objective=spy)
+    assert max(alive) <= 1
+
+
+def test_own_optimizer(tiny, images, class_idx):
+    def sgd(u, lr, num_steps):
+        return torch.optim.SGD([u], lr=lr, maximize=True), None
+
+    rising = opti_cam(tiny, images, class_idx, layer="features", optimizer=sgd, lr=5.0, num_steps=5).objective
+    assert (rising.diff() > 0).all()
+    assert not torch.equal(rising, opti_cam(tiny, images, class_idx, layer="features", optimizer=adam, num_steps=5)[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tol": -1.0}, "tol: wanted at least 0"),
+        ({"patience": 0}, "patience: wanted at least 1"),
+        ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
+        ({"layer": []}, "layer: wanted at least one"),
+    ],
+)
+def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
+    with pytest.raises(ValueError, match=message):
+        opti_cam(tiny, images, class_idx, **{"layer": "features", **change})
