@@ -1,10 +1,13 @@
 """The command line: opticam explain | run | render. Bad input ends in one sentence and exit code 2."""
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from opticam.datasets import REPOSITORY
 from opticam.runner import (
     NotebookError,
     find_notebook,
@@ -14,6 +17,8 @@ from opticam.runner import (
     run_notebook,
 )
 
+RESULTS = REPOSITORY / "data" / "results" / "notebooks"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -22,14 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `opticam`; by default those of the process.
 
     Returns:
-        0 if all went well, 1 if a notebook failed, 2 for bad input.
+        0 if all went well, 1 if a notebook failed, 2 for bad input, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, OSError) as error:
-        print(f"opticam: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"opticam: {error or 'not enough memory'}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("opticam: interrupted", file=sys.stderr)
+        return 130
     except NotebookError as error:
         print(f"opticam: {error}", file=sys.stderr)
         return 1
@@ -44,17 +55,17 @@ def explain(options: argparse.Namespace) -> int:
 
     from opticam.datasets import read_image, to_input
     from opticam.evaluate import score
-    from opticam.methods import METHODS
+    from opticam.methods import find_method
     from opticam.models import class_index, load_model
     from opticam.plotting import METHOD_LABELS, explanation_figure, save_figure, use_style
     from opticam.saliency import apply_mask
 
-    if options.method not in METHODS:
-        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {options.method!r}")
-    output = Path(options.output or f"{Path(options.photo).stem}.{options.method}.png")
-    if output.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"output: wanted a name ending in .png, .pdf or .svg, got {str(output)!r}")
+    method = find_method(options.method)
     photo = read_image(options.photo)
+    default = f"{Path(options.photo).stem}.{options.method}.png"
+    output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
+    if output.resolve() == Path(options.photo).resolve():
+        raise ValueError(f"output: {output} is the photo itself; wanted another name")
     model = load_model(options.model, device=options.device)
     images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
     with torch.no_grad():
@@ -66,7 +77,7 @@ def explain(options: argparse.Namespace) -> int:
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if options.class_name is None else class_index(options.class_name, model.class_names)
     class_idx = torch.tensor([chosen], device=options.device)
-    saliency = METHODS[options.method](model, images, class_idx, layer=options.layer)
+    saliency = method(model, images, class_idx, layer=options.layer)
     row = score(model, images, class_idx, saliency).iloc[0]
     p, o = 100 * row["prob"], 100 * row["masked_prob"]
     name = model.class_names[chosen]
@@ -102,10 +113,30 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("parameter: wanted exactly one notebook to go with -p")
     if options.output and len(notebooks) != 1:
         raise ValueError("output: wanted exactly one notebook to go with -o")
-    folder = find_notebook(notebooks[0]).parent.parent / "data" / "results" / "notebooks"
     for path in notebooks:
-        print(f"wrote {run_notebook(path, options.output or folder / path.name, given)}", flush=True)
+        output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
+        beside = {}
+        if given or options.output is not None:  # the committed figures stay those of the demo
+            places = {"figures": output.parent / "figures", "results": output.parent}
+            known = notebook_parameters(path)
+            beside = {name: str(place.absolute()) for name, place in places.items() if name in known}
+        print(f"wrote {run_notebook(path, output, beside | given)}", flush=True)
     return 0
+
+
+def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
+    path = Path(output)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"output: wanted a name ending in {' or '.join(suffixes)}, got {output!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:
+        raise OSError(f"output: cannot write in {str(path.parent)!r} ({error})") from error
+    if path.is_dir():
+        raise ValueError(f"output: {output!r} is a folder; wanted the name of a file")
+    return path
 
 
 def render(options: argparse.Namespace) -> int:
@@ -129,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class"
     )
-    command.add_argument("--method", default="opti_cam", help="default: opti_cam")
+    command.add_argument(
+        "--method", default="opti_cam", help="opti_cam (default), grad_cam, ...; an unknown name lists them all"
+    )
     command.add_argument("--layer", help="dotted name of the target layer; default: the model's own")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     command.add_argument("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")
@@ -137,7 +170,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="run notebooks with parameters", description=run.__doc__)
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
-    command.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
+    command.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a parameter; figures and tables then go beside the output",
+    )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
     command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")
     command.set_defaults(command=run)

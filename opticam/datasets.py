@@ -58,6 +58,8 @@ class Photos(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
         photo = read_image(self.paths[index])
         image = to_input(photo, self.input_size, self.resize)
         boxes = boxes_to_input(self.boxes[index], photo.size, self.input_size, self.resize)

@@ -36,9 +36,13 @@ def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor)
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
+    if not isinstance(saliency, Tensor):
+        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
     wanted = (len(images), 1, *images.shape[-2:])
     if saliency.shape != wanted:
         raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
+    if ((saliency < 0) | (saliency > 1)).any():
+        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
     with frozen(model), torch.no_grad():
         logits = model(images)
         check_class_range(class_idx, logits.shape[1])
@@ -74,7 +78,12 @@ def evaluate(
     Returns:
         One row per image and method: `image`, `label`, `class_idx`, `method`, the columns of `score`, and `status`:
         "ok", or "degenerate" where the map is constant.
+
+    Raises:
+        ValueError: `batch_size` is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
     device = next(model.parameters()).device
     batches: Iterable = DataLoader(dataset, batch_size=batch_size, collate_fn=list)
     tables = []

@@ -1,5 +1,6 @@
 """Networks by name: each record says how to build one, where its target layer is and what images it wants."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -82,7 +83,7 @@ def class_index(name: str | int, class_names: list[str]) -> int:
         ValueError: an index out of range, an unknown name, or a name that two classes share.
     """
     text = str(name).strip()
-    if text.lstrip("-").isdecimal():
+    if re.fullmatch(r"-?\d+", text):
         if not 0 <= int(text) < len(class_names):
             raise ValueError(f"class: wanted an index in 0..{len(class_names) - 1}, got {text}")
         return int(text)
@@ -112,11 +113,9 @@ def load_model(name: str, *, pretrained: bool = True, device: str | torch.device
     if name not in MODELS:
         raise ValueError(f"model: wanted one of {', '.join(MODELS)}, got {name!r}")
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: wanted a torch device such as 'cpu' or 'cuda', got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} is not available on this machine; wanted 'cpu'")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise ValueError(f"device: wanted one that works here, such as 'cpu' or 'cuda', got {device!r}") from error
     spec = MODELS[name]
     try:
         network = spec.build(pretrained)

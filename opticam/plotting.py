@@ -17,10 +17,21 @@ from torch import Tensor
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 _COLORS = sns.color_palette("colorblind")
-METHOD_LABELS = {"fake_cam": "Fake-CAM", "grad_cam": "Grad-CAM", "opti_cam": "Opti-CAM"}
-METHOD_COLORS = {"fake_cam": _COLORS[7], "grad_cam": _COLORS[0], "opti_cam": _COLORS[3]}
+METHOD_LABELS = {
+    "fake_cam": "Fake-CAM",
+    "equal_weights": "Equal weights",  # Opti-CAM before its first step
+    "grad_cam": "Grad-CAM",
+    "opti_cam": "Opti-CAM",
+}
+METHOD_COLORS = {
+    "fake_cam": _COLORS[2],
+    "equal_weights": _COLORS[8],
+    "grad_cam": _COLORS[0],
+    "opti_cam": _COLORS[3],
+}
 METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
-SALIENCY_CMAP = "inferno"
+# the pale end is cut off: over a gray photo it would look weaker than what surrounds it
+SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
 
 
 def use_style() -> None:
@@ -53,7 +64,7 @@ def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55) -> np.ndarray:
     Returns:
         (H,W,3) float in [0,1].
     """
-    colored = mpl.colormaps[SALIENCY_CMAP](to_picture(saliency))[..., :3]
+    colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
     gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
     return alpha * colored + (1 - alpha) * gray[..., None]
 
@@ -114,17 +125,18 @@ def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: 
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
-def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
     Args:
         summary: from `evaluate.summarize`, in percent.
         columns: column -> title of its panel.
+        num_images: over how many images, for the note below.
 
     Returns:
         The figure, not shown.
     """
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.0), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), squeeze=False, sharey=True)
     names = [METHOD_LABELS.get(method, method) for method in summary.index]
     colors = [METHOD_COLORS.get(method, _COLORS[-1]) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
@@ -134,8 +146,10 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         for position, value in enumerate(mean):
             ax.annotate(f"{value:.1f}", (position - 0.06, value), ha="right", va="bottom", fontsize=9)
         ax.set_title(title)
-        ax.tick_params(axis="x", labelrotation=25)
-    axes[0, 0].set(ylabel="%", ylim=(0, 105))
+        ax.tick_params(axis="x", labelsize=9)
+        ax.set_xticks(range(len(names)), [name.replace(" ", "\n").replace("-", "-\n") for name in names])
+    axes[0, 0].set(ylabel="%", ylim=(0, 112))
+    figure.supxlabel(f"mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
     return figure
 
 
@@ -163,7 +177,8 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")
         ax.set_title(f"{METRIC_LABELS.get(metric_name, metric_name)} (white 0, dark 1)")
     axes[0, 0].set_ylabel("$o$, for the masked image")
-    axes[0, 0].legend(fontsize=9, loc="upper left", framealpha=0.9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -189,8 +204,10 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
 
 
 def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:
-    """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`."""
-    for xmin, ymin, xmax, ymax in boxes.tolist():
+    """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`; what lies outside, at its edge."""
+    height, width = ax.images[0].get_size()
+    inside = torch.stack([boxes[:, 0::2].clamp(1, width - 2), boxes[:, 1::2].clamp(1, height - 2)], 2).flatten(1)
+    for xmin, ymin, xmax, ymax in inside.tolist():
         ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=1.5))
 
 

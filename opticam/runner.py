@@ -5,7 +5,6 @@ parameters are checked before anything starts, and a notebook is under its own n
 """
 
 import ast
-import json
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def find_notebook(name: str | Path) -> Path:
     if path.suffix == ".ipynb" and path.is_file():
         return path
     for known in list_notebooks():
-        if str(name) in (known.name, known.stem, known.stem[:2]):
+        if str(name) in (known.name, known.stem, known.stem[:2], known.stem[:2].lstrip("0")):
             return known
     raise ValueError(
         f"notebook: wanted one of {', '.join(path.stem for path in list_notebooks())}, or a path, got {str(name)!r}"
@@ -234,6 +233,13 @@ def _joined_streams(outputs: list) -> list:
     return joined
 
 
+_READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+}
+
+
 def _cast(name: str, value: Any, kind: str) -> Any:
     wanted = ValueError(f"parameter {name}: wanted {kind}, got {value!r}")
     if kind == "str" and isinstance(value, str):
@@ -244,10 +250,10 @@ def _cast(name: str, value: Any, kind: str) -> Any:
         if isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value):
             return list(value)
         raise wanted
-    if kind in ("int", "float", "bool") and isinstance(value, str):
+    if isinstance(value, str) and kind in _READERS:
         try:
-            value = json.loads(value.lower() if kind == "bool" else value)
-        except json.JSONDecodeError:
+            value = _READERS[kind](value)
+        except (ValueError, KeyError):
             raise wanted from None
     if kind == "bool" and isinstance(value, bool):
         return value

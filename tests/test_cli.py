@@ -62,16 +62,25 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--class", "-1"], "class: wanted an index in 0..999, got -1"),
         ([PHOTO, "--class", "eagel"], "class: wanted an index in 0..999 or a class name, got 'eagel'"),
         ([PHOTO, "--model", "resnet51"], "model: wanted one of efficientnet_lite0"),
-        ([PHOTO, "--method", "gradcam"], "method: wanted one of fake_cam, grad_cam, opti_cam, got 'gradcam'"),
+        (
+            [PHOTO, "--method", "gradcam"],
+            "method: wanted one of fake_cam, equal_weights, grad_cam, opti_cam, got 'gradcam'",
+        ),
         ([PHOTO, "--method", "grad_cam", "--layer", "layer4"], "layer: no 'layer4' in EfficientNet"),
         ([PHOTO, "--method", "grad_cam", "--layer", "classifier"], "layer: wanted feature maps (B,K,h,w)"),
-        ([PHOTO, "--device", "gpu"], "device: wanted a torch device"),
-        ([PHOTO, "--output", "out.txt"], "output: wanted a name ending in .png, .pdf or .svg, got 'out.txt'"),
-        ([PHOTO, "--method", "grad_cam", "--output", "text.jpg/out.png"], "text.jpg"),
+        ([PHOTO, "--device", "gpu"], "device: wanted one that works here"),
+        ([PHOTO, "--output", "out.txt"], "output: wanted a name ending in .png or .pdf or .svg, got 'out.txt'"),
+        ([PHOTO, "--output", "text.jpg/out.png"], "output: cannot write in 'text.jpg'"),
+        ([PHOTO, "--output", "folder.png"], "output: 'folder.png' is a folder"),
+        ([PHOTO, "--output", ""], "output: wanted a name ending in"),
+        (["photo.png", "--output", "photo.png"], "output: photo.png is the photo itself"),
+        ([PHOTO, "--method", "grad_cam", "--layer", ""], "layer: no '' in EfficientNet; wanted a dotted name such as"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(words, sentence, capsys, folder):
     (folder / "text.jpg").write_text("hello")
+    (folder / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save("photo.png")
     assert cli.main(["explain", *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error
@@ -96,6 +105,24 @@ def test_bad_runs_end_in_one_sentence(words, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_one_sentence(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "find_notebook", interrupt)
+    assert cli.main(["run", "03"]) == 130
+    assert capsys.readouterr().err == "opticam: interrupted\n"
+
+
+def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatch, folder):
+    runs = []
+    monkeypatch.setattr(cli, "run_notebook", lambda path, output, given: runs.append((output, given)))
+    cli.main(["run", "03"])
+    cli.main(["run", "03", "-p", "limit=2", "-p", "results=elsewhere", "-o", "deep/o.ipynb"])
+    assert runs[0] == (cli.RESULTS / "03_faithfulness.ipynb", {})
+    assert runs[1][1] == {"figures": str(folder / "deep" / "figures"), "results": "elsewhere", "limit": "2"}
 
 
 def test_a_failing_notebook_ends_with_one(capsys, folder):

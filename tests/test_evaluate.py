@@ -37,6 +37,12 @@ def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):
 def test_score_refuses_wrong_maps_and_classes(tiny, images, class_idx):
     with pytest.raises(ValueError, match=r"saliency: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)"):
         score(tiny, images, class_idx, torch.ones(5, 24, 32))
+    with pytest.raises(ValueError, match=r"saliency: wanted values in \[0,1\], got \[0, 255\]"):
+        score(tiny, images, class_idx, torch.arange(5 * 768).remainder(256).reshape(5, 1, 24, 32))
+    with pytest.raises(TypeError, match="saliency: wanted a tensor"):
+        score(tiny, images, class_idx, np.ones((5, 1, 24, 32)))
+    with pytest.raises(ValueError, match="batch_size: wanted at least 1"):
+        evaluate(tiny, [], {}, batch_size=0)
     with pytest.raises(ValueError, match=r"class_idx: wanted indices in 0\.\.4, got 7"):
         score(tiny, images, class_idx + 3, torch.ones(5, 1, 24, 32))
 

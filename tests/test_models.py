@@ -79,13 +79,16 @@ def test_unreachable_weights_end_in_one_sentence(monkeypatch):
 def test_bad_names():
     with pytest.raises(ValueError, match=r"model: wanted one of efficientnet_lite0, .* got 'resnet51'"):
         load_model("resnet51")
-    with pytest.raises(ValueError, match="device: wanted a torch device"):
+    with pytest.raises(ValueError, match="device: wanted one that works here"):
         load_model("efficientnet_lite0", device="gpu")
+    for device in ("meta", "hpu", "vulkan"):
+        with pytest.raises(ValueError, match="device: wanted one that works here"):
+            load_model("efficientnet_lite0", device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_device():
-    with pytest.raises(ValueError, match="cuda is not available"):
+    with pytest.raises(ValueError, match=r"device: wanted one that works here, .* got 'cuda'"):
         load_model("efficientnet_lite0", device="cuda")
 
 
@@ -104,6 +107,8 @@ def test_class_index():
         class_index("crane", ["crane", "heron", "Crane"])
     with pytest.raises(ValueError, match="got 'quux'"):
         class_index("quux", names)
+    with pytest.raises(ValueError, match="got '--5'"):
+        class_index("--5", names)
     with pytest.raises(ValueError, match="got ''"):
         class_index("", names)
 

@@ -19,14 +19,18 @@ pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: 
 def text_of(cell):
     """Source of the outputs that a person reads as text."""
     outputs = cell.get("outputs", [])
-    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    data = [output.get("data", {}) for output in outputs]
+    return "\n".join(
+        [output.get("text", "") for output in outputs]
+        + [shown.get("text/markdown", shown.get("text/plain", "")) for shown in data]
+    )
 
 
 def test_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     first, second = notebook.cells[:2]
-    assert re.match(r"# .+\?\n\n\*\*.+\*\*\n\nReads .+ Writes .+ Time: ", first.source), (
+    assert re.match(r"# .+\?\n\n\*\*.+\*\*\n\n.+\n\nReads .+ Writes .+ Time: ", first.source), (
         "question, answer, reads, writes, time"
     )
     assert second.metadata.get("tags") == ["parameters"]

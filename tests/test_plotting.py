@@ -74,7 +74,7 @@ def test_bars_and_table_show_the_summary():
     )
     table = interval_table(summary, {"average_gain": "AG"})
     assert table.loc["Opti-CAM", "AG"] == "75.0 [66.0, 83.0]"
-    (ax,) = metric_bars(summary, {"average_gain": "AG"}).axes
+    (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
     assert [bar.get_height() for bar in ax.patches] == [10, 75.04]
 
 
@@ -83,6 +83,9 @@ def test_boxes_are_drawn_in_x_and_y():
     show_boxes(figure.axes[0], torch.tensor([[2.0, 5.0, 12.0, 8.0]]))
     (patch,) = figure.axes[0].patches
     assert (patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) == (2, 5, 10, 3)
+    show_boxes(figure.axes[0], torch.tensor([[-9.0, 5.0, 12.0, 99.0]]))
+    patch = figure.axes[0].patches[1]
+    assert (patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) == (1, 5, 11, 13)
 
 
 def test_metric_values_shows_the_metric_and_the_images():

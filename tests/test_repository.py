@@ -42,7 +42,8 @@ def test_the_table_of_the_readme_is_the_output_of_notebook_03():
     readme = (REPOSITORY / "README.md").read_text()
     table = re.search(r"<!-- printed by notebooks/03_faithfulness -->\n(.+?)\n\n", readme, re.S).group(1)
     notebook = nbformat.read(REPOSITORY / "notebooks" / "03_faithfulness.ipynb", as_version=4)
-    printed = "\n".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "\n".join(data.get("text/markdown", "") for data in outputs)
     assert table.count("\n") >= 4
     assert table in printed
 

@@ -46,7 +46,13 @@ def test_the_numbered_notebooks_are_found_by_number_name_and_path():
     paths = list_notebooks()
     assert [path.stem[:2] for path in paths] == ["01", "02", "03"]
     for path in paths:
-        assert find_notebook(path.stem[:2]) == find_notebook(path.stem) == find_notebook(path) == path
+        assert (
+            find_notebook(path.stem[:2])
+            == find_notebook(path.stem[1])
+            == find_notebook(path.stem)
+            == find_notebook(path)
+            == path
+        )
     with pytest.raises(ValueError, match=r"notebook: wanted one of 01_opti_cam_step_by_step, .* got '99'"):
         find_notebook("99")
 
@@ -62,6 +68,7 @@ def test_parameters_are_read_with_type_default_and_help(notebook):
         ({"count": "7"}, 7),
         ({"count": 7}, 7),
         ({"rate": "1"}, 1.0),
+        ({"rate": ".5"}, 0.5),
         ({"rate": 1e-3}, 0.001),
         ({"name": "7"}, "7"),
         ({"loud": "true"}, True),

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opticam.features import Layer
 from opticam.methods.cam import fake_cam, grad_cam
 from opticam.methods.opti_cam import OBJECTIVES, SCHEDULES, OptiCAMResult, class_logit, opti_cam
 
@@ -13,10 +14,37 @@ def _opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options
     return opti_cam(model, images, class_idx, **options).saliency
 
 
+def _equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    return opti_cam(model, images, class_idx, layer=layer, num_steps=0).saliency
+
+
 METHODS: dict[str, Callable[..., Tensor]] = {
     "fake_cam": fake_cam,
+    "equal_weights": _equal_weights,  # Opti-CAM before its first step: the mean of the feature maps
     "grad_cam": grad_cam,
     "opti_cam": _opti_cam_map,
 }
 
-__all__ = ["METHODS", "OBJECTIVES", "SCHEDULES", "OptiCAMResult", "class_logit", "fake_cam", "grad_cam", "opti_cam"]
+
+def find_method(name: str) -> Callable[..., Tensor]:
+    """The method of that name in `METHODS`.
+
+    Raises:
+        ValueError: no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+__all__ = [
+    "METHODS",
+    "OBJECTIVES",
+    "SCHEDULES",
+    "OptiCAMResult",
+    "class_logit",
+    "fake_cam",
+    "find_method",
+    "grad_cam",
+    "opti_cam",
+]

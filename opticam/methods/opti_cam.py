@@ -135,9 +135,9 @@ def opti_cam(
     `S(u) = n(up(sum_k softmax(u)_k relu(A_k)))` and `u* = argmax_u f(x * S(u))_c`, by Adam from constant `u`. Several
     layers have a softmax each, and their upsampled sums are added before `n`.
 
-    Two deviations from the published code, both named in `definitions.md` as faults of it: the objective is summed over
-    the batch, so an image's map does not depend on its neighbours; and the best map seen is kept, which for a rising
-    objective is the last one. That takes T+1 forward and T backward passes, and one more forward for the features.
+    Two deviations from the published code: the objective is summed over the batch and not averaged, so an image's map
+    does not depend on its neighbours; and the best map seen is kept, which for a rising objective is the last one. T
+    steps take T+1 forward and T backward passes, and one more forward for the features.
 
     Args:
         model: takes `images` and returns logits (B,C). Left as found: mode, flags, gradients, hooks.
@@ -170,9 +170,9 @@ def opti_cam(
     """
     check_inputs(model, images, class_idx)
     for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
-        if number is not None and number < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {number}")
-    if not lr > 0:
+        if number is not None and not (isinstance(number, int) and number >= least):
+            raise ValueError(f"{name}: wanted a whole number of at least {least}, got {number!r}")
+    if not 0 < lr < torch.inf:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")

@@ -31,7 +31,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
         masked_probs: (B,) o in [0,1].
 
     Returns:
-        (B,) float64, a fraction in [0,1]; 0 where p is 0 (nothing to lose).
+        (B,) float64, a fraction in [0,1]; 0 where p is 0 (nothing to lose); NaN where a probability is NaN.
 
     Raises:
         ValueError: shapes differ or a value is outside [0,1].
@@ -53,7 +53,7 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
         masked_probs: (B,) o in [0,1].
 
     Returns:
-        (B,) float64, 0 or 1.
+        (B,) float64, 0 or 1; NaN where a probability is NaN.
 
     Raises:
         ValueError: shapes differ or a value is outside [0,1].
@@ -62,7 +62,7 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
         Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
-    return (o > p).double()
+    return torch.where(p.isnan() | o.isnan(), torch.nan, (o > p).double())
 
 
 def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
         masked_probs: (B,) o in [0,1].
 
     Returns:
-        (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted.
+        (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted; NaN where a probability is.
 
     Raises:
         ValueError: shapes differ or a value is outside [0,1].

@@ -198,7 +198,9 @@ def test_lower_precision_networks(images, class_idx, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": -1}, "num_steps: wanted at least 0, got -1"),
+        ({"num_steps": -1}, "num_steps: wanted a whole number of at least 0, got -1"),
+        ({"num_steps": 2.5}, r"num_steps: wanted a whole number of at least 0, got 2\.5"),
+        ({"lr": float("inf")}, "lr: wanted a positive number, got inf"),
         ({"lr": 0.0}, "lr: wanted a positive number, got 0.0"),
         ({"lr": float("nan")}, "lr: wanted a positive number"),
         ({"class_idx": torch.tensor([0, 1, 2, 3, 5])}, "class_idx: wanted indices in 0..4, got 5"),
@@ -346,8 +348,8 @@ def test_own_optimizer(tiny, images, class_idx):
     ("change", "message"),
     [
         ({"tol": -1.0}, "tol: wanted at least 0"),
-        ({"patience": 0}, "patience: wanted at least 1"),
-        ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
+        ({"patience": 0}, "patience: wanted a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size: wanted a whole number of at least 1, got 0"),
         ({"layer": []}, "layer: wanted at least one"),
     ],
 )

@@ -49,10 +49,10 @@ def test_probability_keeps_the_digits_of_one_minus_p():
     assert (1 - p).item() == pytest.approx(1 / (1 + math.exp(20)), rel=1e-6)
 
 
-def test_nan_stays_nan():
-    nan = torch.tensor([math.nan])
-    for metric in (average_drop, average_gain):
-        assert metric(torch.tensor([0.5]), nan).isnan().all() or metric(torch.tensor([0.5]), nan).item() != 0
+@pytest.mark.parametrize("name", METRICS)
+def test_nan_stays_nan(name):
+    p, o = torch.tensor([math.nan, 0.5, math.nan]), torch.tensor([0.5, math.nan, math.nan])
+    assert METRICS[name](p, o).isnan().all()
 
 
 @pytest.mark.parametrize("name", METRICS)
