@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks test
+.PHONY: setup figures notebooks bench test
 
 setup: .venv/.installed
 
@@ -19,6 +19,10 @@ figures: setup
 
 notebooks: setup
 	$(BIN)/opticam render
+
+bench: setup
+	$(BIN)/python benchmarks/published.py
+	$(BIN)/python benchmarks/schedules.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Images in [0,1] with name, label and boxes: reading any photo, the network's input frame, the embedded demo."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,6 +171,47 @@ def demo(input_size: int = 224, resize: int = 256, limit: int | None = None) -> 
     table = pd.read_csv(annotations)
     labels = [int(re.findall(r"\d+", path.stem)[-1]) for path in paths]
     boxes = [torch.tensor(table.loc[table["image"] == path.name, BOX_COLUMNS].to_numpy("float32")) for path in paths]
+    return Photos(paths, labels, boxes, input_size, resize)
+
+
+def imagenet(
+    root: str | Path | None = None, input_size: int = 224, resize: int = 256, limit: int | None = None
+) -> Photos:
+    """Validation images of ILSVRC-2012 in the Kaggle layout, in the order of `LOC_val_solution.csv`.
+
+    Args:
+        root: folder with `LOC_val_solution.csv`, `LOC_synset_mapping.txt` and `ILSVRC/Data/CLS-LOC/val/`; by default
+            the environment variable OPTICAM_IMAGENET.
+        input_size: side of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        limit: only the first so many images; None for all.
+
+    Raises:
+        FileNotFoundError: no root is given, or the tables are not there.
+        ValueError: `limit` is not positive, or a table is malformed.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: wanted at least 1 image, got {limit}")
+    root = root or os.environ.get("OPTICAM_IMAGENET")
+    if not root:
+        raise FileNotFoundError("root: wanted the folder of ImageNet, as argument or in OPTICAM_IMAGENET")
+    root = Path(root)
+    synsets, solution = root / "LOC_synset_mapping.txt", root / "LOC_val_solution.csv"
+    for table in (synsets, solution):
+        if not table.is_file():
+            raise FileNotFoundError(f"root: no {table.name} in {root}; wanted the Kaggle layout of ILSVRC-2012")
+    wnids = sorted(line.split()[0] for line in synsets.read_text().splitlines() if line.strip())
+    index = {wnid: label for label, wnid in enumerate(wnids)}  # torchvision numbers classes by their sorted wnids
+    paths, labels, boxes = [], [], []
+    for name, prediction in pd.read_csv(solution, nrows=limit).itertuples(index=False):
+        fields = prediction.split()
+        try:
+            labels.append(index[fields[0]])
+            found = [[float(value) for value in fields[i + 1 : i + 5]] for i in range(0, len(fields), 5)]
+            boxes.append(torch.tensor(found).reshape(-1, 4))
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{solution.name}: cannot read the row of {name} ({error})") from error
+        paths.append(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"{name}.JPEG")
     return Photos(paths, labels, boxes, input_size, resize)
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from opticam import datasets
-from opticam.datasets import boxes_to_input, demo, read_image, to_input
+from opticam.datasets import boxes_to_input, demo, imagenet, read_image, to_input
 from opticam.models import imagenet_classes
 
 RAMP = np.linspace(0, 255, 32 * 24).reshape(24, 32)
@@ -153,3 +153,52 @@ def test_demo_limit_and_missing_files(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "REPOSITORY", tmp_path)
     with pytest.raises(FileNotFoundError, match="wanted an editable install"):
         demo()
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """Two images of a made-up ImageNet with three classes, in the Kaggle layout."""
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n02 b\nn01 a, an a\nn03 c\n")
+    rows = ["ImageId,PredictionString", "second,n03 10 20 30 60 n03 0 0 5 6 ", "first,n01 1 2 3 4"]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
+    folder = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    folder.mkdir(parents=True)
+    for name in ("first", "second"):
+        Image.effect_noise((100, 80), 50).save(folder / f"{name}.JPEG")
+    return tmp_path
+
+
+def test_imagenet_in_the_kaggle_layout(kaggle, monkeypatch):
+    photos = imagenet(kaggle, input_size=64, resize=80)
+    assert [(sample.name, sample.label) for sample in photos] == [("second.JPEG", 2), ("first.JPEG", 0)]
+    # no resize, crop 64 of 100x80: left 18, top 8
+    assert photos[0].boxes.tolist() == [[-8, 12, 12, 52], [-18, -8, -13, -2]]
+    assert len(imagenet(kaggle, limit=1)) == 1
+    monkeypatch.setenv("OPTICAM_IMAGENET", str(kaggle))
+    assert len(imagenet()) == 2
+
+
+def test_imagenet_that_is_not_there_or_malformed(kaggle, monkeypatch):
+    monkeypatch.delenv("OPTICAM_IMAGENET", raising=False)
+    with pytest.raises(FileNotFoundError, match="root: wanted the folder of ImageNet"):
+        imagenet()
+    with pytest.raises(ValueError, match="limit: wanted at least 1 image"):
+        imagenet(kaggle, limit=0)
+    (kaggle / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nfirst,n99 1 2 3 4\n")
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: cannot read the row of first"):
+        imagenet(kaggle)
+    (kaggle / "LOC_synset_mapping.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"root: no LOC_synset_mapping\.txt"):
+        imagenet(kaggle)
+
+
+MINI = datasets.REPOSITORY.parent / "shared" / "imagenet_val_mini"
+
+
+@pytest.mark.skipif(not MINI.is_dir(), reason="no ImageNet images in ../shared/imagenet_val_mini")
+def test_real_imagenet_images():
+    photos = imagenet(MINI)
+    assert len(photos) == 300
+    sample = photos[0]
+    assert (sample.name, imagenet_classes()[sample.label]) == ("ILSVRC2012_val_00000347.JPEG", "canoe")
+    assert sample.boxes.shape == (8, 4)
