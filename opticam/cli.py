@@ -67,6 +67,7 @@ def explain(options: argparse.Namespace) -> int:
     if output.resolve() == Path(options.photo).resolve():
         raise ValueError(f"output: {output} is the photo itself; wanted another name")
     model = load_model(options.model, device=options.device)
+    named = None if options.class_name is None else class_index(options.class_name, model.class_names)
     images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
     with torch.no_grad():
         probs = model(images).double().softmax(1)[0]
@@ -75,14 +76,14 @@ def explain(options: argparse.Namespace) -> int:
     print(f"{options.photo}  {photo.width}x{photo.height}, seen by {model.name} as its centre, {side}x{side}")
     for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
-    chosen = int(top.indices[0]) if options.class_name is None else class_index(options.class_name, model.class_names)
+    chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
     saliency = method(model, images, class_idx, layer=options.layer)
     row = score(model, images, class_idx, saliency).iloc[0]
     p, o = 100 * row["prob"], 100 * row["masked_prob"]
     name = model.class_names[chosen]
     label = METHOD_LABELS[options.method]
-    print(f"{label} for {name} ({chosen}{', the predicted class' if options.class_name is None else ''})")
+    print(f"{label} for {name} ({chosen}{', the predicted class' if named is None else ''})")
     print(f"  probability {p:.1f} % -> {o:.1f} % when masked, logit {row['logit']:.2f} -> {row['masked_logit']:.2f}")
     print(f"  drop {100 * row['average_drop']:.1f} %, gain {100 * row['average_gain']:.1f} % of what was possible")
     if saliency.amax() == saliency.amin():
