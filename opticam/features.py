@@ -183,7 +183,9 @@ def features_and_gradients(
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured)
         class_logits = logits.gather(1, usable(class_idx)[:, None])
-        (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
+        gradients = None
+        if class_logits.requires_grad:
+            (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError("layer: the logits do not depend on its output")
     return _as_grid(features.detach(), model, images), _as_grid(gradients, model, images), logits.detach()

@@ -17,6 +17,7 @@ from opticam.features import Layer, check_class_range, check_inputs, feature_map
 from opticam.saliency import apply_mask, combine, min_max, upsample
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rows = Tensor | slice
 
 
 class OptiCAMResult(NamedTuple):
@@ -100,12 +101,14 @@ def adam(u: Tensor, lr: float, num_steps: int) -> tuple[torch.optim.Optimizer, L
     return torch.optim.Adam([u], lr=lr, betas=(0.9, 0.999), eps=1e-8, maximize=True), None
 
 
-def adam_cosine(u: Tensor, lr: float, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """Adam with short memory, betas (0.6, 0.9), its learning rate falling to 0 by half a cosine over the steps.
+def adam_cosine(
+    u: Tensor, lr: float, num_steps: int, betas: tuple[float, float] = (0.6, 0.9)
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Adam, by default with short memory, its learning rate falling to 0 by half a cosine over the steps.
 
     With 28 steps at 1.0 it comes near the paper's schedule, not up to it: see `benchmarks/results/schedules.json`.
     """
-    optimizer = torch.optim.Adam([u], lr=lr, betas=(0.6, 0.9), eps=1e-8, maximize=True)
+    optimizer = torch.optim.Adam([u], lr=lr, betas=betas, eps=1e-8, maximize=True)
     return optimizer, CosineAnnealingLR(optimizer, max(num_steps, 1))
 
 
@@ -198,7 +201,7 @@ def opti_cam(
             sums = [upsample(combine(maps, w), x.shape[-2:]) for maps, w in zip(features, weights, strict=True)]
             return normalize(sum(sums[1:], sums[0]))
 
-        def objective_of(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        def objective_of(rows: Rows) -> Callable[[Tensor], Tensor]:
             x_r, y_r, c_r, b_r = x[rows], y[rows].to(dtype), c[rows], None if b is None else b[rows]
             x_r = x_r.contiguous(memory_format=torch.channels_last)
             features_r = [maps[rows] for maps in features]
@@ -252,7 +255,7 @@ def softmax_by_layer(u: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _maximise(
-    objective_of: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    objective_of: Callable[[Rows], Callable[[Tensor], Tensor]],
     start: Tensor,
     optimizer: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
     num_steps: int,
@@ -263,12 +266,12 @@ def _maximise(
 
     `objective_of` gives, for the rows still at work, the function from their u to their objective.
     """
-    rows = torch.arange(len(start), device=start.device)
+    rows: Rows = slice(None)  # views, not copies, until an image stops
     u = start.clone().requires_grad_()
     ascent, decay = optimizer(u)
     history = start.new_full((len(start), num_steps + 1), torch.nan)
     best, best_u = start.new_full((len(start),), -torch.inf), start.clone()
-    goal, stale = best.clone(), torch.zeros_like(rows)
+    goal, stale = best.clone(), torch.zeros_like(start[:, 0], dtype=torch.int64)
     objective = objective_of(rows)
     for step in range(num_steps + 1):
         value = objective(u)
@@ -289,7 +292,7 @@ def _maximise(
             stale[rows] = torch.where(gained, 0, stale[rows] + 1)
             working = stale[rows] < patience
             if not working.all():  # the one synchronisation, and only where a tolerance was asked for
-                rows = rows[working]
+                rows = torch.arange(len(start), device=start.device)[rows][working]
                 if len(rows) == 0:
                     break
                 u, objective = _keep_rows(u, working, ascent), objective_of(rows)
