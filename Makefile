@@ -22,6 +22,8 @@ notebooks: setup
 
 bench: setup
 	$(BIN)/python benchmarks/published.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/schedules.py
 
 test: setup

@@ -16,33 +16,44 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from opticam import METHODS, evaluate, load_model
 from opticam.datasets import demo, imagenet
 from opticam.evaluate import bootstrap_interval
-from opticam.methods.opti_cam import SCHEDULES, adam, adam_cosine
+from opticam.methods.ascent import SCHEDULES, adam, adam_cosine, map_space, weight_space
 
 
-def nadam_cosine(u, lr, num_steps):
+def nadam_cosine(point, lr, num_steps):
     """Adam with Nesterov momentum, its learning rate falling by half a cosine."""
-    optimizer = torch.optim.NAdam([u], lr=lr, betas=(0.8, 0.999), maximize=True)
+    optimizer = torch.optim.NAdam([point], lr=lr, betas=(0.8, 0.999), maximize=True)
     return optimizer, CosineAnnealingLR(optimizer, max(num_steps, 1))
 
 
-CANDIDATES = {
-    **SCHEDULES,
-    "adam 0.1, 50 steps": {"optimizer": adam, "num_steps": 50, "lr": 0.1},
-    "adam 0.1, 28 steps": {"optimizer": adam, "num_steps": 28, "lr": 0.1},
-    "adam 1.0, 28 steps": {"optimizer": adam, "num_steps": 28, "lr": 1.0},
-}
+def cosine(*betas):
+    """`adam_cosine` with these betas."""
+    return partial(adam_cosine, betas=betas)
+
+
+CANDIDATES = {**SCHEDULES}
+for _steps in (50, 28, 18):
+    CANDIDATES[f"weights, Adam 0.1, {_steps} steps"] = {"optimizer": adam, "num_steps": _steps, "lr": 0.1}
 for _steps in (28, 18):
-    for _lr in (0.7, 1.0, 2.0):
-        _kinds = {
-            "nadam (0.8, 0.999)": nadam_cosine,
-            **{f"adam {betas}": partial(adam_cosine, betas=betas) for betas in ((0.9, 0.999), (0.8, 0.9), (0.6, 0.9))},
-        }
-        for _kind, _optimizer in _kinds.items():
-            CANDIDATES[f"{_kind} cosine {_lr}, {_steps} steps"] = {
-                "optimizer": _optimizer,
-                "num_steps": _steps,
-                "lr": _lr,
-            }
+    for _space, _lrs, _optimizers in (
+        (
+            weight_space,
+            (0.7, 1.0, 2.0),
+            {"NAdam": nadam_cosine, "Adam (0.9, 0.999)": cosine(0.9, 0.999), "Adam (0.6, 0.9)": cosine(0.6, 0.9)},
+        ),
+        (
+            map_space,
+            (0.1, 0.2, 0.3),
+            {
+                "Adam (0.9, 0.999)": cosine(0.9, 0.999),
+                "Adam (0.5, 0.7)": cosine(0.5, 0.7),
+                "Adam (0, 0.5)": cosine(0, 0.5),
+            },
+        ),
+    ):
+        for _lr in _lrs:
+            for _kind, _optimizer in _optimizers.items():
+                _name = f"{'weights' if _space is weight_space else 'map'}, {_kind} cosine {_lr}, {_steps} steps"
+                CANDIDATES[_name] = {"space": _space, "optimizer": _optimizer, "num_steps": _steps, "lr": _lr}
 
 
 def main() -> None:

@@ -127,6 +127,55 @@ def opti_cam(
     return u, saliency(u)
 
 
+def project(features: Array, w: Array, wanted: Array, num_steps: int = 20) -> Array:
+    """Multiplicative updates of Lee and Seung for min_w |sum_k w_k A_k - wanted|^2, w >= 0."""
+    for _ in range(num_steps):
+        made = weighted_sum(features, w)
+        ratios = [np.sum(maps * wanted) / np.sum(maps * made) if np.sum(maps * made) > 0 else 1 for maps in features]
+        w = w * np.array(ratios)
+    return w
+
+
+def opti_cam_in_map_space(
+    model: nn.Module, features: list[Array], image: Array, label: int, num_steps: int, lr: float, normalize: Callable
+) -> tuple[Array, Array]:
+    """Weights and map after `num_steps` of Adam (0.5, 0.7) with a cosine; the variables are the cells of the maps."""
+    height, width = image.shape[1:]
+    features = [np.maximum(maps, 0) for maps in features]
+
+    def value(maps: list[Array], weights: list[Array]) -> float:
+        total = sum(upsample(z / w.sum(), height, width) for z, w in zip(maps, weights, strict=True))
+        with torch.no_grad():
+            return model(torch.from_numpy(image * normalize(total)[None])[None])[0, label].item()
+
+    def scaled(weights: list[Array]) -> tuple[list[Array], list[Array]]:
+        maps = [weighted_sum(A, w) for A, w in zip(features, weights, strict=True)]
+        return [z / z.max() for z in maps], [w / z.max() for w, z in zip(weights, maps, strict=True)]
+
+    maps, weights = scaled([np.ones(len(A)) / len(A) for A in features])
+    first, second = [np.zeros_like(z) for z in maps], [np.zeros_like(z) for z in maps]
+    for t in range(1, num_steps + 1):
+        rate = lr * (1 + math.cos(math.pi * (t - 1) / num_steps)) / 2
+        moved = [z.copy() for z in maps]
+        for layer, z in enumerate(maps):
+            for cell in np.ndindex(z.shape):
+                sides = []
+                for step in (1e-6, -1e-6):
+                    tried = [other.copy() for other in maps]
+                    tried[layer][cell] += step
+                    sides.append(value(tried, weights))
+                gradient = (sides[0] - sides[1]) / 2e-6
+                gradient = gradient if abs(gradient) > 1e-9 else 0  # rounding, which Adam would make a step of
+                first[layer][cell] = 0.5 * first[layer][cell] + 0.5 * gradient
+                second[layer][cell] = 0.7 * second[layer][cell] + 0.3 * gradient**2
+                corrected = first[layer][cell] / (1 - 0.5**t), second[layer][cell] / (1 - 0.7**t)
+                moved[layer][cell] += rate * corrected[0] / (math.sqrt(corrected[1]) + 1e-8)
+        moved = [np.maximum(z, 0) for z in moved]
+        maps, weights = scaled([project(A, w, z) for A, w, z in zip(features, weights, moved, strict=True)])
+    total = sum(upsample(z / w.sum(), height, width) for z, w in zip(maps, weights, strict=True))
+    return np.concatenate([w / w.sum() for w in weights]), normalize(total)
+
+
 def grad_cam(features: Array, head: Callable, label: int, height: int, width: int) -> Array:
     """n(up(relu(sum_k w_k A_k))), w_k the mean of d y_c / d A_k by central differences; `head`: features to logits."""
     channels, rows, columns = features.shape

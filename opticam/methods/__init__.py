@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from opticam.features import Layer
+from opticam.methods.ascent import SCHEDULES
 from opticam.methods.cam import fake_cam, grad_cam
-from opticam.methods.opti_cam import OBJECTIVES, SCHEDULES, OptiCAMResult, class_logit, opti_cam
+from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, opti_cam
 
 
 def _opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options: Any) -> Tensor:

@@ -7,17 +7,16 @@ arXiv 2301.07002.
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
-from opticam.saliency import apply_mask, combine, min_max, upsample
+from opticam.methods.ascent import Optimizer, Rows, Space, adam, maximise, weight_space
+from opticam.saliency import apply_mask, min_max, upsample
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-Rows = Tensor | slice
 
 
 class OptiCAMResult(NamedTuple):
@@ -25,7 +24,7 @@ class OptiCAMResult(NamedTuple):
 
     Attributes:
         saliency: (B,1,H,W) in [0,1], the best map seen.
-        weights: (B,K), softmax(u) of that map, non-negative, sum 1; of several layers one after the other, each sum 1.
+        weights: (B,K), of that map, softmax(u), non-negative, sum 1; of several layers one after the other, each sum 1.
         objective: (B,T+1), the objective before the first step and after each of the T; NaN once an image has stopped.
         num_steps: (B,) int64, the steps after which the kept map was reached: the position of the maximum.
     """
@@ -96,28 +95,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def adam(u: Tensor, lr: float, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """The paper's optimiser: Adam, betas (0.9, 0.999), eps 1e-8, constant learning rate."""
-    return torch.optim.Adam([u], lr=lr, betas=(0.9, 0.999), eps=1e-8, maximize=True), None
-
-
-def adam_cosine(
-    u: Tensor, lr: float, num_steps: int, betas: tuple[float, float] = (0.6, 0.9)
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """Adam, by default with short memory, its learning rate falling to 0 by half a cosine over the steps.
-
-    With 28 steps at 1.0 it comes near the paper's schedule, not up to it: see `benchmarks/results/schedules.json`.
-    """
-    optimizer = torch.optim.Adam([u], lr=lr, betas=betas, eps=1e-8, maximize=True)
-    return optimizer, CosineAnnealingLR(optimizer, max(num_steps, 1))
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "paper": {"optimizer": adam, "num_steps": 100, "lr": 0.1},
-    "fast": {"optimizer": adam_cosine, "num_steps": 28, "lr": 1.0},
-}
-
-
 def opti_cam(
     model: nn.Module,
     images: Tensor,
@@ -127,7 +104,8 @@ def opti_cam(
     objective: Objective = class_logit,
     normalize: Callable[[Tensor], Tensor] = min_max,
     baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
-    optimizer: Callable[[Tensor, float, int], tuple[torch.optim.Optimizer, LRScheduler | None]] = adam,
+    space: Space = weight_space,
+    optimizer: Optimizer = adam,
     num_steps: int = 100,
     lr: float = 0.1,
     u: Tensor | None = None,
@@ -154,9 +132,10 @@ def opti_cam(
         normalize: from upsampled maps (B,1,H,W) to saliency in [0,1]; see `NORMALIZATIONS`.
         baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
             in `BASELINES`; None for black, as published.
-        optimizer: from (u, lr, num_steps) to a torch optimiser that maximises and a scheduler of its learning rate or
-            None; elementwise in `u`, or images would depend on each other. `**SCHEDULES["fast"]` sets this, `num_steps`
-            and `lr`.
+        space: where to climb, `weight_space` (the paper's u) or `map_space` (fewer steps). `**SCHEDULES["fast"]` sets
+            this, `optimizer`, `num_steps` and `lr`.
+        optimizer: from (point, lr, num_steps) to a torch optimiser that maximises and a scheduler of its learning rate
+            or None; elementwise, or images would depend on each other.
         num_steps: T. The paper's experiments are reproduced with 100; the published demo runs 50.
         lr: learning rate.
         u: (B,K) start of the free variables; None for a constant, which means equal weights.
@@ -192,40 +171,37 @@ def opti_cam(
             features, y = feature_maps(model, x, layer)
         check_class_range(c, y.shape[1])
         features = tuple(maps.to(dtype).relu() for maps in features)
-        widths = [maps.shape[1] for maps in features]
+        width = sum(maps.shape[1] for maps in features)
         b = baseline(x) if callable(baseline) else baseline
         b = None if b is None else b.expand(images.shape)[part] if b is baseline else b.expand_as(x)
 
-        def saliency(u: Tensor, features: Sequence[Tensor]) -> Tensor:
-            weights = softmax_by_layer(u, widths).split(widths, 1)
-            sums = [upsample(combine(maps, w), x.shape[-2:]) for maps, w in zip(features, weights, strict=True)]
+        def saliency(point: Tensor, features: Sequence[Tensor]) -> Tensor:
+            sums = [upsample(maps, x.shape[-2:]) for maps in space.sums(point, features)]
             return normalize(sum(sums[1:], sums[0]))
 
-        def objective_of(rows: Rows) -> Callable[[Tensor], Tensor]:
+        def problem(rows: Rows) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
             x_r, y_r, c_r, b_r = x[rows], y[rows].to(dtype), c[rows], None if b is None else b[rows]
             x_r = x_r.contiguous(memory_format=torch.channels_last)
             features_r = [maps[rows] for maps in features]
 
-            def value(u: Tensor) -> Tensor:
-                masked = apply_mask(x_r, saliency(u, features_r), b_r)
+            def value(point: Tensor) -> Tensor:
+                masked = apply_mask(x_r, saliency(point, features_r), b_r)
                 with reduced():
                     masked_logits = model(masked)
                 return objective(masked_logits.to(dtype), y_r, c_r)
 
-            return value
+            return value, lambda point: space.settle(point, features_r)
 
-        start = torch.zeros(len(x), sum(widths)) if u is None else usable(u[part]).detach()
-        if start.shape != (len(x), sum(widths)):
-            raise ValueError(
-                f"u: wanted shape ({len(images)},{sum(widths)}), got {tuple(start.shape)} for {len(x)} images"
-            )
-        start = start.to(x.device, dtype)
-        best_u, history = _maximise(
-            objective_of, start, lambda u: optimizer(u, lr, num_steps), num_steps, tol, patience
+        start = torch.zeros(len(x), width) if u is None else usable(u[part]).detach()
+        if start.shape != (len(x), width):
+            raise ValueError(f"u: wanted shape ({len(images)},{width}), got {tuple(start.shape)} for {len(x)} images")
+        start = space.start(start.to(x.device, dtype), features)
+        best, history = maximise(
+            problem, start, lambda point: optimizer(point, lr, num_steps), num_steps, tol, patience
         )
         with torch.no_grad():
             steps = history.nan_to_num(-torch.inf).argmax(1)
-            return OptiCAMResult(saliency(best_u, features), softmax_by_layer(best_u, widths), history, steps)
+            return OptiCAMResult(saliency(best, features), space.weights(best, features), history, steps)
 
     with frozen(model):
         parts, first, in_flight = [], 0, batch_size or len(images)
@@ -239,73 +215,3 @@ def opti_cam(
                 in_flight = (min(in_flight, len(images) - first) + 1) // 2
                 warnings.warn(f"out of memory: going on with {in_flight} images in flight", stacklevel=2)
     return OptiCAMResult(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def softmax_by_layer(u: Tensor, widths: Sequence[int]) -> Tensor:
-    """Weights from free variables: a softmax for each layer.
-
-    Args:
-        u: (B,K), layer after layer.
-        widths: number of feature maps of each layer, sum K.
-
-    Returns:
-        (B,K), non-negative; sum 1 over each layer.
-    """
-    return torch.cat([of_layer.softmax(1) for of_layer in u.split(list(widths), 1)], 1)
-
-
-def _maximise(
-    objective_of: Callable[[Rows], Callable[[Tensor], Tensor]],
-    start: Tensor,
-    optimizer: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
-    num_steps: int,
-    tol: float,
-    patience: int,
-) -> tuple[Tensor, Tensor]:
-    """Ascend from `start`, row by row: the best rows seen (B,K), and the objective at every step (B,T+1).
-
-    `objective_of` gives, for the rows still at work, the function from their u to their objective.
-    """
-    rows: Rows = slice(None)  # views, not copies, until an image stops
-    u = start.clone().requires_grad_()
-    ascent, decay = optimizer(u)
-    history = start.new_full((len(start), num_steps + 1), torch.nan)
-    best, best_u = start.new_full((len(start),), -torch.inf), start.clone()
-    goal, stale = best.clone(), torch.zeros_like(start[:, 0], dtype=torch.int64)
-    objective = objective_of(rows)
-    for step in range(num_steps + 1):
-        value = objective(u)
-        now = value.detach()
-        history[rows, step] = now
-        better = now > best[rows]
-        best[rows] = torch.where(better, now, best[rows])
-        best_u[rows] = torch.where(better[:, None], u.detach(), best_u[rows])
-        if step == num_steps:
-            break
-        (u.grad,) = torch.autograd.grad(value.sum(), u)
-        ascent.step()
-        if decay is not None:
-            decay.step()
-        if tol > 0:
-            gained = ~(now <= goal[rows] + tol * goal[rows].abs())  # true at first, where the goal is -inf
-            goal[rows] = torch.where(gained, now, goal[rows])
-            stale[rows] = torch.where(gained, 0, stale[rows] + 1)
-            working = stale[rows] < patience
-            if not working.all():  # the one synchronisation, and only where a tolerance was asked for
-                rows = torch.arange(len(start), device=start.device)[rows][working]
-                if len(rows) == 0:
-                    break
-                u, objective = _keep_rows(u, working, ascent), objective_of(rows)
-    return best_u, history
-
-
-def _keep_rows(u: Tensor, working: Tensor, ascent: torch.optim.Optimizer) -> Tensor:
-    """The working rows of `u` as the optimiser's new parameter, its moments cut alike."""
-    kept = u.detach()[working].requires_grad_()
-    state = ascent.state.pop(u)
-    ascent.state[kept] = {
-        name: value[working] if isinstance(value, Tensor) and value.shape == u.shape else value
-        for name, value in state.items()
-    }
-    ascent.param_groups[0]["params"] = [kept]
-    return kept

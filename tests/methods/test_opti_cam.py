@@ -11,8 +11,9 @@ from torch import nn
 
 from opticam import METHODS, opti_cam
 from opticam.features import feature_maps
-from opticam.methods.opti_cam import OBJECTIVES, SCHEDULES, adam, class_logit, logit_difference
-from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, mean_color
+from opticam.methods.ascent import SCHEDULES, adam, map_space
+from opticam.methods.opti_cam import OBJECTIVES, class_logit, logit_difference
+from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, combine, mean_color, upsample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -81,6 +82,49 @@ def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
     weights = np.concatenate([references.softmax(part) for part in np.split(u, widths)])
     np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
     np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_map_space_agrees_with_the_loop_version(tiny, normalize, layers):
+    images = torch.rand(1, 3, 10, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    layer = layers if len(layers) > 1 else layers[0]
+    options = SCHEDULES["fast"] | {"num_steps": 3}
+    rising = {"objective": _rising(class_logit), "normalize": NORMALIZATIONS[normalize]}
+    result = opti_cam(tiny, images, torch.tensor([3]), layer=layer, **rising, **options)
+    features = [maps[0].numpy() for maps in feature_maps(tiny, images, layers)[0]]
+    slow = getattr(references, {"max": "by_max"}.get(normalize, normalize))
+    weights, saliency = references.opti_cam_in_map_space(tiny, features, images[0].numpy(), 3, 3, 0.3, slow)
+    np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [["features"], ["features.0", "features"]])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_the_map_is_that_of_the_weights(tiny, images, class_idx, normalize, schedule, layers):
+    result = opti_cam(tiny, images, class_idx, layer=layers, normalize=normalize, **SCHEDULES[schedule])
+    if len(layers) == 1 and normalize is not NORMALIZATIONS["sigmoid"]:  # what map space is made for
+        assert (result.objective.amax(1) > result.objective[:, 0]).all()
+    assert (result.weights >= 0).all()
+    features = feature_maps(tiny, images, layers)[0]
+    weights = result.weights.split([maps.shape[1] for maps in features], 1)
+    total = 0
+    for maps, w in zip(features, weights, strict=True):
+        torch.testing.assert_close(w.sum(1), torch.ones(5, dtype=torch.float64))
+        total = total + upsample(combine(maps.relu(), w), images.shape[-2:])
+    torch.testing.assert_close(result.saliency, normalize(total), rtol=0, atol=1e-9)
+
+
+def test_projection_by_hand():
+    # one row of cells: A_0 = (2,0,0), A_1 = (0,1,0); wanted (1,-3,5): w_0 = 1/2, w_1 = 0, and nothing makes cell 2
+    maps = torch.tensor([[[[2.0, 0, 0]], [[0, 1.0, 0]]]], dtype=torch.float64)
+    wanted = torch.tensor([[1.0, -3.0, 5.0]], dtype=torch.float64)
+    point = torch.cat([torch.tensor([[0.3, 0.7]], dtype=torch.float64), wanted], 1)
+    settled = map_space.settle(point, [maps])
+    torch.testing.assert_close(settled, torch.tensor([[0.5, 0, 1, 0, 0]], dtype=torch.float64))
+    hopeless = torch.cat([torch.tensor([[0.3, 0.7]], dtype=torch.float64), -wanted.abs()], 1)
+    torch.testing.assert_close(map_space.weights(map_space.settle(hopeless, [maps]), [maps]), hopeless[:, :2])
 
 
 def _rising(objective):
@@ -164,21 +208,24 @@ def test_zero_steps_give_equal_weights(tiny, images, class_idx):
     assert result.objective.shape == (5, 1)
 
 
-def test_constant_feature_maps_give_zeros(images, class_idx):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("constant", [0.3, 0.0])
+def test_constant_feature_maps_give_zeros(images, class_idx, constant, schedule):
     model = TinyCNN().double()
     with torch.no_grad():
         model.features[2].weight.zero_()
-        model.features[2].bias.fill_(0.3)
-    result = opti_cam(model, images, class_idx, layer="features", num_steps=5)
+        model.features[2].bias.fill_(constant)
+    result = opti_cam(model, images, class_idx, layer="features", **SCHEDULES[schedule])
     assert (result.saliency == 0).all()
     assert result.objective.isfinite().all()
-    assert (result.weights == 1 / 6).all()
+    torch.testing.assert_close(result.weights, torch.full_like(result.weights, 1 / 6))
 
 
-def test_a_network_that_returns_nan_gives_a_finite_map(tiny, images, class_idx):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_network_that_returns_nan_gives_a_finite_map(tiny, images, class_idx, schedule):
     with torch.no_grad():
         tiny.fc.bias.fill_(torch.nan)
-    result = opti_cam(tiny, images, class_idx, layer="features", num_steps=2)
+    result = opti_cam(tiny, images, class_idx, layer="features", **SCHEDULES[schedule])
     assert result.objective.isnan().all()
     assert result.saliency.isfinite().all()
 
@@ -222,6 +269,8 @@ def test_methods_entry_is_the_map_of_the_record(tiny, images, class_idx):
 OPTIONS = {
     "paper": {},
     "fast": SCHEDULES["fast"] | {"num_steps": 12},
+    "fast, layers": SCHEDULES["fast"] | {"num_steps": 12, "layer": ["features.0", "features"]},
+    "fast, tol": SCHEDULES["fast"] | {"tol": 1e-3, "patience": 2},
     "difference": {"objective": OBJECTIVES["logit_difference"]},
     "margin": {"objective": OBJECTIVES["logit_margin"]},
     "sigmoid": {"normalize": NORMALIZATIONS["sigmoid"]},
