@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -173,3 +174,43 @@ def test_bad_input_in_one_sentence(tiny, images, class_idx, change, error, messa
     with pytest.raises(error, match=message) as raised:
         check_inputs(**given)
     assert "\n" not in str(raised.value)
+
+
+TRANSFORMERS = {
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": (64, 32), "depth": 2}, "blocks.1.norm1", 2),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 84), "depth": 2}, "blocks.1.norm1", 5),
+    "no class token": (
+        "vit_tiny_patch16_224",
+        {"img_size": (64, 32), "depth": 2, "class_token": False, "global_pool": "avg"},
+        "blocks.1.norm1",
+        0,
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": (64, 32), "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, "window_size": 4},
+        "norm",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "layer", "prefix"), TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_the_grid_of_transformers_of_timm(name, options, layer, prefix):
+    model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
+    height, width = options["img_size"]
+    images = torch.rand(2, 3, height, width)
+    outputs = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    (features,), same_logits = feature_maps(model, images, layer)
+    assert torch.equal(logits, same_logits)
+    rows, columns = features.shape[2:]
+    assert rows * width == columns * height
+    for i, j in ((0, 0), (0, columns - 1), (rows - 1, 0), (1, 1)):
+        token = outputs[0][:, i, j] if prefix is None else outputs[0][:, prefix + i * columns + j]
+        assert torch.equal(features[:, :, i, j], token)
+    _, gradients, _ = features_and_gradients(model, images, torch.tensor([1, 6]), layer)
+    assert gradients.shape == features.shape
+    assert gradients.abs().sum() > 0
