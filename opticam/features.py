@@ -54,9 +54,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     if layer is None:
         layer = getattr(model, "layer", None)
         if layer is None:
-            raise ValueError(
-                f"layer: wanted a module or a dotted name; {type(model).__name__} has no target layer of its own"
-            )
+            raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
     if isinstance(layer, nn.Module):
         if not any(module is layer for module in model.modules()):
             raise ValueError(f"layer: {type(layer).__name__} is not a module of the given model")
@@ -144,15 +142,26 @@ def feature_maps(
         ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
     """
     layers = layer if isinstance(layer, Sequence) and not isinstance(layer, str | nn.Module) else [layer]
-    captured: list[list[Tensor]] = [[] for _ in layers]
     if not layers:
         raise ValueError("layer: wanted at least one")
+    outputs, logits = layer_outputs(model, images, layers)
+    return tuple(as_grid(output, model, images) for output in outputs), logits
 
+
+def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
+    """Outputs of layers in the layout of the network, copies, and the logits. Otherwise as `feature_maps`."""
+    captured: list[list[Tensor]] = [[] for _ in layers]
     with frozen(model), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(_hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = model(usable(images))
-    return tuple(_as_grid(_reached(place), model, images) for place in captured), logits
+    return [_reached(place) for place in captured], logits
+
+
+def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
+    """Logits (B,C) of the network where `output` takes the place of what the layer puts out. Without gradients."""
+    with frozen(model), torch.no_grad(), _hooked(layer, lambda module, args, own: output.clone()):
+        return model(usable(images))
 
 
 def features_and_gradients(
@@ -188,7 +197,59 @@ def features_and_gradients(
             (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError("layer: the logits do not depend on its output")
-    return _as_grid(features.detach(), model, images), _as_grid(gradients, model, images), logits.detach()
+    return as_grid(features.detach(), model, images), as_grid(gradients, model, images), logits.detach()
+
+
+def attention_maps(
+    model: nn.Module, images: Tensor, class_idx: Tensor, with_gradients: bool = True
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Attention of every block of a transformer, its gradients, and the logits.
+
+    Known are `nn.MultiheadAttention` over one batch-first sequence, as in torchvision's ViT, and timm's attention. They
+    compute it step by step while this runs, since fused kernels do not show it.
+
+    Args:
+        model: a ViT or DeiT of torchvision or timm, or built like them.
+        images: (B,C,H,W) float.
+        class_idx: (B,) int64, the class c of each image.
+        with_gradients: else the second list is empty and nothing goes backward.
+
+    Returns:
+        A, (B,heads,N,N) a block, rows sum to 1; d y_c / d A, likewise; logits (B,C).
+
+    Raises:
+        ValueError: no such attention in the model; a class index out of range.
+    """
+    captured: list[Tensor] = []
+    with frozen(model), ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                undo.enter_context(_hooked(module, partial(_attend, captured)))
+            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
+                undo.callback(setattr, module, "fused_attn", module.fused_attn)
+                module.fused_attn = False  # type: ignore[assignment]
+                undo.enter_context(_hooked(dropout, lambda dropout, args, output: captured.append(output)))
+        x = usable(images).detach().requires_grad_(with_gradients)
+        with torch.set_grad_enabled(with_gradients):
+            logits = model(x)
+        check_class_range(class_idx, logits.shape[1])
+        if not captured:
+            raise ValueError(f"model: no attention in {_name(model)}; wanted a ViT or DeiT of torchvision or timm")
+        gradients: Sequence[Tensor] = ()
+        if with_gradients:
+            class_logits = logits.gather(1, usable(class_idx)[:, None])
+            gradients = torch.autograd.grad(class_logits.sum(), captured, allow_unused=True, materialize_grads=True)
+    return [maps.detach() for maps in captured], list(gradients), logits.detach()
+
+
+def _attend(captured: list[Tensor], module: nn.MultiheadAttention, args: tuple, output: object) -> tuple[Tensor, None]:
+    query = args[0]
+    if not (module.batch_first and all(other is query for other in args[:3]) and module.in_proj_weight is not None):
+        raise ValueError("model: wanted self-attention over one batch-first sequence")
+    projected = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
+    q, k, v = projected.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    captured.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
+    return module.out_proj((captured[-1] @ v).transpose(1, 2).flatten(2)), None
 
 
 def usable(tensor: Tensor) -> Tensor:
@@ -209,6 +270,10 @@ def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
         handle.remove()
 
 
+def _name(model: nn.Module) -> str:
+    return type(getattr(model, "network", model)).__name__
+
+
 def _tensor(output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"layer: wanted one whose output is a tensor, got a {type(output).__name__}")
@@ -221,8 +286,18 @@ def _reached(captured: list[Tensor]) -> Tensor:
     return captured[0]
 
 
-def _as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """(B,K,h,w) as it is; channels-last (B,h,w,K) and tokens (B,N,K) -> (B,K,h,w), with h/w as H/W."""
+def as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """A layer's output as feature maps (B,K,h,w), a view of it.
+
+    Args:
+        output: (B,K,h,w), channels-last (B,h,w,K), or tokens (B,N,K) that fill a grid with h/w as H/W, after the prefix
+            tokens that the model declares (`num_prefix_tokens`, as in timm) or else as few as make the rest fill it.
+        model: any network.
+        images: (B,C,H,W), or any tensor with the same H and W.
+
+    Raises:
+        ValueError: the output is no grid.
+    """
     height, width = images.shape[-2:]
     if output.ndim == 4:
         a, b, c = output.shape[1:]
@@ -230,11 +305,11 @@ def _as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
         return output.permute(0, 3, 1, 2) if channels_last else output
     if output.ndim != 3:
         raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
-    batch, tokens, channels = output.shape
+    tokens = output.shape[1]
     prefix = getattr(getattr(model, "network", model), "num_prefix_tokens", None)
     for extra in range(tokens) if prefix is None else (prefix,):
         rows = math.isqrt((tokens - extra) * height // width)
         if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
             columns = (tokens - extra) // rows
-            return output[:, extra:].transpose(1, 2).reshape(batch, channels, rows, columns)
+            return output[:, extra:].transpose(1, 2).unflatten(2, (rows, columns))
     raise ValueError(f"layer: {tokens} tokens do not fill a grid with the shape of a {height}x{width} image")

@@ -1,10 +1,13 @@
 """Small networks whose every number can be checked by hand or by a loop."""
 
+import opticam  # noqa: F401  (first, so that test modules may import torchvision in any order)
+
+# isort: split
+
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
-
-import opticam  # noqa: F401  (first, so that test modules may import torchvision in any order)
 
 torch.set_num_threads(1)
 
@@ -24,6 +27,27 @@ class TinyCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.features(images).mean((2, 3)))
+
+
+class TinyViT(nn.Module):
+    """timm's vision transformer with two blocks and two heads, 8x8 patches of images of 24x32."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        settings = {
+            "img_size": (24, 32),
+            "patch_size": 8,
+            "embed_dim": 12,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 5,
+        }
+        self.network = timm.models.VisionTransformer(**settings | options)
+        self.features = self.network.blocks  # the names that TinyCNN has
+        self.fc = self.network.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(4 * images)
 
 
 @pytest.fixture

@@ -176,20 +176,190 @@ def opti_cam_in_map_space(
     return np.concatenate([w / w.sum() for w in weights]), normalize(total)
 
 
-def grad_cam(features: Array, head: Callable, label: int, height: int, width: int) -> Array:
-    """n(up(relu(sum_k w_k A_k))), w_k the mean of d y_c / d A_k by central differences; `head`: features to logits."""
-    channels, rows, columns = features.shape
-    weights = np.zeros(channels)
-    for k in range(channels):
-        for i in range(rows):
-            for j in range(columns):
-                step = np.zeros_like(features)
-                step[k, i, j] = 1e-5
-                with torch.no_grad():
-                    up = head(torch.from_numpy(features + step)[None])[0, label].item()
-                    down = head(torch.from_numpy(features - step)[None])[0, label].item()
-                weights[k] += (up - down) / 2e-5 / (rows * columns)
-    return min_max(upsample(np.maximum(weighted_sum(features, weights), 0), height, width))
+def slopes(features: Array, head: Callable, label: int) -> Array:
+    """d y_c / d A by central differences; `head`: features (1,K,h,w) to logits."""
+    result = np.zeros_like(features)
+    for place in np.ndindex(features.shape):
+        step = np.zeros_like(features)
+        step[place] = 1e-5
+        with torch.no_grad():
+            up = head(torch.from_numpy(features + step)[None])[0, label].item()
+            down = head(torch.from_numpy(features - step)[None])[0, label].item()
+        result[place] = (up - down) / 2e-5
+    return result
+
+
+def finish(grid: Array, height: int, width: int) -> Array:
+    """The one rule: ReLU, upsample, n."""
+    return min_max(upsample(np.maximum(grid, 0), height, width))
+
+
+def grad_cam(features: Array, g: Array) -> Array:
+    """sum_k w_k A_k, w_k the mean of the gradient g."""
+    return weighted_sum(features, [g[k].sum() / g[k].size for k in range(len(features))])
+
+
+def grad_cam_plus_plus(features: Array, g: Array) -> Array:
+    """Eq. 19 written out."""
+    weights = np.zeros(len(features))
+    for k, i, j in np.ndindex(features.shape):
+        if g[k, i, j] != 0:
+            a = g[k, i, j] ** 2 / (2 * g[k, i, j] ** 2 + features[k].sum() * g[k, i, j] ** 3)
+            weights[k] += a * max(g[k, i, j], 0)
+    return weighted_sum(features, weights)
+
+
+def x_grad_cam(features: Array, g: Array) -> Array:
+    weights = np.zeros(len(features))
+    for k, i, j in np.ndindex(features.shape):
+        weights[k] += g[k, i, j] * features[k, i, j] / features[k].sum() if features[k].any() else 0
+    return weighted_sum(features, weights)
+
+
+def hires_cam(features: Array, g: Array) -> Array:
+    grid = np.zeros(features.shape[1:])
+    for k, i, j in np.ndindex(features.shape):
+        grid[i, j] += g[k, i, j] * features[k, i, j]
+    return grid
+
+
+def layer_cam(features: Array, g: Array) -> Array:
+    grid = np.zeros(features.shape[1:])
+    for k, i, j in np.ndindex(features.shape):
+        grid[i, j] += max(g[k, i, j], 0) * features[k, i, j]
+    return grid
+
+
+def ablation_cam(features: Array, head: Callable, label: int) -> Array:
+    def logit(maps: Array) -> float:
+        with torch.no_grad():
+            return head(torch.from_numpy(maps)[None])[0, label].item()
+
+    weights = []
+    for k in range(len(features)):
+        without = features.copy()
+        without[k] = 0
+        weights.append((logit(features) - logit(without)) / logit(features))
+    return weighted_sum(features, weights)
+
+
+def score_cam(features: Array, model: nn.Module, image: Array, label: int) -> Array:
+    def logit(pixels: Array) -> float:
+        with torch.no_grad():
+            return model(torch.from_numpy(pixels)[None])[0, label].item()
+
+    black = logit(np.zeros_like(image))
+    scores = [logit(image * min_max(upsample(maps, *image.shape[1:]))[None]) - black for maps in features]
+    return weighted_sum(features, softmax(np.array(scores)))
+
+
+def rise(model: nn.Module, image: Array, label: int, masks: list[Array], p: float) -> Array:
+    """Eq. 6 for given masks."""
+    total = np.zeros(image.shape[1:])
+    for mask in masks:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(image * mask[None])[None])[0].numpy()
+        total += softmax(logits)[label] * mask / (len(masks) * p)
+    return total
+
+
+def rise_mask(grid: Array, top: int, left: int, height: int, width: int) -> Array:
+    """A grid of cells, one cell larger than the image, cut at (top, left)."""
+    cells = len(grid)
+    steps = math.ceil(height / cells), math.ceil(width / cells)
+    large = upsample(grid, (cells + 1) * steps[0], (cells + 1) * steps[1])
+    return large[top : top + height, left : left + width]
+
+
+def gaussian(image: Array, sigma: float) -> Array:
+    """Blur pixel by pixel, kernel cut at 3 sigma, borders replicated."""
+    _, height, width = image.shape
+    radius = math.ceil(3 * sigma)
+    around = np.arange(-radius, radius + 1)
+    kernel = np.exp(-(around**2) / (2 * sigma**2))
+    kernel = np.outer(kernel, kernel) / kernel.sum() ** 2
+    blurred = np.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            rows, columns = np.clip(y + around, 0, height - 1), np.clip(x + around, 0, width - 1)
+            blurred[:, y, x] = (image[:, rows][:, :, columns] * kernel).sum((1, 2))
+    return blurred
+
+
+def extremal_perturbation(model: nn.Module, image: Array, label: int, num_steps: int, area: float) -> Array:
+    """The smooth mask after SGD on its coarse cells, by central differences."""
+    _, height, width = image.shape
+    levels = [gaussian(image, 20 * (7 - level) / 7) if level < 7 else image for level in range(8)]
+
+    def smooth(m: Array) -> Array:
+        mask = np.zeros((height, width))
+        for y in range(height):
+            for x in range(width):
+                values = []
+                for i in range(y // 7 - 4, y // 7 + 5):
+                    for j in range(x // 7 - 4, x // 7 + 5):
+                        inside = 0 <= i < m.shape[0] and 0 <= j < m.shape[1]
+                        distance = math.hypot(y - 7 * i - 3, x - 7 * j - 3) / 21
+                        kernel = math.exp(-2 * max(0, distance - 0.5) ** 2)
+                        values.append(kernel * m[i, j] if inside else 0.0)
+                mask[y, x] = np.dot(values, softmax(20 * np.array(values)))
+        return mask
+
+    def value(m: Array, step: int) -> float:
+        mask = smooth(m)
+        seen = np.zeros_like(image)
+        for y in range(height):
+            for x in range(width):
+                low = min(int(7 * mask[y, x]), 6)
+                share = 7 * mask[y, x] - low
+                seen[:, y, x] = (1 - share) * levels[low][:, y, x] + share * levels[low + 1][:, y, x]
+        if step % 2:
+            seen = seen[:, :, ::-1].copy()
+        with torch.no_grad():
+            reward = model(torch.from_numpy(seen)[None])[0, label].item()
+        wanted = np.zeros(height * width)
+        wanted[len(wanted) - round(area * len(wanted)) :] = 1
+        return reward - 300 * 1.0035**step * np.mean((np.sort(mask.flat) - wanted) ** 2)
+
+    m = np.ones((math.ceil(height / 7), math.ceil(width / 7)))
+    momentum = None
+    for step in range(num_steps):
+        gradient = np.zeros_like(m)
+        for cell in np.ndindex(m.shape):
+            up, down = m.copy(), m.copy()
+            up[cell] += 1e-6
+            down[cell] -= 1e-6
+            gradient[cell] = (value(up, step) - value(down, step)) / 2e-6
+        momentum = gradient if momentum is None else 0.9 * momentum + 0.1 * gradient
+        m = np.clip(m + 0.01 * momentum, 0, 1)
+    return smooth(m)
+
+
+def raw_attention(attention: list[Array]) -> Array:
+    """Row of the class token; attention (heads,N,N) a block."""
+    heads = attention[-1]
+    return sum(head[0] for head in heads) / len(heads)
+
+
+def attention_rollout(attention: list[Array]) -> Array:
+    size = attention[0].shape[1]
+    rollout = np.eye(size)
+    for heads in attention:
+        flow = sum(heads) / len(heads) + np.eye(size)
+        for i in range(size):
+            flow[i] /= flow[i].sum()
+        rollout = np.array(
+            [[sum(flow[i, n] * rollout[n, j] for n in range(size)) for j in range(size)] for i in range(size)]
+        )
+    return rollout[0]
+
+
+def gradient_rollout(attention: list[Array], gradients: list[Array]) -> Array:
+    relevance = np.eye(attention[0].shape[1])
+    for heads, slope in zip(attention, gradients, strict=True):
+        positive = sum(np.maximum(g * a, 0) for g, a in zip(slope, heads, strict=True)) / len(heads)
+        relevance = relevance + np.dot(positive, relevance)
+    return relevance[0]
 
 
 def average_drop(p: float, o: float) -> float:

@@ -1,10 +1,22 @@
-"""Class activation maps by fixed rules: one forward pass, at most one backward pass."""
+"""Class activation maps by fixed rules: a weighted sum of the feature maps of one layer."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from opticam.features import Layer, check_inputs, features_and_gradients
-from opticam.saliency import combine, saliency_map
+from opticam.features import (
+    Layer,
+    as_grid,
+    check_class_range,
+    check_inputs,
+    feature_maps,
+    features_and_gradients,
+    frozen,
+    usable,
+)
+from opticam.head import split_head
+from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
 
 
 def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
@@ -30,6 +42,136 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
     check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
+
+
+def grad_cam_plus_plus(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Grad-CAM++ maps: `w_k = sum_ij a_kij relu(g_kij)`, `a = g^2 / (2 g^2 + (sum_ij A_kij) g^3)`, 0 where g = 0.
+
+    Arguments, result and errors as `grad_cam`. The closed form is that of the class score exp(y_c); where its
+    denominator is 0, a is 0.
+
+    Reference:
+        Chattopadhyay et al., Grad-CAM++: Improved visual explanations for deep convolutional networks, WACV 2018,
+        arXiv 1710.11063, eq. 19.
+    """
+    check_inputs(model, images, class_idx)
+    features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
+    denominator = 2 + features.sum((2, 3), keepdim=True) * gradients  # both sides divided by g^2
+    a = torch.where((gradients != 0) & (denominator != 0), 1 / denominator, 0)
+    return saliency_map(combine(features, (a * gradients.relu()).sum((2, 3))), images.shape[-2:])
+
+
+def x_grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """XGrad-CAM maps: `w_k = sum_ij g_kij A_kij / sum_ij A_kij`, 0 where the sum is 0.
+
+    Arguments, result and errors as `grad_cam`.
+
+    Reference:
+        Fu et al., Axiom-based Grad-CAM: Towards accurate visualization and explanation of CNNs, BMVC 2020,
+        arXiv 2008.02312, eq. 8.
+    """
+    check_inputs(model, images, class_idx)
+    features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
+    total = features.sum((2, 3))
+    weights = torch.where(total != 0, (gradients * features).sum((2, 3)) / total, 0)
+    return saliency_map(combine(features, weights), images.shape[-2:])
+
+
+def hires_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """HiRes-CAM maps: `relu(sum_k g_k * A_k)`, location by location.
+
+    Arguments, result and errors as `grad_cam`.
+
+    Reference:
+        Draelos, Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks,
+        2020, arXiv 2011.08891.
+    """
+    check_inputs(model, images, class_idx)
+    features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
+    return saliency_map((gradients * features).sum(1, keepdim=True), images.shape[-2:])
+
+
+def layer_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Layer-CAM maps: `relu(sum_k relu(g_k) * A_k)`, location by location.
+
+    Arguments, result and errors as `grad_cam`.
+
+    Reference:
+        Jiang et al., LayerCAM: Exploring hierarchical class activation maps for localization, IEEE TIP 2021,
+        eq. 5 to 7.
+    """
+    check_inputs(model, images, class_idx)
+    features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
+    return saliency_map((gradients.relu() * features).sum(1, keepdim=True), images.shape[-2:])
+
+
+def ablation_cam(
+    model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None, batch_size: int = 64
+) -> Tensor:
+    """Ablation-CAM maps: `w_k = (y_c - y_c[A_k = 0]) / y_c`, the share of the class logit lost with feature map k.
+
+    Of K feature maps, K passes, only of the part of the network after the layer where it can be split off.
+    Arguments, result and errors as `grad_cam`; where y_c = 0 the weights are 0.
+
+    Args:
+        model: see `grad_cam`.
+        images: see `grad_cam`.
+        class_idx: see `grad_cam`.
+        layer: see `grad_cam`.
+        batch_size: outputs of the layer in flight.
+
+    Reference:
+        Desai, Ramaswamy, Ablation-CAM: Visual explanations for deep convolutional network via gradient-free
+        localization, WACV 2020, eq. 1 and 2.
+    """
+    check_inputs(model, images, class_idx)
+    x = usable(images)
+    head, output, logits = split_head(model, x, layer)
+    check_class_range(class_idx, logits.shape[1])
+    y = logits.gather(1, class_idx[:, None])
+    features = as_grid(output, model, x)
+    lost = torch.empty_like(features[:, :, 0, 0])
+    for rows, channels in _pairs(lost, batch_size):
+        ablated = output[rows]
+        as_grid(ablated, model, x)[torch.arange(len(rows)), channels] = 0
+        without = head(ablated, rows).gather(1, class_idx[rows][:, None])[:, 0]
+        lost[rows, channels] = y[rows, 0] - without
+    weights = torch.where(y != 0, lost / y, 0)
+    return saliency_map(combine(features, weights), images.shape[-2:])
+
+
+def score_cam(
+    model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None, batch_size: int = 16
+) -> Tensor:
+    """Score-CAM maps: `w = softmax_k(f(x * n(up(A_k)))_c - f(0)_c)`, each feature map judged as a mask.
+
+    Of K feature maps, K passes; a constant feature map masks everything and needs none but that of the black image.
+    Arguments, result and errors as `grad_cam`. Softmax over the differences of logits, as in the paper.
+
+    Args:
+        model: see `grad_cam`.
+        images: see `grad_cam`.
+        class_idx: see `grad_cam`.
+        layer: see `grad_cam`.
+        batch_size: masked images in flight.
+
+    Reference:
+        Wang et al., Score-CAM: Score-weighted visual explanations for convolutional neural networks, CVPR workshops
+        2020, arXiv 1910.01279, eq. 6 to 9.
+    """
+    check_inputs(model, images, class_idx)
+    x = usable(images).contiguous(memory_format=torch.channels_last)
+    (features,), logits = feature_maps(model, x, layer)
+    check_class_range(class_idx, logits.shape[1])
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    with frozen(model), torch.no_grad():
+        black = model(torch.zeros_like(x[:1]))[0, class_idx].to(features.dtype)
+        scores = black[:, None].repeat(1, features.shape[1])
+        for rows, channels in _pairs(scores, batch_size, features.amax((2, 3)) > features.amin((2, 3))):
+            masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
+            masked_logits = model(apply_mask(x[rows], masks))
+            scores[rows, channels] = masked_logits.gather(1, class_idx[rows][:, None])[:, 0].to(scores.dtype)
+    return saliency_map(combine(features, (scores - black[:, None]).softmax(1)), images.shape[-2:])
 
 
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
@@ -58,3 +200,13 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
     saliency = torch.ones_like(images[:, :1], dtype=torch.promote_types(images.dtype, torch.float32))
     saliency[:, :, 0, 0] = 0
     return saliency.detach()
+
+
+def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns (n,) of a (B,K) table, all or the wanted ones, at most `batch_size` at a time."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    if wanted is None:
+        wanted = torch.ones_like(table, dtype=torch.bool)
+    rows, columns = wanted.nonzero(as_tuple=True)
+    yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)

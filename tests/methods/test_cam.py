@@ -1,32 +1,93 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import references
 import torch
 
-from opticam import fake_cam, grad_cam
-from opticam.saliency import combine, saliency_map
+from opticam import METHODS, fake_cam, grad_cam, load_model
+from opticam.datasets import demo
+from opticam.features import feature_maps, resolve_layer
+from opticam.methods.cam import ablation_cam, score_cam
+from opticam.saliency import combine, min_max, saliency_map
+
+BY_GRADIENTS = ["grad_cam", "grad_cam_plus_plus", "x_grad_cam", "hires_cam", "layer_cam"]
+DEPTHS = {"features.0": 1, "features": 4}  # after one convolution gradients differ from place to place; both signs
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-def test_grad_cam_agrees_with_the_loop_version(tiny, images, class_idx, depth):
-    # after one convolution the gradient differs from place to place, and the maps have both signs
-    saliency = grad_cam(tiny, images, class_idx, layer="features.0" if depth == 1 else "features")
+def head_of(tiny, depth):
+    return lambda features: tiny.fc(tiny.features[depth:](features).mean((2, 3)))
 
-    def head(features):
-        return tiny.fc(tiny.features[depth:](features).mean((2, 3)))
 
+@pytest.fixture(params=DEPTHS)
+def layer(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", BY_GRADIENTS)
+def test_agrees_with_the_loop_version(tiny, images, class_idx, layer, name):
+    saliency = METHODS[name](tiny, images, class_idx, layer=layer)
     for b in range(2):
-        features = tiny.features[:depth](images[b : b + 1])[0].detach().numpy()
-        expected = references.grad_cam(features, head, int(class_idx[b]), 24, 32)
-        np.testing.assert_allclose(saliency[b, 0], expected, rtol=0, atol=1e-8)
+        features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        g = references.slopes(features, head_of(tiny, DEPTHS[layer]), int(class_idx[b]))
+        g[abs(g) < 1e-10] = 0  # rounding of the differences; Grad-CAM++ asks whether g is 0
+        expected = references.finish(getattr(references, name)(features, g), 24, 32)
+        np.testing.assert_allclose(saliency[b, 0], expected, rtol=0, atol=1e-6)
 
 
-def test_grad_cam_of_pooling_and_a_linear_layer_has_the_weights_of_that_layer(tiny, images, class_idx):
-    # y_c = sum_k W_ck mean A_k + b_c, so the mean gradient is W_ck/(h w): class activation maps by Zhou et al. 2016
+def test_ablation_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
+    saliency = ablation_cam(tiny, images, class_idx, layer=layer, batch_size=7)
+    for b in range(5):
+        features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        grid = references.ablation_cam(features, head_of(tiny, DEPTHS[layer]), int(class_idx[b]))
+        np.testing.assert_allclose(saliency[b, 0], references.finish(grid, 24, 32), rtol=0, atol=1e-9)
+
+
+def test_score_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
+    with torch.no_grad():
+        tiny.features[2].weight[4] = 0  # a constant feature map
+    saliency = score_cam(tiny, images, class_idx, layer=layer, batch_size=7)
+    for b in range(5):
+        features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        grid = references.score_cam(features, tiny, images[b].numpy(), int(class_idx[b]))
+        np.testing.assert_allclose(saliency[b, 0], references.finish(grid, 24, 32), rtol=0, atol=1e-9)
+
+
+def test_one_pass_a_feature_map_that_varies(tiny, images, class_idx):
+    with torch.no_grad():
+        tiny.features[2].weight[4] = 0
+    features = feature_maps(tiny, images, "features")[0][0]
+    varying = int((features.amax((2, 3)) > features.amin((2, 3))).sum())
+    assert varying <= 5 * 5
+    passed = []
+    tiny.fc.register_forward_hook(lambda module, args, output: passed.append(len(output)))
+    score_cam(tiny, images, class_idx, layer="features", batch_size=4)
+    assert sum(passed) == 5 + 1 + varying  # once for the features, one black image
+    assert max(passed) <= 5
+
+
+@pytest.mark.parametrize("method", [partial(ablation_cam), partial(score_cam)], ids=["ablation_cam", "score_cam"])
+def test_the_size_of_chunks_does_not_matter(tiny, images, class_idx, method):
+    expected = method(tiny, images, class_idx, layer="features")
+    for batch_size in (1, 7):
+        chunked = method(tiny, images, class_idx, layer="features", batch_size=batch_size)
+        torch.testing.assert_close(chunked, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="batch_size: wanted at least 1, got 0"):
+        method(tiny, images, class_idx, layer="features", batch_size=0)
+
+
+def test_pooling_and_a_linear_layer_make_three_methods_one(tiny, images, class_idx):
+    # y_c = sum_k W_ck mean A_k + b_c: g_k = W_ck/(h w) everywhere, the class activation maps of Zhou et al. 2016
     features = tiny.features(images)
     expected = saliency_map(combine(features, tiny.fc.weight[class_idx]), images.shape[-2:])
-    saliency = grad_cam(tiny, images, class_idx, layer="features")
-    torch.testing.assert_close(saliency, expected, rtol=0, atol=1e-12)
+    for name in ("grad_cam", "x_grad_cam", "hires_cam"):
+        saliency = METHODS[name](tiny, images, class_idx, layer="features")
+        torch.testing.assert_close(saliency, expected, rtol=0, atol=1e-12)
+    # and y_c - y_c[A_k = 0] = W_ck mean A_k
+    expected = combine(features, tiny.fc.weight[class_idx] * features.mean((2, 3)))
+    logits = tiny(images).gather(1, class_idx[:, None])[:, :, None, None]
+    saliency = ablation_cam(tiny, images, class_idx, layer="features")
+    torch.testing.assert_close(saliency, saliency_map(expected / logits, (24, 32)), rtol=0, atol=1e-12)
 
 
 def test_grad_cam_without_positive_evidence_is_zero(tiny, images, class_idx):
@@ -35,8 +96,94 @@ def test_grad_cam_without_positive_evidence_is_zero(tiny, images, class_idx):
     assert (grad_cam(tiny, images, class_idx, layer="features") == 0).all()
 
 
+@pytest.mark.parametrize("name", [*BY_GRADIENTS, "ablation_cam", "score_cam"])
+def test_feature_maps_of_zeros_give_zeros(tiny, images, class_idx, name):
+    with torch.no_grad():
+        tiny.features[2].weight.zero_()
+        tiny.features[2].bias.zero_()
+    assert (METHODS[name](tiny, images, class_idx, layer="features") == 0).all()
+
+
 def test_fake_cam_hides_one_pixel(tiny, images, class_idx):
     saliency = fake_cam(tiny, images, class_idx)
     assert saliency.shape == (5, 1, 24, 32)
     assert (saliency[:, 0, 0, 0] == 0).all()
     assert saliency.sum() == 5 * (24 * 32 - 1)
+
+
+PEERS = {
+    "grad_cam": "GradCAM",
+    "grad_cam_plus_plus": "GradCAMPlusPlus",
+    "x_grad_cam": "XGradCAM",
+    "hires_cam": "HiResCAM",
+    "layer_cam": "LayerCAM",
+}
+
+
+@pytest.fixture(scope="module")
+def photos():
+    model = load_model("efficientnet_lite0")
+    samples = [sample for _, sample in zip(range(2), demo(128, 146), strict=False)]
+    return model, torch.stack([sample.image for sample in samples]), torch.tensor([sample.label for sample in samples])
+
+
+def by_grad_cam(kind, model, layer, images, class_idx):
+    """A map of the library grad-cam, which stretches to [0,1] before it upsamples, brought to ours."""
+    peer = pytest.importorskip("pytorch_grad_cam")
+    target = peer.utils.model_targets.ClassifierOutputTarget
+    with getattr(peer, kind)(model, [layer]) as method:
+        maps = method(images.clone(), [target(int(c)) for c in class_idx])
+    return min_max(torch.from_numpy(maps)[:, None])
+
+
+class Loud(torch.nn.Module):
+    """The library adds 1e-6 to denominators such as 2 g^2; large logits make that small beside them."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return 1e5 * self.model(images)
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("layer", [None, "blocks.4"])
+def test_agrees_with_grad_cam_on_a_real_network(photos, name, layer):
+    model, images, class_idx = photos
+    place, loud = resolve_layer(model, layer), Loud(model).double()
+    expected = by_grad_cam(PEERS[name], loud, place, images.double(), class_idx)
+    saliency = METHODS[name](loud, images.double(), class_idx, layer=place)
+    model.float()
+    torch.testing.assert_close(saliency, expected.double(), rtol=0, atol=1e-5)
+
+
+def test_ablation_cam_agrees_with_grad_cam_on_a_real_network(photos):
+    model, images, class_idx = photos
+    layer = model.network.get_submodule("blocks.2.0.bn1.act")  # 144 feature maps, none negative
+    expected = by_grad_cam("AblationCAM", model, layer, images, class_idx)
+    torch.testing.assert_close(ablation_cam(model, images, class_idx, layer=layer), expected, rtol=0, atol=1e-4)
+
+
+def test_score_cam_agrees_with_grad_cam_where_nothing_is_upsampled(class_idx):
+    # the library upsamples with align_corners=True; feature maps as large as the image leave only the rule itself
+    torch.manual_seed(3)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 5),
+    )
+    images = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(4))
+    expected = by_grad_cam("ScoreCAM", network, network[1], images, class_idx)
+    saliency = score_cam(network, images, class_idx, layer="1")
+    torch.testing.assert_close(saliency, expected, rtol=0, atol=1e-5)
+
+
+def test_agrees_with_captum(photos):
+    attribution = pytest.importorskip("captum.attr")
+    model, images, class_idx = photos
+    raw = attribution.LayerGradCam(model, resolve_layer(model)).attribute(images, target=class_idx)
+    torch.testing.assert_close(grad_cam(model, images, class_idx), saliency_map(raw, images.shape[-2:]))
+    assert feature_maps(model, images)[0][0].shape[-2:] == raw.shape[-2:]

@@ -4,12 +4,30 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TinyCNN
+from conftest import TinyCNN, TinyViT
 
 from opticam import METHODS
 
-FAST = {**METHODS, "opti_cam": partial(METHODS["opti_cam"], num_steps=6)}
-pytestmark = pytest.mark.parametrize("method", list(FAST.values()), ids=list(FAST))
+SHORT = {
+    "opti_cam": {"num_steps": 6},
+    "rise": {"num_masks": 12, "batch_size": 7},
+    "extremal_perturbation": {"num_steps": 4},
+    "ablation_cam": {"batch_size": 4},
+    "score_cam": {"batch_size": 4},
+}
+ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout"}
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture
+def method(name):
+    return partial(METHODS[name], **SHORT.get(name, {}))
+
+
+@pytest.fixture
+def tiny(name):
+    torch.manual_seed(0)
+    return (TinyViT() if name in ATTENTION else TinyCNN()).double()
 
 
 def state(model):
@@ -54,7 +72,7 @@ def test_batch_equals_singles(method, tiny, images, class_idx):
 def test_everything_is_as_before(method, tiny, images, class_idx):
     tiny.train()
     tiny.features[0].eval()
-    tiny.features[0].weight.requires_grad_(False)
+    tiny.features[0].requires_grad_(False)
     tiny(images).sum().backward()
     before, pixels = state(tiny), images.clone()
     method(tiny, images, class_idx, layer="features")
@@ -99,9 +117,10 @@ def test_frozen_network(method, tiny, images, class_idx):
     assert not any(parameter.requires_grad for parameter in tiny.parameters())
 
 
-def test_one_channel(method, images, class_idx):
+def test_one_channel(name, method, images, class_idx):
     torch.manual_seed(0)
-    saliency = method(TinyCNN(channels=1).double(), images, class_idx, layer="features")
+    network = TinyViT(embed_dim=1, num_heads=1) if name in ATTENTION else TinyCNN(channels=1)
+    saliency = method(network.double(), images, class_idx, layer="features")
     assert saliency.shape == (5, 1, 24, 32)
     assert saliency.isfinite().all()
 

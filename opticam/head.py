@@ -1,0 +1,106 @@
+"""The part of a network after a layer: all that has to run again when only that layer's output changes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from opticam.features import Layer, frozen, layer_outputs, logits_with, resolve_layer
+
+Head = Callable[[Tensor, Tensor], Tensor]
+
+
+def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[Head, Tensor, Tensor]:
+    """The function from the output of a layer to the logits, that output, and the logits.
+
+    The network is traced by torch.fx and cut after the layer; what else its second part needs of the first, such as the
+    stream that a residual block adds to, is computed once. Where tracing fails, or the cut network's logits are not
+    those of the network, for its own output and for a changed one, the whole network is run with the output replaced.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W).
+        layer: see `resolve_layer`.
+
+    Returns:
+        head: from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of the images that they stand
+            for, to logits (n,C), without gradients.
+        output: (B, ...), of the layer.
+        logits: (B,C).
+    """
+    module = resolve_layer(model, layer)
+    (output,), logits = layer_outputs(model, images, [module])
+
+    def whole(changed: Tensor, rows: Tensor) -> Tensor:
+        return logits_with(model, images[rows], module, changed)
+
+    rows = torch.arange(len(images), device=images.device)
+    try:
+        cut = _cut(model, images, module)
+        twice, tolerance = torch.cat([rows, rows.flip(0)]), 100 * torch.finfo(logits.dtype).eps
+        own, changed = cut(output[twice], twice), cut(output / 2, rows)
+        exact = (own, logits[twice]), (changed, whole(output / 2, rows))
+        if all((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1) for a, b in exact):
+            return cut, output, logits
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NameError):
+        pass  # whatever a tracer may choke on: the whole network is always right
+    return whole, output, logits
+
+
+class _Tracer(fx.Tracer):
+    """Looks only into the modules that contain the layer, since only they are cut."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m is self.layer or all(inner is not self.layer for inner in m.modules())
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps the values of some nodes of one run."""
+
+    def __init__(self, module: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.values = dict.fromkeys(nodes)
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n in self.values:
+            self.values[n] = value
+        return value
+
+
+def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
+    found, new = set(nodes), list(nodes)
+    while new:
+        new = [user for user in new.pop().users if user not in found] + new
+        found.update(new)
+    return found
+
+
+def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
+    with frozen(model), torch.no_grad():
+        graph = _Tracer(layer).trace(model)
+        network = fx.GraphModule(model, graph)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
+        after = _downstream([place]) - {place}
+        of_images = _downstream([node for node in graph.nodes if node.op == "placeholder"])
+        needed = {node for later in after for node in later.all_input_nodes} - after - {place}
+        recorder = _Recorder(network, needed)
+        recorder.run(images)
+
+    def head(changed: Tensor, rows: Tensor) -> Tensor:
+        known: dict[fx.Node, object] = dict.fromkeys(node for node in graph.nodes if node not in after)
+        for node, value in recorder.values.items():
+            per_image = isinstance(value, Tensor) and node in of_images
+            known[node] = value[rows] if per_image else value  # type: ignore[index]
+        known[place] = changed.clone()
+        with frozen(model), torch.no_grad():
+            return fx.Interpreter(network).run(initial_env=known)
+
+    return head

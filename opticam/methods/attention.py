@@ -1,0 +1,79 @@
+"""Attention methods: what the class token of a vision transformer attends to."""
+
+import torch
+from torch import Tensor, nn
+
+from opticam.features import Layer, as_grid, attention_maps, check_inputs
+from opticam.saliency import saliency_map
+
+
+def raw_attention(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Attention of the class token in the last block, averaged over heads; does not depend on the class.
+
+    Args:
+        model: a ViT or DeiT of timm or torchvision with a class token; takes `images`, returns logits (B,C). Left as
+            found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        layer: not used.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range; a model without attention or without a class token.
+
+    Reference:
+        Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, arXiv 2010.11929.
+    """
+    check_inputs(model, images, class_idx)
+    attention, _, _ = attention_maps(model, images, class_idx, with_gradients=False)
+    return _of_class_token(attention[-1].mean(1), model, images)
+
+
+def attention_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Attention rollout: the product over blocks of `mean_h A + I`, rows divided by their sum.
+
+    Arguments, result and errors as `raw_attention`; does not depend on the class.
+
+    Reference:
+        Abnar, Zuidema, Quantifying attention flow in transformers, ACL 2020, arXiv 2005.00928, eq. 1.
+    """
+    check_inputs(model, images, class_idx)
+    attention, _, _ = attention_maps(model, images, class_idx, with_gradients=False)
+    identity = rollout = _identity(attention[0])
+    for maps in attention:
+        flow = maps.to(rollout.dtype).mean(1) + identity
+        rollout = flow / flow.sum(2, keepdim=True) @ rollout
+    return _of_class_token(rollout, model, images)
+
+
+def gradient_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Gradient attention rollout: `R <- R + mean_h relu(dA * A) R` over the blocks, from `R = I`.
+
+    Arguments, result and errors as `raw_attention`.
+
+    Reference:
+        Chefer, Gur, Wolf, Generic attention-model explainability for interpreting bi-modal and encoder-decoder
+        transformers, ICCV 2021, arXiv 2103.15679, eq. 5 and 6.
+    """
+    check_inputs(model, images, class_idx)
+    attention, gradients, _ = attention_maps(model, images, class_idx)
+    relevance = _identity(attention[0])
+    for maps, slopes in zip(attention, gradients, strict=True):
+        relevance = relevance + (slopes * maps).to(relevance.dtype).relu().mean(1) @ relevance
+    return _of_class_token(relevance, model, images)
+
+
+def _identity(maps: Tensor) -> Tensor:
+    return torch.eye(maps.shape[-1], device=maps.device, dtype=torch.promote_types(maps.dtype, torch.float32))
+
+
+def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """The map of the first row of (B,N,N), without the tokens that are no part of the image."""
+    network = getattr(model, "network", model)
+    grid = as_grid(rollout[:, 0, :, None], model, images) if len(rollout) == len(images) else None
+    if grid is None or grid[0].numel() == rollout.shape[-1] or not getattr(network, "has_class_token", True):
+        raise ValueError(f"model: {type(network).__name__} has no class token; wanted a ViT or DeiT with one")
+    return saliency_map(grid, images.shape[-2:])

@@ -1,0 +1,72 @@
+"""Attributions of the library captum as saliency maps, by name: `captum:IntegratedGradients`."""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opticam.features import Layer, as_grid, check_class_range, check_inputs, frozen, resolve_layer, usable
+from opticam.saliency import saliency_map
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "IntegratedGradients": {"n_steps": 32, "internal_batch_size": 32},
+    "Occlusion": {"sliding_window_shapes": (3, 16, 16), "strides": (3, 8, 8)},
+}
+
+
+def captum_attribution(
+    model: nn.Module, images: Tensor, class_idx: Tensor, *, name: str, layer: Layer = None, **options: Any
+) -> Tensor:
+    """The attribution of that name in `captum.attr` as a map: signed sum over channels, ReLU, upsampled, `min_max`.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        name: of a class in `captum.attr`, such as IntegratedGradients, Occlusion, or LayerGradCam.
+        layer: for captum's attributions of a layer, as in `grad_cam`; else not used.
+        options: handed to `attribute`. Without them, captum's own defaults, but 32 steps for IntegratedGradients, and
+            windows of 16 pixels, 8 apart, for Occlusion.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        ImportError: captum is not installed.
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: no such attribution, or captum refuses it for this model; wrong shape, device or range.
+
+    Reference:
+        Kokhlikyan et al., Captum: A unified and generic model interpretability library for PyTorch, 2020,
+        arXiv 2009.07896.
+    """
+    attribution = find_attribution(name)
+    check_inputs(model, images, class_idx)
+    x = usable(images).detach().clone()
+    with frozen(model):
+        with torch.no_grad():
+            check_class_range(class_idx, model(x[:1]).shape[1])
+        try:
+            wants_layer = "layer" in inspect.signature(attribution).parameters
+            method = attribution(model, resolve_layer(model, layer)) if wants_layer else attribution(model)
+            values = method.attribute(x, target=usable(class_idx), **DEFAULTS.get(name, {}) | options)
+            values = values[0] if isinstance(values, tuple) else values
+        except (TypeError, AssertionError, AttributeError) as error:
+            raise ValueError(f"method: captum cannot compute {name} here ({error})") from error
+    grid = as_grid(values.detach(), model, images)
+    return saliency_map(grid.sum(1, keepdim=True), images.shape[-2:])
+
+
+def find_attribution(name: str) -> Any:
+    """The class of that name in `captum.attr`; ImportError or ValueError where there is none."""
+    try:
+        known = importlib.import_module("captum.attr")
+    except ImportError as error:
+        raise ImportError("method: captum is not installed; wanted `pip install 'opticam[captum]'`") from error
+    found = getattr(known, name, None)
+    if not (inspect.isclass(found) and issubclass(found, known.Attribution) and hasattr(found, "attribute")):
+        names = [key for key, value in vars(known).items() if inspect.isclass(value) and hasattr(value, "attribute")]
+        raise ValueError(f"method: no {name!r} in captum.attr; wanted one of {', '.join(sorted(names))}")
+    return found

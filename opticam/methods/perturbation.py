@@ -1,0 +1,228 @@
+"""Masking methods: what the class score does when parts of the image are hidden."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from opticam.features import Layer, check_class_range, check_inputs, frozen, usable
+from opticam.saliency import apply_mask, saliency_map
+
+
+def rise(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    layer: Layer = None,
+    num_masks: int = 6000,
+    cells: int = 8,
+    p: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Tensor:
+    """RISE maps: `S = sum_i softmax(f(x * M_i))_c M_i / (N p)` over N random masks, then `min_max`.
+
+    Each mask is a grid of `cells` x `cells` zeros and ones (1 with probability `p`), made bilinearly a cell larger than
+    the image and cut out at a random place. The same masks serve all images. N passes.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1]; where a mask is 0 they show black.
+        class_idx: (B,) int64, the class to explain.
+        layer: not used.
+        num_masks: N; 6000 is the paper's for ResNet50.
+        cells: cells along each side.
+        p: probability that a cell shows the image; 0.1 in the authors' code for ImageNet.
+        seed: of the masks, the same on every device.
+        batch_size: masked images in flight.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range.
+
+    Reference:
+        Petsiuk, Das, Saenko, RISE: Randomized input sampling for explanation of black-box models, BMVC 2018,
+        arXiv 1806.07421, eq. 6.
+    """
+    check_inputs(model, images, class_idx)
+    for name, number in (("num_masks", num_masks), ("cells", cells), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}: wanted at least 1, got {number}")
+    if not 0 < p <= 1:
+        raise ValueError(f"p: wanted a probability above 0, got {p}")
+    size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
+    per_image = max(1, batch_size // len(images))
+    with frozen(model), torch.no_grad():
+        x, c = usable(images).contiguous(memory_format=torch.channels_last), usable(class_idx)
+        total = torch.zeros_like(x[:, :1], dtype=dtype)
+        for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
+            masks = masks.to(x.device, dtype)
+            for part in range(0, len(x), batch_size):
+                some = x[part : part + batch_size]
+                n = len(some)
+                logits = model(apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(n, 1, 1, 1)))
+                check_class_range(c, logits.shape[1])
+                probs = logits.to(dtype).softmax(1).unflatten(0, (n, len(masks)))
+                scores = probs.gather(2, c[part : part + n, None, None].expand(n, len(masks), 1))[..., 0]
+                total[part : part + n, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
+    return saliency_map(total / (num_masks * p), size)
+
+
+def _rise_masks(num_masks: int, cells: int, p: float, size: torch.Size, seed: int, at_once: int) -> Iterator[Tensor]:
+    """Masks (n,1,H,W), `at_once` at a time, float64 on the CPU; the same for every `at_once`."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    steps = math.ceil(height / cells), math.ceil(width / cells)
+    masks = []
+    for i in range(num_masks):
+        grid = (torch.rand(1, 1, cells, cells, generator=generator, dtype=torch.float64) < p).double()
+        top, left = (int(torch.randint(step, (), generator=generator)) for step in steps)
+        large = [(cells + 1) * step for step in steps]
+        whole = F.interpolate(grid, large, mode="bilinear", align_corners=False)
+        masks.append(whole[..., top : top + height, left : left + width])
+        if len(masks) == at_once or i == num_masks - 1:
+            yield torch.cat(masks)
+            masks = []
+
+
+def extremal_perturbation(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    layer: Layer = None,
+    area: float = 0.1,
+    num_steps: int = 800,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Extremal perturbation: the smooth mask of a given area whose image, blurred elsewhere, has the largest logit.
+
+    A coarse mask m, a value for every 7 pixels, is made smooth by a soft maximum over its neighbours' kernels of width
+    21 (temperature 1/20), and chooses for every pixel a level of a blur pyramid (sigma 20 where it is 0). Maximised is
+    `f(x blurred by m)_c - w |sort(m) - r|^2`, r the sorted mask of wanted area, by SGD at 0.01 with momentum 0.9 and
+    dampening 0.9; w starts at 300 and grows by 1.0035 a step; every second step sees the image mirrored.
+
+    Deviations from the authors' code: borders of the pyramid are replicated; the mean over pixels in the area term and
+    the sum over the batch make an image's mask independent of its neighbours.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        layer: not used.
+        area: share of the image that the mask shows, in (0,1).
+        num_steps: forward and backward passes.
+        batch_size: images in flight; None for all.
+
+    Returns:
+        (B,1,H,W) in [0,1], the final mask after `min_max`.
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range.
+
+    Reference:
+        Fong, Patrick, Vedaldi, Understanding deep networks via extremal perturbations and smooth masks, ICCV 2019,
+        arXiv 1910.08485, eq. 3, 4 and 7 to 9; constants of the authors' code.
+    """
+    check_inputs(model, images, class_idx)
+    if not 0 < area < 1:
+        raise ValueError(f"area: wanted a share of the image between 0 and 1, got {area}")
+    for name, number, least in (("num_steps", num_steps, 0), ("batch_size", batch_size, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name}: wanted at least {least}, got {number}")
+    size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
+    masks = []
+    with frozen(model):
+        parts = (usable(tensor).detach().split(batch_size or len(images)) for tensor in (images, class_idx))
+        for x, c in zip(*parts, strict=True):
+            pyramid = blur_pyramid(x)
+            coarse = torch.ones(len(x), 1, *(math.ceil(side / STEP) for side in size), device=x.device, dtype=dtype)
+            coarse.requires_grad_()
+            kernel = smooth_kernel(coarse)
+            wanted = torch.zeros(size.numel(), device=x.device, dtype=dtype)
+            wanted[wanted.numel() - round(area * wanted.numel()) :] = 1
+            ascent = torch.optim.SGD([coarse], lr=0.01, momentum=0.9, dampening=0.9, maximize=True)
+            for step in range(num_steps):
+                mask = smooth_mask(coarse, kernel, size)
+                seen = from_pyramid(pyramid, mask).to(x.dtype)
+                logits = model(seen.flip(3) if step % 2 else seen)
+                if step == 0:
+                    check_class_range(c, logits.shape[1])
+                reward = logits.gather(1, c[:, None])[:, 0].to(dtype)
+                penalty = (mask.flatten(1).sort(1).values - wanted).square().mean(1)
+                (coarse.grad,) = torch.autograd.grad((reward - 300 * 1.0035**step * penalty).sum(), coarse)
+                ascent.step()
+                with torch.no_grad():
+                    coarse.clamp_(0, 1)
+            with torch.no_grad():
+                masks.append(smooth_mask(coarse, kernel, size))
+    return saliency_map(torch.cat(masks), size)
+
+
+STEP, WIDTH, COLDNESS = 7, 21, 20.0
+SIGMA, LEVELS = 20.0, 8
+
+
+def smooth_kernel(like: Tensor) -> Tensor:
+    """(STEP,STEP,n,n): for a pixel at each place within a coarse cell, the kernel over the n x n cells around it.
+
+    `k(d) = exp(-2 max(0, d/WIDTH - 1/2)^2)` at distance d in pixels from a cell's centre.
+    """
+    radius = 1 + math.ceil(WIDTH / STEP)
+    place = torch.arange(STEP, device=like.device, dtype=like.dtype)
+    cell = STEP * torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype) + (STEP - 1) / 2
+    offsets = (place[:, None] - cell).square()
+    distance = (offsets[:, None, :, None] + offsets[None, :, None, :]).sqrt()
+    return (-2 * (distance / WIDTH - 0.5).clamp(min=0).square()).exp()
+
+
+def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
+    """The smooth maximum `sum_v t_v exp(20 t_v) / sum_v exp(20 t_v)`, `t_v = k(u - v) m(v)`, at every pixel u.
+
+    Args:
+        coarse: (B,1,h,w) in [0,1]; beyond its border the mask is 0.
+        kernel: of `smooth_kernel`.
+        size: (H,W), at most STEP times (h,w).
+
+    Returns:
+        (B,1,H,W) in [0,1].
+    """
+    batch, _, rows, columns = coarse.shape
+    n = kernel.shape[-1]
+    around = F.unfold(coarse, n, padding=n // 2).view(batch, 1, n * n, rows * columns)
+    values = around * kernel.view(STEP * STEP, n * n, 1)
+    smooth = (values * (COLDNESS * values).softmax(2)).sum(2)
+    return F.fold(smooth, (STEP * rows, STEP * columns), STEP, stride=STEP)[..., : size[0], : size[1]]
+
+
+def blur_pyramid(images: Tensor) -> Tensor:
+    """(B,8,3,H,W): the images blurred by Gaussians of sigma 20, ..., 0 in equal steps, borders replicated."""
+    levels = []
+    for sigma in torch.linspace(SIGMA, 0, LEVELS).tolist():
+        if sigma:
+            radius = math.ceil(3 * sigma)
+            padded = F.pad(images, [radius] * 4, mode="replicate")
+            blurred = TF.gaussian_blur(padded, [2 * radius + 1, 1], [sigma, sigma])  # rows, then columns: far faster
+            blurred = TF.gaussian_blur(blurred, [1, 2 * radius + 1], [sigma, sigma])
+            levels.append(blurred[..., radius:-radius, radius:-radius])
+        else:
+            levels.append(images)
+    return torch.stack(levels, 1)
+
+
+def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:
+    """Images (B,3,H,W) interpolated between the two levels next to `7 m` at every pixel."""
+    position = (mask * (LEVELS - 1)).unsqueeze(1)
+    low = position.detach().floor().clamp(0, LEVELS - 2)
+    share = position - low
+    index = low.long().expand(-1, 1, pyramid.shape[2], -1, -1)
+    below, above = pyramid.gather(1, index), pyramid.gather(1, index + 1)
+    return ((1 - share) * below + share * above)[:, 0]
