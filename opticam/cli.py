@@ -62,7 +62,7 @@ def explain(options: argparse.Namespace) -> int:
 
     method = find_method(options.method)
     photo = read_image(options.photo)
-    default = f"{Path(options.photo).stem}.{options.method}.png"
+    default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
     output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
     if output.resolve() == Path(options.photo).resolve():
         raise ValueError(f"output: {output} is the photo itself; wanted another name")
@@ -82,7 +82,7 @@ def explain(options: argparse.Namespace) -> int:
     row = score(model, images, class_idx, saliency).iloc[0]
     p, o = 100 * row["prob"], 100 * row["masked_prob"]
     name = model.class_names[chosen]
-    label = METHOD_LABELS[options.method]
+    label = METHOD_LABELS.get(options.method, options.method)
     print(f"{label} for {name} ({chosen}{', the predicted class' if named is None else ''})")
     print(f"  probability {p:.1f} % -> {o:.1f} % when masked, logit {row['logit']:.2f} -> {row['masked_logit']:.2f}")
     print(f"  drop {100 * row['average_drop']:.1f} %, gain {100 * row['average_gain']:.1f} % of what was possible")
@@ -162,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         "--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class"
     )
     command.add_argument(
-        "--method", default="opti_cam", help="opti_cam (default), grad_cam, ...; an unknown name lists them all"
+        "--method",
+        default="opti_cam",
+        help="opti_cam (default), grad_cam, ..., captum:NAME; an unknown name lists them all",
     )
     command.add_argument("--layer", help="dotted name of the target layer; default: the model's own")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

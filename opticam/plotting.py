@@ -17,16 +17,39 @@ from torch import Tensor
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 _COLORS = sns.color_palette("colorblind")
+_PALE = sns.color_palette("pastel")
 METHOD_LABELS = {
     "fake_cam": "Fake-CAM",
     "equal_weights": "Equal weights",  # Opti-CAM before its first step
     "grad_cam": "Grad-CAM",
+    "grad_cam_plus_plus": "Grad-CAM++",
+    "x_grad_cam": "XGrad-CAM",
+    "hires_cam": "HiRes-CAM",
+    "layer_cam": "Layer-CAM",
+    "ablation_cam": "Ablation-CAM",
+    "score_cam": "Score-CAM",
+    "rise": "RISE",
+    "extremal_perturbation": "Extremal perturbation",
+    "raw_attention": "Raw attention",
+    "attention_rollout": "Attention rollout",
+    "gradient_rollout": "Gradient rollout",
     "opti_cam": "Opti-CAM",
 }
 METHOD_COLORS = {
     "fake_cam": _COLORS[2],
     "equal_weights": _COLORS[8],
     "grad_cam": _COLORS[0],
+    "grad_cam_plus_plus": _COLORS[9],
+    "x_grad_cam": _PALE[0],
+    "hires_cam": _PALE[9],
+    "layer_cam": _COLORS[4],
+    "ablation_cam": _COLORS[1],
+    "score_cam": _COLORS[5],
+    "rise": _COLORS[6],
+    "extremal_perturbation": _PALE[4],
+    "raw_attention": _PALE[2],
+    "attention_rollout": _PALE[1],
+    "gradient_rollout": _PALE[6],
     "opti_cam": _COLORS[3],
 }
 METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
@@ -136,20 +159,20 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     Returns:
         The figure, not shown.
     """
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3.4), squeeze=False, sharey=True)
+    size = (3.2 * len(columns) + 1, 0.36 * len(summary) + 1.2)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [METHOD_LABELS.get(method, method) for method in summary.index]
-    colors = [METHOD_COLORS.get(method, _COLORS[-1]) for method in summary.index]
+    colors = [METHOD_COLORS.get(method, _COLORS[7]) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean = summary[column].to_numpy()
         error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
-        ax.bar(names, mean, yerr=error, color=colors, capsize=4, error_kw={"lw": 1.2})
-        for position, value in enumerate(mean):
-            ax.annotate(f"{value:.1f}", (position - 0.06, value), ha="right", va="bottom", fontsize=9)
+        ax.barh(names, mean, xerr=error, color=colors, capsize=3, error_kw={"lw": 1.2})
+        for position, (value, high) in enumerate(zip(mean, error[1], strict=True)):
+            ax.annotate(f"{value:.1f}", (value + high + 3, position), va="center", fontsize=9)
         ax.set_title(title)
-        ax.tick_params(axis="x", labelsize=9)
-        ax.set_xticks(range(len(names)), [name.replace(" ", "\n").replace("-", "-\n") for name in names])
-    axes[0, 0].set(ylabel="%", ylim=(0, 112))
-    figure.supxlabel(f"mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set(xlim=(0, 122), xticks=range(0, 101, 25))
+    figure.supxlabel(f"%, mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
     return figure
 
 

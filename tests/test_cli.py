@@ -64,7 +64,7 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--model", "resnet51"], "model: wanted one of efficientnet_lite0"),
         (
             [PHOTO, "--method", "gradcam"],
-            "method: wanted one of fake_cam, equal_weights, grad_cam, opti_cam, got 'gradcam'",
+            "opti_cam or captum:NAME, got 'gradcam'",
         ),
         ([PHOTO, "--method", "grad_cam", "--layer", "layer4"], "layer: no 'layer4' in EfficientNet"),
         ([PHOTO, "--method", "grad_cam", "--layer", "classifier"], "layer: wanted feature maps (B,K,h,w)"),

@@ -75,7 +75,7 @@ def test_bars_and_table_show_the_summary():
     table = interval_table(summary, {"average_gain": "AG"})
     assert table.loc["Opti-CAM", "AG"] == "75.0 [66.0, 83.0]"
     (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
-    assert [bar.get_height() for bar in ax.patches] == [10, 75.04]
+    assert [bar.get_width() for bar in ax.patches] == [10, 75.04]
 
 
 def test_boxes_are_drawn_in_x_and_y():

@@ -45,10 +45,9 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
 
 
 def grad_cam_plus_plus(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
-    """Grad-CAM++ maps: `w_k = sum_ij a_kij relu(g_kij)`, `a = g^2 / (2 g^2 + (sum_ij A_kij) g^3)`, 0 where g = 0.
+    """Grad-CAM++ maps: `w_k = sum_ij a_kij relu(g_kij)`, `a = g^2 / (2 g^2 + (sum_ij A_kij) g^3)`.
 
-    Arguments, result and errors as `grad_cam`. The closed form is that of the class score exp(y_c); where its
-    denominator is 0, a is 0.
+    Arguments, result and errors as `grad_cam`. Where g = 0 a has no weight; where the denominator is 0, a is 0.
 
     Reference:
         Chattopadhyay et al., Grad-CAM++: Improved visual explanations for deep convolutional networks, WACV 2018,
@@ -57,7 +56,7 @@ def grad_cam_plus_plus(model: nn.Module, images: Tensor, class_idx: Tensor, *, l
     check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     denominator = 2 + features.sum((2, 3), keepdim=True) * gradients  # both sides divided by g^2
-    a = torch.where((gradients != 0) & (denominator != 0), 1 / denominator, 0)
+    a = torch.where(denominator != 0, 1 / denominator, 0)
     return saliency_map(combine(features, (a * gradients.relu()).sum((2, 3))), images.shape[-2:])
 
 
@@ -146,7 +145,7 @@ def score_cam(
     """Score-CAM maps: `w = softmax_k(f(x * n(up(A_k)))_c - f(0)_c)`, each feature map judged as a mask.
 
     Of K feature maps, K passes; a constant feature map masks everything and needs none but that of the black image.
-    Arguments, result and errors as `grad_cam`. Softmax over the differences of logits, as in the paper.
+    Arguments, result and errors as `grad_cam`. f(0)_c is the same for all k and leaves the softmax as it is.
 
     Args:
         model: see `grad_cam`.
@@ -171,7 +170,7 @@ def score_cam(
             masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
             masked_logits = model(apply_mask(x[rows], masks))
             scores[rows, channels] = masked_logits.gather(1, class_idx[rows][:, None])[:, 0].to(scores.dtype)
-    return saliency_map(combine(features, (scores - black[:, None]).softmax(1)), images.shape[-2:])
+    return saliency_map(combine(features, scores.softmax(1)), images.shape[-2:])
 
 
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:

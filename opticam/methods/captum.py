@@ -44,8 +44,8 @@ def captum_attribution(
     """
     attribution = find_attribution(name)
     check_inputs(model, images, class_idx)
-    x = usable(images).detach().clone()
     with frozen(model):
+        x = usable(images).detach().clone().requires_grad_()
         with torch.no_grad():
             check_class_range(class_idx, model(x[:1]).shape[1])
         try:

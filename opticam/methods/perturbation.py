@@ -143,7 +143,7 @@ def extremal_perturbation(
     with frozen(model):
         parts = (usable(tensor).detach().split(batch_size or len(images)) for tensor in (images, class_idx))
         for x, c in zip(*parts, strict=True):
-            pyramid = blur_pyramid(x)
+            pyramid = blur_pyramid(x.to(dtype))  # half precision convolves at a crawl on some processors
             coarse = torch.ones(len(x), 1, *(math.ceil(side / STEP) for side in size), device=x.device, dtype=dtype)
             coarse.requires_grad_()
             kernel = smooth_kernel(coarse)
@@ -206,7 +206,8 @@ def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
 def blur_pyramid(images: Tensor) -> Tensor:
     """(B,8,3,H,W): the images blurred by Gaussians of sigma 20, ..., 0 in equal steps, borders replicated."""
     levels = []
-    for sigma in torch.linspace(SIGMA, 0, LEVELS).tolist():
+    for level in range(LEVELS):
+        sigma = SIGMA * (LEVELS - 1 - level) / (LEVELS - 1)
         if sigma:
             radius = math.ceil(3 * sigma)
             padded = F.pad(images, [radius] * 4, mode="replicate")

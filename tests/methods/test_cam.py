@@ -46,6 +46,8 @@ def test_ablation_cam_agrees_with_the_loop_version(tiny, images, class_idx, laye
 def test_score_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
     with torch.no_grad():
         tiny.features[2].weight[4] = 0  # a constant feature map
+        tiny.features[0].weight[4] = 0  # a constant and negative one
+        tiny.features[0].bias[4:6] = -1.5  # and one that is negative everywhere
     saliency = score_cam(tiny, images, class_idx, layer=layer, batch_size=7)
     for b in range(5):
         features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
