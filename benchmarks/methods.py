@@ -13,6 +13,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import opticam  # noqa: F401  (before anything else imports torchvision)
+
+# isort: split
+
 import pytorch_grad_cam
 import torch
 from common import interleaved, median_ratio, report

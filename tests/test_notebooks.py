@@ -11,7 +11,7 @@ from opticam.runner import list_notebooks, notebook_parameters, run_notebook
 TINY = {
     "01": {"num_steps": 2},
     "02": {"num_steps": 2, "limit": 2},
-    "03": {"num_steps": 2, "limit": 2, "gallery": 1},
+    "03": {"num_steps": 2, "limit": 2, "slow_methods": []},
 }
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
 

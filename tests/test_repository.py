@@ -1,5 +1,6 @@
 """What the files beside the package promise."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tomllib
 import nbformat
 import yaml
 
+from opticam import METHODS
 from opticam.datasets import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -48,8 +50,26 @@ def test_the_table_of_the_readme_is_the_output_of_notebook_03():
     assert table in printed
 
 
+def test_the_page_of_methods_names_each_of_them_once():
+    page = (REPOSITORY / "opticam" / "methods" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.M)) == sorted(METHODS)
+
+
+def test_the_schedules_of_the_readme_are_the_measured_ones():
+    readme = (REPOSITORY / "README.md").read_text()
+    measured = json.loads((REPOSITORY / "benchmarks" / "results" / "schedules.json").read_text())["rows"]
+    table = re.search(r"<!-- benchmarks/results/schedules.json -->\n(.+?)\n\n", readme, re.S).group(1)
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert told == [
+        [row["schedule"], str(row["passes"]), f"{row['masked logit']:.2f}"]
+        + [f"{row[column]:.{digits}f}" for column, digits in (("AG %", 1), ("AI %", 1), ("AD %", 2))]
+        for row in measured
+    ]
+
+
 def test_links_in_markdown_resolve():
-    for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("data/*.md"), *REPOSITORY.glob("notebooks/*.md")]:
+    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for page in (REPOSITORY / name for name in tracked.stdout.split()):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
