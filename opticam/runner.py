@@ -246,8 +246,8 @@ def _cast(name: str, value: Any, kind: str) -> Any:
         return value
     if kind == "list[str]":
         if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")]
-        if isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value):
+            value = [part.strip() for part in value.split(",")] if value.strip() else []
+        if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part for part in value):
             return list(value)
         raise wanted
     if isinstance(value, str) and kind in _READERS:

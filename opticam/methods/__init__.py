@@ -51,6 +51,20 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# what a comparison over many images takes by default: no more passes than Opti-CAM, and no attention needed
+FAST = (
+    "fake_cam",
+    "equal_weights",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "x_grad_cam",
+    "hires_cam",
+    "layer_cam",
+    "ablation_cam",
+    "opti_cam",
+)
+
+
 def find_method(name: str) -> Callable[..., Tensor]:
     """The method of that name in `METHODS`, or `captum:NAME` for an attribution of captum.
 
@@ -68,6 +82,7 @@ def find_method(name: str) -> Callable[..., Tensor]:
 
 
 __all__ = [
+    "FAST",
     "METHODS",
     "OBJECTIVES",
     "SCHEDULES",
