@@ -372,3 +372,179 @@ def average_increase(p: float, o: float) -> float:
 
 def average_gain(p: float, o: float) -> float:
     return 0.0 if p == 1 else max(0.0, o - p) / (1 - p)
+
+
+# Localization and sanity checks: pixels are counted one by one, boxes are (xmin, ymin, xmax, ymax).
+
+
+def in_box(box: Array, i: int, j: int) -> bool:
+    """Whether the centre of the pixel in row i and column j lies in the box."""
+    return box[0] <= j + 0.5 < box[2] and box[1] <= i + 0.5 < box[3]
+
+
+def box_area(box: Array, margin: int = 60) -> int:
+    """Pixels of a box, inside and outside the frame, as far as `margin` on all sides of the origin."""
+    return sum(in_box(box, i, j) for i in range(-margin, margin) for j in range(-margin, margin))
+
+
+def flood(mask: Array, start: tuple[int, int], steps: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    found, open_ = {start}, [start]
+    while open_:
+        i, j = open_.pop()
+        for a, b in steps:
+            place = (i + a, j + b)
+            inside = 0 <= place[0] < mask.shape[0] and 0 <= place[1] < mask.shape[1]
+            if inside and place not in found and mask[place]:
+                found.add(place)
+                open_.append(place)
+    return found
+
+
+def components(mask: Array, steps: list[tuple[int, int]]) -> list[set[tuple[int, int]]]:
+    """Connected components, in reading order of their first pixels."""
+    out: list[set[tuple[int, int]]] = []
+    for i in range(mask.shape[0]):
+        for j in range(mask.shape[1]):
+            if mask[i, j] and not any((i, j) in component for component in out):
+                out.append(flood(mask, (i, j), steps))
+    return out
+
+
+FOUR = [(-1, 0), (1, 0), (0, -1), (0, 1)]
+EIGHT = [*FOUR, (-1, -1), (-1, 1), (1, -1), (1, 1)]
+
+
+def span(pixels: set[tuple[int, int]]) -> tuple[int, int, int, int]:
+    """Tight box, end inclusive."""
+    rows, columns = [i for i, _ in pixels], [j for _, j in pixels]
+    return min(columns), min(rows), max(columns), max(rows)
+
+
+def predicted_box(grid: Array) -> tuple[int, int, int, int]:
+    values = sorted(grid.flat)
+    mean = sum(values) / len(values)
+    threshold = values[int((len(values) - 1) * (1 - mean) + 0.5)]
+    threshold = min(max(threshold, 1e-6), 1 - 1e-6)
+    found = components(grid > threshold, FOUR)
+    if not found:
+        return 0, 0, -1, -1
+    largest = found[0]
+    for component in found:
+        if len(component) > len(largest):
+            largest = component
+    return span(largest)
+
+
+def localization_error(grid: Array, boxes: Array) -> float:
+    xmin, ymin, xmax, ymax = predicted_box(grid)
+    error = 1.0
+    for box in boxes:
+        predicted = overlap = 0
+        for i in range(grid.shape[0]):
+            for j in range(grid.shape[1]):
+                if xmin <= j <= xmax and ymin <= i <= ymax:
+                    predicted += 1
+                    overlap += in_box(box, i, j)
+        union = predicted + box_area(box) - overlap
+        if union and overlap / union > 0.5:
+            error = 0.0
+    return error
+
+
+def soft_f1(grid: Array, boxes: Array) -> float:
+    best = 0.0
+    for box in boxes:
+        inside = sum(grid[i, j] for i in range(grid.shape[0]) for j in range(grid.shape[1]) if in_box(box, i, j))
+        if inside > 0:
+            precision, recall = inside / sum(grid.flat), inside / box_area(box)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
+
+
+def energy_pointing_game(grid: Array, boxes: Array) -> float:
+    inside = 0.0
+    for i in range(grid.shape[0]):
+        for j in range(grid.shape[1]):
+            if any(in_box(box, i, j) for box in boxes):
+                inside += grid[i, j]
+    return inside / sum(grid.flat)
+
+
+def pointing_game(grid: Array, boxes: Array, tolerance: float) -> float:
+    rows, columns = grid.shape
+    hits = []
+    for i in range(rows):
+        for j in range(columns):
+            if grid[i, j] == max(grid.flat):
+                hits.append(
+                    any(
+                        math.hypot(a - i, b - j) <= tolerance and any(in_box(box, a, b) for box in boxes)
+                        for a in range(rows)
+                        for b in range(columns)
+                    )
+                )
+    return sum(hits) / len(hits)
+
+
+def saliency_metric(model: nn.Module, image: Array, c: int, grid: Array) -> float:
+    height, width = grid.shape
+    xmin, ymin, xmax, ymax = predicted_box(grid)
+    if xmax < xmin:
+        xmin, ymin, xmax, ymax = 0, 0, width - 1, height - 1
+    crop = np.stack([upsample(channel[ymin : ymax + 1, xmin : xmax + 1], height, width) for channel in image])
+    with torch.no_grad():
+        probs = softmax(model(torch.from_numpy(crop)[None])[0].numpy())
+    area = (xmax - xmin + 1) * (ymax - ymin + 1) / (width * height)
+    return math.log(max(area, 0.05)) - math.log(probs[c])
+
+
+def all_contour_hits(grid: Array, boxes: Array, num_thresholds: int) -> Array:
+    """Rows 1 to 3 of the hits: contours are the borders of 8-connected components and of the holes in them."""
+    height, width = grid.shape
+    image = np.array([[int(255 * value) for value in row] for row in grid])
+    hits = np.zeros((3, num_thresholds), dtype=bool)
+    for t in range(num_thresholds):
+        kept = image > int(t * (1 / num_thresholds) * max(image.flat))
+        spans = [span(component) for component in components(kept, EIGHT)]
+        for hole in components(~kept, FOUR):
+            xmin, ymin, xmax, ymax = span(hole)
+            if xmin > 0 and ymin > 0 and xmax < width - 1 and ymax < height - 1:
+                spans.append((xmin - 1, ymin - 1, xmax + 1, ymax + 1))
+        for xmin, ymin, xmax, ymax in spans:
+            xmax, ymax = min(xmax + 1, width - 1), min(ymax + 1, height - 1)
+            for box in boxes:
+                wide = (box[0], box[1], box[2] + 1, box[3] + 1)
+                overlap = sum(in_box(wide, i, j) for i in range(ymin, ymax + 1) for j in range(xmin, xmax + 1))
+                iou = overlap / ((xmax - xmin + 1) * (ymax - ymin + 1) + box_area(wide) - overlap)
+                for row, wanted in enumerate((0.3, 0.5, 0.7)):
+                    hits[row, t] |= iou >= wanted
+    return hits
+
+
+def rank_correlation(a: Array, b: Array) -> float:
+    def ranks(values: Array) -> list[float]:
+        return [
+            sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
+        ]
+
+    x, y = ranks(a.ravel()), ranks(b.ravel())
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((p - mean_x) * (q - mean_y) for p, q in zip(x, y, strict=True))
+    return covariance / math.sqrt(sum((p - mean_x) ** 2 for p in x) * sum((q - mean_y) ** 2 for q in y))
+
+
+def structural_similarity(a: Array, b: Array) -> float:
+    weights = {(i, j): math.exp(-(i * i + j * j) / (2 * 1.5**2)) for i in range(-5, 6) for j in range(-5, 6)}
+    total = sum(weights.values())
+    values = []
+    for y in range(5, a.shape[0] - 5):
+        for x in range(5, a.shape[1] - 5):
+            moments = np.zeros(5)
+            for (i, j), weight in weights.items():
+                p, q = a[y + i, x + j], b[y + i, x + j]
+                moments += weight / total * np.array([p, q, p * p, q * q, p * q])
+            mean_p, mean_q, pp, qq, pq = moments
+            luminance = (2 * mean_p * mean_q + 0.01**2) / (mean_p**2 + mean_q**2 + 0.01**2)
+            structure = (2 * (pq - mean_p * mean_q) + 0.03**2) / (pp - mean_p**2 + qq - mean_q**2 + 0.03**2)
+            values.append(luminance * structure)
+    return sum(values) / len(values)

@@ -5,6 +5,26 @@ from collections.abc import Callable
 from torch import Tensor
 
 from opticam.metrics.classification import average_drop, average_gain, average_increase, class_probability
+from opticam.metrics.localization import (
+    box_experiment_masks,
+    box_hits,
+    box_mask,
+    energy_pointing_game,
+    localization_error,
+    max_box_accuracy,
+    official_metric,
+    pointing_game,
+    predicted_box,
+    saliency_metric,
+    soft_f1,
+)
+from opticam.metrics.randomization import (
+    cascading,
+    independent,
+    randomized,
+    rank_correlation,
+    structural_similarity,
+)
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_drop": average_drop,
@@ -12,4 +32,26 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_increase": average_increase,
 }
 
-__all__ = ["METRICS", "average_drop", "average_gain", "average_increase", "class_probability"]
+__all__ = [
+    "METRICS",
+    "average_drop",
+    "average_gain",
+    "average_increase",
+    "box_experiment_masks",
+    "box_hits",
+    "box_mask",
+    "cascading",
+    "class_probability",
+    "energy_pointing_game",
+    "independent",
+    "localization_error",
+    "max_box_accuracy",
+    "official_metric",
+    "pointing_game",
+    "predicted_box",
+    "randomized",
+    "rank_correlation",
+    "saliency_metric",
+    "soft_f1",
+    "structural_similarity",
+]

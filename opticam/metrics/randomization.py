@@ -1,0 +1,221 @@
+"""Sanity checks: does a saliency map change when the network's weights are randomised?
+
+Take image and class as they are, explain them on each network of `cascading` or `independent`, and compare with the map
+of the trained network by `rank_correlation` and `structural_similarity`. A map that does not change explains nothing.
+
+Reference:
+    Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018, arXiv 1810.03292.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from scipy import stats
+from skimage import metrics
+from torch import Tensor, nn
+
+from opticam.features import resolve_layer
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of the network with all weights re-initialised.
+
+    Kernels and matrices are drawn from He's normal distribution, variance 2/fan_in, biases from N(0, 0.02^2). Modules
+    with nothing but vectors go back to their own start by `reset_parameters` if they have it, else they are drawn like
+    biases; for batch norm this means scale 1, shift 0, running mean 0 and variance 1. All of this is **ours**, for one
+    reason: the features of a randomised network should neither vanish nor forget the image. On EfficientNet-Lite0,
+    wholly randomised, the last feature maps of four photos differ by a standard deviation of 0.8 from photo to photo
+    (trained: 0.4). With `reset_parameters` throughout it is 2e-9, since torch's uniform draw loses a factor at every
+    layer; with the running statistics of training kept it is 0.02, since these do not fit random weights.
+
+    Args:
+        model: any network. Not touched; nor is the global random state.
+        seed: of the random weights; the same on every device.
+
+    Returns:
+        A network of the same class, flags, device and dtype.
+
+    Reference:
+        Adebayo et al., see above; the distribution: He et al., Delving deep into rectifiers, ICCV 2015,
+        arXiv 1502.01852.
+    """
+    network = deepcopy(model)
+    random = deepcopy(model).cpu()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices
+        for module in random.modules():
+            _reinitialize(module)
+    for source, target in zip(random.modules(), network.modules(), strict=True):
+        _copy_own(source, target)
+    return network
+
+
+def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Networks randomised from the logits down: each by one stage more than the one before.
+
+    The order is the reverse of `named_modules`, that is, of how the network was put together, which for all networks
+    here is the reverse of the forward pass. The last network, if the stages cover all, is `randomized(model, seed)`.
+
+    Args:
+        model: any network. Not touched; nor is the global random state.
+        seed: of the random weights; a stage gets the same ones in `cascading` and `independent`.
+        stages: dotted names (for a `Classifier`: as the wrapped network names them), each a module that is randomised
+            with all it contains, in any order; by default every module that has parameters of its own.
+
+    Returns:
+        Iterator of the name of the stage last randomised and a network of its own, in the modes of the model. Own
+        parameters of the whole network, such as position embeddings, go by the name of its class.
+
+    Raises:
+        ValueError: no such module, or one without parameters.
+
+    Reference:
+        Adebayo et al., see above.
+    """
+    return _randomized_by_stage(model, seed, stages, cumulative=True)
+
+
+def independent(
+    model: nn.Module, seed: int = 0, stages: Sequence[str] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Networks of which one stage each is randomised and the others are as trained.
+
+    Arguments, order, result and errors as `cascading`.
+
+    Reference:
+        Adebayo et al., see above.
+    """
+    return _randomized_by_stage(model, seed, stages, cumulative=False)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman rank correlation over the pixels of each pair of maps; ties share their mean rank.
+
+    Args:
+        a: (B,1,H,W).
+        b: (B,1,H,W).
+
+    Returns:
+        (B,) float64 in [-1,1], 1 for maps of the same order: similar; 0 where a map is constant, to be counted, as such
+        a map tells nothing; NaN where a map has a NaN. In a sanity check lower is better.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: wrong shape.
+
+    Reference:
+        Adebayo et al., see above; maps here are non-negative, so that no variant of absolute values is needed.
+    """
+    _check_pair(a, b)
+    return _per_pair(lambda x, y: stats.spearmanr(x.ravel(), y.ravel()).statistic, a, b)
+
+
+def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Mean SSIM of each pair of maps, in two dimensions, range 1.
+
+    Settings of the paper of SSIM: Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances,
+    mean over the windows that lie wholly inside.
+
+    Args:
+        a: (B,1,H,W) in [0,1], sides of 11 pixels or more.
+        b: likewise.
+
+    Returns:
+        (B,) float64 in [-1,1], 1 for equal maps; 0 where a map is constant, to be counted, as such a map tells nothing;
+        NaN where a map has a NaN. In a sanity check lower is better.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: wrong shape.
+
+    Reference:
+        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004; Adebayo et
+        al., see above.
+    """
+    _check_pair(a, b)
+    if min(a.shape[-2:]) < 11:
+        raise ValueError(f"a: wanted sides of at least 11 pixels, the window of SSIM, got {tuple(a.shape[-2:])}")
+    settings = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return _per_pair(lambda x, y: metrics.structural_similarity(x, y, **settings), a, b)
+
+
+def _randomized_by_stage(
+    model: nn.Module, seed: int, stages: Sequence[str] | None, *, cumulative: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    groups = _groups(model, stages)
+    trained, random = deepcopy(model), randomized(model, seed)
+
+    def networks() -> Iterator[tuple[str, nn.Module]]:
+        network = trained
+        for stage, places in reversed(groups):
+            network = deepcopy(network if cumulative else trained)
+            for source, target in zip(_at(random, places), _at(network, places), strict=True):
+                _copy_own(source, target)
+            yield stage, deepcopy(network)  # what the caller does to it must not reach the next
+
+    return networks()
+
+
+def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:
+    """Stages in the order of `named_modules`, each with the places in `model.modules()` of the modules to randomise."""
+    place = {id(module): i for i, module in enumerate(model.modules())}
+    network = getattr(model, "network", model)
+    if stages is None:
+        return [
+            (name or type(network).__name__, [place[id(module)]])
+            for name, module in network.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
+    if isinstance(stages, str):
+        raise ValueError(f"stages: wanted a sequence of dotted names, got {stages!r}")
+    groups = []
+    for name in stages:
+        module = resolve_layer(model, name)
+        if not any(True for _ in module.parameters()):
+            raise ValueError(f"stages: wanted modules with parameters, {name!r} has none")
+        groups.append((name, [place[id(part)] for part in module.modules()]))
+    return sorted(groups, key=lambda group: group[1][0])
+
+
+def _at(model: nn.Module, places: list[int]) -> list[nn.Module]:
+    modules = list(model.modules())
+    return [modules[i] for i in places]
+
+
+def _reinitialize(module: nn.Module) -> None:
+    own = list(module.parameters(recurse=False))
+    if own and hasattr(module, "reset_parameters") and all(parameter.ndim < 2 for parameter in own):
+        module.reset_parameters()  # type: ignore[operator]
+        return
+    for parameter in own:
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def _copy_own(source: nn.Module, target: nn.Module) -> None:
+    for kind in (nn.Module.parameters, nn.Module.buffers):
+        for values, place in zip(kind(source, recurse=False), kind(target, recurse=False), strict=True):
+            place.copy_(values)
+
+
+def _per_pair(similarity: Callable[[np.ndarray, np.ndarray], float], a: Tensor, b: Tensor) -> Tensor:
+    values = torch.zeros(len(a), dtype=torch.float64)
+    for i, pair in enumerate(zip(a[:, 0].double().cpu().numpy(), b[:, 0].double().cpu().numpy(), strict=True)):
+        if all(grid.min() != grid.max() for grid in pair):
+            values[i] = float(similarity(*pair))
+    return values.to(a.device)
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    for name, maps in (("a", a), ("b", b)):
+        if not isinstance(maps, Tensor):
+            raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(maps).__name__}")
+    if a.ndim != 4 or a.shape[1] != 1 or 0 in a.shape:
+        raise ValueError(f"a: wanted shape (B,1,H,W) without empty dimensions, got {tuple(a.shape)}")
+    if b.shape != a.shape:
+        raise ValueError(f"b: wanted the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
