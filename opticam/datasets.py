@@ -111,6 +111,11 @@ class Photos(Dataset):
         return [photo.path for photo in self.photos]
 
     @property
+    def names(self) -> list[str]:
+        """Unique name of each."""
+        return [photo.name for photo in self.photos]
+
+    @property
     def labels(self) -> list[int]:
         """Class index of each."""
         return [photo.label for photo in self.photos]

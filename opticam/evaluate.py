@@ -1,6 +1,13 @@
-"""Score saliency maps: batches x methods -> one row per image and method, and means with bootstrap intervals."""
+"""Score saliency maps: batches x methods x metrics -> one row per image and method, in memory or streamed to disk."""
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,15 +17,56 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from opticam.datasets import Sample
-from opticam.features import check_class_range, check_inputs, frozen
-from opticam.metrics import METRICS, class_probability
-from opticam.saliency import apply_mask
+from opticam.datasets import Sample, Skipped
+from opticam.features import check_class_range, check_inputs, count_passes, frozen
+from opticam.metrics import (
+    METRICS,
+    adcc,
+    box_experiment_masks,
+    box_hits,
+    class_probability,
+    coherency,
+    complexity,
+    energy_pointing_game,
+    insertion_deletion,
+    localization_error,
+    official_metric,
+    pointing_game,
+    road,
+    saliency_metric,
+    soft_f1,
+)
+from opticam.results import is_done, write_rows
+from opticam.saliency import apply_mask, check_saliency
 
 Method = Callable[..., Tensor]
 
 
-def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor) -> pd.DataFrame:
+class Explained(NamedTuple):
+    """A batch and its maps: what the metrics beyond masking are computed from.
+
+    Attributes:
+        model: the classifier.
+        images: (B,3,H,W).
+        class_idx: (B,) int64.
+        boxes: (n,4) of each image.
+        saliency: (B,1,H,W).
+        method: that made the maps.
+        scores: from `score`, one row per image.
+    """
+
+    model: nn.Module
+    images: Tensor
+    class_idx: Tensor
+    boxes: Sequence[Tensor]
+    saliency: Tensor
+    method: Method
+    scores: pd.DataFrame
+
+
+def score(
+    model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, logits: Tensor | None = None
+) -> pd.DataFrame:
     """What masking by given maps does to the class: one row per image.
 
     Args:
@@ -26,6 +74,7 @@ def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor)
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
+        logits: (B,C) of the images, where they are known.
 
     Returns:
         Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o), and `average_drop`, `average_gain`,
@@ -36,15 +85,9 @@ def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor)
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
-    if not isinstance(saliency, Tensor):
-        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
-    wanted = (len(images), 1, *images.shape[-2:])
-    if saliency.shape != wanted:
-        raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
-    if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+    check_saliency(images, saliency)
     with frozen(model), torch.no_grad():
-        logits = model(images)
+        logits = model(images) if logits is None else logits
         check_class_range(class_idx, logits.shape[1])
         masked_logits = model(apply_mask(images, saliency))
     p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
@@ -58,12 +101,66 @@ def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor)
     return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
 
 
+def _curves(batch: Explained) -> dict[str, Any]:
+    insertion, deletion = insertion_deletion(batch.model, batch.images, batch.class_idx, batch.saliency)
+    return {"insertion": insertion[0], "deletion": deletion[0]}
+
+
+def _road(batch: Explained) -> dict[str, Any]:
+    return {"road": road(batch.model, batch.images, batch.class_idx, batch.saliency)}
+
+
+def _adcc(batch: Explained) -> dict[str, Any]:
+    again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx)
+    drop = torch.from_numpy(batch.scores["average_drop"].to_numpy()).to(again.device)
+    return {
+        "coherency": coherency(batch.saliency, again),
+        "complexity": complexity(batch.saliency),
+        "adcc": adcc(batch.saliency, again, drop),
+    }
+
+
+def _localization(batch: Explained) -> dict[str, Any]:
+    correct = torch.from_numpy(batch.scores["predicted"].to_numpy()) == batch.class_idx.cpu()
+    saliency, boxes = batch.saliency.cpu(), batch.boxes
+    hits = box_hits(saliency, boxes)
+    return {
+        "localization_error": localization_error(saliency, boxes),
+        "official_metric": official_metric(saliency, boxes, correct),
+        "soft_f1": soft_f1(saliency, boxes),
+        "saliency_metric": saliency_metric(batch.model, batch.images, batch.class_idx, batch.saliency),
+        "pointing_game": pointing_game(saliency, boxes),
+        "energy_pointing_game": energy_pointing_game(saliency, boxes),
+        "box_hits": [np.packbits(hit.numpy()).tobytes() for hit in hits],
+    }
+
+
+def _box_experiment(batch: Explained) -> dict[str, Any]:
+    masks = box_experiment_masks(batch.saliency, batch.boxes)
+    return {
+        f"masked_prob[{name}]": score(batch.model, batch.images, batch.class_idx, mask)["masked_prob"]
+        for name, mask in masks.items()
+        if name != "S"
+    }
+
+
+SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
+    "curves": _curves,
+    "road": _road,
+    "adcc": _adcc,
+    "localization": _localization,
+    "box_experiment": _box_experiment,
+}
+
+
 def evaluate(
     model: nn.Module,
     dataset: Dataset[Sample],
     methods: Mapping[str, Method],
     *,
+    scores: Sequence[str] = (),
     batch_size: int = 10,
+    num_workers: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Explain the label of every image by every method, and score the maps.
@@ -72,38 +169,245 @@ def evaluate(
         model: takes images (B,3,H,W) in [0,1] and returns logits (B,C). Left as found.
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
-        batch_size: images in flight; the result does not depend on it.
+        scores: what to compute beside AD, AG and AI: names in `SCORES`.
+        batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
+            the result does not depend on it.
+        num_workers: processes that decode images ahead; 0 for none.
         progress: show a bar; the environment variable TQDM_DISABLE=1, which the runner sets, keeps it out of files.
 
     Returns:
-        One row per image and method: `image`, `label`, `class_idx`, `method`, the columns of `score`, and `status`:
-        "ok", or "degenerate" where the map is constant.
+        One row per image and method. `image`; `label`; `class_idx` explained and `class_from`, here always "label";
+        `predicted` class; `method`; `layer`; the columns of `score` and of `scores`; `seconds`, `forward_passes` and
+        `backward_passes` of the whole network, per image; and `status`: "ok", "degenerate" where the map is constant,
+        or "skipped" with a `reason`: an image that cannot be read, a label that the network does not have, logits or a
+        map that are not finite.
 
     Raises:
-        ValueError: `batch_size` is not positive.
+        ValueError: `batch_size` is not positive, or `scores` names something unknown.
     """
+    batches = _batches(range(len(dataset)), batch_size)  # type: ignore[arg-type]
+    with _bar(len(dataset) * len(methods), progress) as bar:  # type: ignore[arg-type]
+        tables = list(_tables(model, dataset, batches, methods, scores, num_workers, bar))
+    return pd.concat(tables, ignore_index=True)
+
+
+def stream(
+    folder: str | Path,
+    model: nn.Module,
+    dataset: Dataset[Sample],
+    methods: Mapping[str, Method],
+    *,
+    parameters: Mapping[str, Any],
+    scores: Sequence[str] = (),
+    batch_size: int = 10,
+    shard_size: int = 40,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Path:
+    """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
+
+    Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
+    undisturbed run. A file counts as done if it was written by this version of the package with the same parameters,
+    images, methods and weights; others are written anew. `results.read_shards` reads all of them back.
+
+    Args:
+        folder: for `00000.parquet`, `00001.parquet`, ...
+        model: see `evaluate`.
+        dataset: see `evaluate`; with `names` and `labels`, as `Photos` has them.
+        methods: see `evaluate`.
+        parameters: stored with the rows; JSON.
+        scores: see `evaluate`.
+        batch_size: see `evaluate`.
+        shard_size: images a file.
+        num_workers: see `evaluate`.
+        progress: see `evaluate`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: see `evaluate`.
+    """
+    folder = Path(folder)
+    if shard_size < 1:
+        raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
+    number = math.ceil(len(dataset) / shard_size)  # type: ignore[arg-type]
+    everything = {
+        **parameters,
+        "methods": {name: _describe(method) for name, method in methods.items()},
+        "scores": list(scores),
+        "batch_size": batch_size,
+        "weights": _digest(model),
+        "images": hashlib.sha256(repr([*zip(dataset.names, dataset.labels, strict=True)]).encode()).hexdigest(),
+        "shards": number,
+    }
+    ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]  # type: ignore[arg-type]
+    paths = [folder / f"{k:05d}.parquet" for k in range(number)]
+    missing = [k for k in range(number) if not is_done(paths[k], {**everything, "shard": k})]
+    counts = [math.ceil(len(ranges[k]) / batch_size) if batch_size > 0 else 0 for k in missing]
+    batches = [batch for k in missing for batch in _batches(ranges[k], batch_size)]
+    total, left = (sum(len(ranges[k]) for k in chosen) * len(methods) for chosen in (range(number), missing))
+    with _bar(total, progress, total - left) as bar:
+        tables = _tables(model, dataset, batches, methods, scores, num_workers, bar)
+        for k, count in zip(missing, counts, strict=True):
+            rows = pd.concat([next(tables) for _ in range(count)], ignore_index=True)
+            write_rows(rows, paths[k], {**everything, "shard": k}, str(_device(model)))
+    for path in set(folder.glob("*.parquet")) - set(paths):
+        path.unlink()  # of an earlier run over more images
+    return folder
+
+
+def _tables(
+    model: nn.Module,
+    dataset: Dataset[Sample],
+    batches: Sequence[Sequence[int]],
+    methods: Mapping[str, Method],
+    scores: Sequence[str],
+    num_workers: int,
+    bar: tqdm,
+) -> Iterator[pd.DataFrame]:
+    for name in scores:
+        if name not in SCORES:
+            raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
+    loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)
+    for samples in loader:
+        yield _rows(model, samples, methods, scores)
+        bar.update(len(samples) * len(methods))
+
+
+class _Guarded(Dataset):
+    """A photo that cannot be read comes as `Skipped`, instead of ending the process that reads it."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.read = getattr(dataset, "get", dataset.__getitem__)
+        self.length = len(dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        return self.read(index)
+
+
+def _rows(
+    model: nn.Module, samples: Sequence[Sample | Skipped], methods: Mapping[str, Method], scores: Sequence[str]
+) -> pd.DataFrame:
+    """The rows of a batch: images in their order, of each all methods."""
+    try:
+        return _rows_at_once(model, samples, methods, scores)
+    except torch.OutOfMemoryError:
+        if len(samples) == 1:
+            raise
+    half = (len(samples) + 1) // 2
+    warnings.warn(f"out of memory: going on with {half} images in flight", stacklevel=2)
+    halves = [_rows(model, part, methods, scores) for part in (samples[:half], samples[half:])]
+    return pd.concat(halves, ignore_index=True)
+
+
+def _rows_at_once(
+    model: nn.Module, samples: Sequence[Sample | Skipped], methods: Mapping[str, Method], scores: Sequence[str]
+) -> pd.DataFrame:
+    device = _device(model)
+    reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
+    batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
+    if batch:
+        images = torch.stack([sample.image for sample in batch.values()]).to(device)
+        with frozen(model), torch.no_grad():
+            logits = model(images)
+        known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]
+        images, logits = images[known], logits[known]
+        for i in [i for i, right in zip(batch, known, strict=True) if not right]:
+            reasons[i] = f"label: wanted a class in 0..{logits.shape[1] - 1}, got {batch.pop(i).label}"
+    tables = []
+    for name, method in methods.items():
+        tables.append(pd.DataFrame({"reason": pd.Series(reasons, dtype=object)}).assign(status="skipped", method=name))
+        if batch:
+            class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
+            boxes = [sample.boxes for sample in batch.values()]
+            table = _scored(model, images, class_idx, boxes, logits, method, scores)
+            tables.append(table.set_axis(list(batch)).assign(method=name))
+    rows = pd.concat([table for table in tables if len(table)]).sort_index(kind="stable")
+    rows["image"] = [samples[i].name for i in rows.index]
+    rows["label"] = rows["class_idx"] = [samples[i].label for i in rows.index]
+    rows["class_from"] = "label"
+    columns = [*_FIRST, *(column for column in rows if column not in _FIRST + _LAST), *_LAST]
+    return rows.reindex(columns=columns).reset_index(drop=True).astype({"predicted": "Int64"})
+
+
+_FIRST = ["image", "label", "class_idx", "class_from", "predicted", "method", "layer"]
+_LAST = ["seconds", "forward_passes", "backward_passes", "status", "reason"]
+
+
+def _scored(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    boxes: Sequence[Tensor],
+    logits: Tensor,
+    method: Method,
+    scores: Sequence[str],
+) -> pd.DataFrame:
+    """One method on images that can be explained: scores, then what it cost and how it went."""
+    start = _now(images.device)
+    with count_passes(model) as passes:
+        saliency = method(model, images, class_idx)
+    seconds = _now(images.device) - start
+    finite = (saliency.isfinite().flatten(1).all(1) & logits.isfinite().all(1)).cpu().numpy()
+    constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
+    saliency = saliency.nan_to_num(0, 0, 0)
+    table = score(model, images, class_idx, saliency, logits)
+    table.insert(0, "predicted", logits.argmax(1).cpu().numpy())
+    batch = Explained(model, images, class_idx, boxes, saliency, method, table)
+    for name in scores:
+        for column, values in SCORES[name](batch).items():
+            table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
+    table.loc[~finite, table.columns != "predicted"] = None
+    return table.assign(
+        layer=str(getattr(method, "keywords", {}).get("layer") or getattr(model, "layer", "")),
+        seconds=seconds / len(images),
+        forward_passes=passes[0] / len(images),
+        backward_passes=passes[1] / len(images),
+        status=np.select([~finite, constant], ["skipped", "degenerate"], "ok"),
+        reason=np.where(finite, "", "the network's logits or the map are not finite"),
+    )
+
+
+def _batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
-    device = next(model.parameters()).device
-    batches: Iterable = DataLoader(dataset, batch_size=batch_size, collate_fn=list)
-    tables = []
-    quiet = {} if progress else {"disable": True}
-    with tqdm(total=len(dataset) * len(methods), unit="map", **quiet) as bar:  # type: ignore[arg-type]
-        for samples in batches:
-            images = torch.stack([sample.image for sample in samples]).to(device)
-            class_idx = torch.tensor([sample.label for sample in samples], device=device)
-            for name, method in methods.items():
-                saliency = method(model, images, class_idx)
-                table = score(model, images, class_idx, saliency)
-                constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
-                table.insert(0, "image", [sample.name for sample in samples])
-                table.insert(1, "label", class_idx.cpu().numpy())
-                table.insert(2, "class_idx", class_idx.cpu().numpy())
-                table.insert(3, "method", name)
-                table["status"] = np.where(constant, "degenerate", "ok")
-                tables.append(table)
-                bar.update(len(samples))
-    return pd.concat(tables, ignore_index=True)
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def _bar(total: int, progress: bool, initial: int = 0) -> tqdm:
+    return tqdm(total=total, initial=initial, unit="map", **({} if progress else {"disable": True}))  # type: ignore[call-overload]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _describe(value: Any) -> Any:
+    """A method and its options as JSON, the same in every process."""
+    if isinstance(value, partial):
+        return {"function": _describe(value.func), **{name: _describe(v) for name, v in value.keywords.items()}}
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, int | float | str | bool | None) else repr(value)
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def bootstrap_interval(
@@ -145,7 +449,7 @@ def bootstrap_interval(
 
 
 def summarize(rows: pd.DataFrame, columns: Mapping[str, float]) -> pd.DataFrame:
-    """Means over images with 95 % bootstrap intervals, per method.
+    """Means over images with 95 % bootstrap intervals, per method; rows that were skipped do not count.
 
     Args:
         rows: from `evaluate`.
@@ -155,6 +459,8 @@ def summarize(rows: pd.DataFrame, columns: Mapping[str, float]) -> pd.DataFrame:
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
     summary = {}
+    if "status" in rows:
+        rows = rows[rows["status"] != "skipped"]
     for method, group in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
         for column, factor in columns.items():

@@ -252,6 +252,27 @@ def _attend(captured: list[Tensor], module: nn.MultiheadAttention, args: tuple, 
     return module.out_proj((captured[-1] @ v).transpose(1, 2).flatten(2)), None
 
 
+@contextmanager
+def count_passes(model: nn.Module) -> Iterator[list[int]]:
+    """Counts, while it is open, the images that go through the whole network: [forward, backward].
+
+    Args:
+        model: any network. Passes of its parts, such as a split-off head, are not counted.
+    """
+    passes = [0, 0]
+
+    def backward(gradient: Tensor) -> None:
+        passes[1] += len(gradient)
+
+    def forward(module: nn.Module, args: tuple, output: Tensor) -> None:
+        passes[0] += len(output)
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    with _hooked(model, forward):
+        yield passes
+
+
 def usable(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -79,6 +79,47 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return table.to_pandas(), json.loads(metadata[_KEY])
 
 
+def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether `write_rows` of this version of the package has written the file with these parameters."""
+    try:
+        provenance = json.loads(pq.read_schema(path).metadata[_KEY])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return False
+    given = json.loads(json.dumps(dict(parameters)))
+    return (provenance["parameters"], provenance["package"]) == (given, version("opticam"))
+
+
+def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows of all files that `evaluate.stream` wrote into a folder, checked to be complete.
+
+    Args:
+        folder: of `00000.parquet`, `00001.parquet`, ...
+
+    Returns:
+        The rows, in the order of the images; and the provenance of the first file.
+
+    Raises:
+        OSError: no such folder, or nothing in it.
+        ValueError: files are missing or do not belong together, or an image has two rows of the same method.
+    """
+    paths = sorted(Path(folder).glob("*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"results: no shards in {folder}")
+    tables, provenances = zip(*map(read_rows, paths), strict=True)
+    parameters = [provenance["parameters"] for provenance in provenances]
+    shards = parameters[0].get("shards")
+    found = [other.get("shard") for other in parameters]
+    if found != list(range(shards or 0)):
+        raise ValueError(f"results: {folder} holds the shards {found}; wanted all of 0..{(shards or 0) - 1}")
+    if any(other | {"shard": 0} != parameters[0] for other in parameters):
+        raise ValueError(f"results: the shards in {folder} were written with different parameters; wanted one run's")
+    rows = pd.concat(tables, ignore_index=True)
+    twice = rows[rows.duplicated(["image", "method"])]
+    if len(twice):
+        raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row an image and method")
+    return rows, provenances[0]
+
+
 def _commit() -> str:
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

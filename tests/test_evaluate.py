@@ -1,12 +1,18 @@
+import os
+import signal
+import time
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import references
 import torch
 
-from opticam import METHODS, evaluate, score
-from opticam.datasets import Sample
-from opticam.evaluate import bootstrap_interval, summarize
+from opticam import METHODS, evaluate, results, score
+from opticam.datasets import Sample, Skipped
+from opticam.evaluate import bootstrap_interval, stream, summarize
+from opticam.results import read_shards
 
 
 @pytest.fixture
@@ -51,13 +57,10 @@ def test_evaluate_does_not_depend_on_the_batch(tiny, samples):
     tiny.layer = "features"
     methods = {name: METHODS[name] for name in ("fake_cam", "grad_cam")}
     tables = [evaluate(tiny, samples, methods, batch_size=size) for size in (1, 2, 5)]
-    order = ["image", "method"]
     for table in tables:
         assert len(table) == 10
-        assert not table.duplicated(order).any()
-        pd.testing.assert_frame_equal(
-            table.sort_values(order, ignore_index=True), tables[0].sort_values(order, ignore_index=True)
-        )
+        assert not table.duplicated(["image", "method"]).any()
+        pd.testing.assert_frame_equal(table.drop(columns="seconds"), tables[0].drop(columns="seconds"))
 
 
 def test_constant_maps_are_counted_as_degenerate(tiny, samples):
@@ -91,3 +94,157 @@ def test_summarize():
     assert list(summary.index) == ["b", "a"]
     assert summary.loc["b"].tolist() == pytest.approx([20, 10, 30])
     assert summary.loc["a"].tolist() == [100, 100, 100]
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Samples that know their names and labels, as `Photos` does."""
+
+    def __init__(self, samples):
+        self.samples = samples
+        self.names, self.labels = [s.name for s in samples], [s.label for s in samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
+    tiny.layer = "features"
+    nan = samples[0]._replace(name="nan.png", image=torch.full_like(samples[0].image, torch.nan))
+    strange = samples[1]._replace(name="strange.png", label=5)
+    torn = Skipped("torn.png", 2, "image: torn.png is damaged")
+    methods = {name: METHODS[name] for name in ("grad_cam", "equal_weights")}
+    good = evaluate(tiny, samples, methods, batch_size=2)
+    rows = evaluate(tiny, [torn, *samples[:2], strange, nan, *samples[2:]], methods, batch_size=8)
+    reasons = rows[rows["status"] == "skipped"].groupby("image")["reason"].unique()
+    assert reasons.map(list).to_dict() == {
+        "torn.png": ["image: torn.png is damaged"],
+        "strange.png": ["label: wanted a class in 0..4, got 5"],
+        "nan.png": ["the network's logits or the map are not finite"],
+    }
+    assert rows["image"].tolist()[:4] == ["torn.png"] * 2 + ["0.png"] * 2  # images in their order, of each all methods
+    costs = ["seconds"]
+    pd.testing.assert_frame_equal(
+        rows[rows["status"] != "skipped"].drop(columns=costs).reset_index(drop=True), good.drop(columns=costs)
+    )
+    assert rows.loc[rows["status"] == "skipped", ["prob", "average_gain"]].isna().all(axis=None)
+    summary = summarize(rows, {"average_gain": 1})
+    assert summary.loc["grad_cam", "average_gain"] == pytest.approx(good[good["method"] == "grad_cam"]["average_gain"].mean())
+
+
+def test_only_unreadable_images(tiny):
+    rows = evaluate(tiny, [Skipped("torn.png", 2, "torn")], {"a": METHODS["fake_cam"], "b": METHODS["fake_cam"]})
+    assert rows[["image", "label", "method", "status", "reason"]].values.tolist() == [
+        ["torn.png", 2, "a", "skipped", "torn"],
+        ["torn.png", 2, "b", "skipped", "torn"],
+    ]
+
+
+def test_costs_are_counted(tiny, samples):
+    tiny.layer = "features"
+    methods = {
+        "grad_cam": METHODS["grad_cam"],
+        "opti_cam": partial(METHODS["opti_cam"], num_steps=3, layer="features.2"),
+        "fake_cam": METHODS["fake_cam"],
+    }
+    rows = evaluate(tiny, samples[:3], methods, batch_size=2).set_index("method")
+    assert rows.loc["grad_cam", ["forward_passes", "backward_passes"]].to_numpy().tolist() == [[1, 1]] * 3
+    assert rows.loc["opti_cam", ["forward_passes", "backward_passes"]].to_numpy().tolist() == [[5, 3]] * 3
+    assert rows.loc["fake_cam", ["forward_passes", "backward_passes"]].to_numpy().tolist() == [[0, 0]] * 3
+    assert set(rows.loc["opti_cam", "layer"]) == {"features.2"}
+    assert set(rows.loc["grad_cam", "layer"]) == {"features"}
+    assert (rows["seconds"] > 0).all()
+
+
+def test_out_of_memory_halves_the_batch(tiny, samples):
+    def greedy(model, images, class_idx):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return METHODS["grad_cam"](model, images, class_idx, layer="features")
+
+    with pytest.warns(UserWarning, match="out of memory: going on with 3 images in flight"):
+        rows = evaluate(tiny, samples, {"greedy": greedy})
+    assert rows["image"].tolist() == [sample.name for sample in samples]
+
+    def hopeless(model, images, class_idx):
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
+        evaluate(tiny, samples, {"hopeless": hopeless})
+
+
+def test_unknown_scores(tiny, samples):
+    with pytest.raises(ValueError, match="scores: wanted some of curves, .* got 'area'"):
+        evaluate(tiny, samples, {"fake_cam": METHODS["fake_cam"]}, scores=["area"])
+
+
+def run_stream(folder, model, samples, **changed):
+    settings = {"parameters": {"model": "tiny"}, "batch_size": 2, "shard_size": 3} | changed
+    return stream(folder, model, Numbered(samples), {"grad_cam": METHODS["grad_cam"]}, **settings)
+
+
+def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, samples, tmp_path, monkeypatch):
+    tiny.layer = "features"
+    rows, provenance = read_shards(run_stream(tmp_path, tiny, samples))
+    direct = evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]})
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), direct.drop(columns="seconds"))
+    assert provenance["parameters"]["model"] == "tiny"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.parquet", "00001.parquet"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    run_stream(tmp_path, tiny, samples)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "version", "torn file"])
+def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, what):
+    tiny.layer = "features"
+    run_stream(tmp_path, tiny, samples)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    changed = {}
+    if what == "parameters":
+        changed = {"parameters": {"model": "other"}}
+    elif what == "weights":
+        with torch.no_grad():
+            tiny.fc.bias[0] += 1
+    elif what == "images":
+        samples[-1] = samples[-1]._replace(name="other.png")
+    elif what == "batch_size":
+        changed = {"batch_size": 3}
+    elif what == "version":
+        monkeypatch.setattr(results, "version", lambda package: "9.9")
+    else:
+        for path in tmp_path.iterdir():
+            path.write_bytes(path.read_bytes()[:-7])
+    run_stream(tmp_path, tiny, samples, **changed)
+    assert all(path.stat().st_mtime_ns != before[path] for path in tmp_path.iterdir())
+
+
+def test_fewer_images_leave_no_shard_of_the_longer_run(tiny, samples, tmp_path):
+    tiny.layer = "features"
+    run_stream(tmp_path, tiny, samples)
+    rows, _ = read_shards(run_stream(tmp_path, tiny, samples[:2]))
+    assert rows["image"].tolist() == ["0.png", "1.png"]
+
+
+def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_path):
+    """SIGKILL at random moments of a run of some 0.2 s, then one start more: the rows of an undisturbed run."""
+    tiny.layer = "features"
+    many = [samples[i % 5]._replace(name=f"{i}.png") for i in range(24)]
+    undisturbed, _ = read_shards(run_stream(tmp_path / "undisturbed", tiny, many))
+    random = np.random.default_rng(0)
+    killed = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            run_stream(tmp_path / "killed", tiny, many)
+            os._exit(0)
+        time.sleep(random.uniform(0.005, 0.08))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert killed >= 5
+    whole = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.parquet")}
+    rows, _ = read_shards(run_stream(tmp_path / "killed", tiny, many))
+    assert all(path.stat().st_mtime_ns == written for path, written in whole.items())
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), undisturbed.drop(columns="seconds"))
