@@ -25,6 +25,7 @@ bench: setup
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/schedules.py
+	$(BIN)/python benchmarks/curves.py
 
 test: setup
 	$(BIN)/ruff check .

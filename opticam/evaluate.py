@@ -13,7 +13,7 @@ from tqdm import tqdm
 from opticam.datasets import Sample
 from opticam.features import check_class_range, check_inputs, frozen
 from opticam.metrics import METRICS, class_probability
-from opticam.saliency import apply_mask
+from opticam.saliency import apply_mask, check_saliency
 
 Method = Callable[..., Tensor]
 
@@ -36,13 +36,7 @@ def score(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor)
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
-    if not isinstance(saliency, Tensor):
-        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
-    wanted = (len(images), 1, *images.shape[-2:])
-    if saliency.shape != wanted:
-        raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
-    if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+    check_saliency(images, saliency)
     with frozen(model), torch.no_grad():
         logits = model(images)
         check_class_range(class_idx, logits.shape[1])

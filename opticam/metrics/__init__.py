@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from opticam.metrics.classification import average_drop, average_gain, average_increase, class_probability
+from opticam.metrics.classification import (
+    adcc,
+    average_drop,
+    average_gain,
+    average_increase,
+    class_probability,
+    coherency,
+    complexity,
+    deletion,
+    impute,
+    insertion,
+    insertion_deletion,
+    road,
+)
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_drop": average_drop,
@@ -12,4 +25,18 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_increase": average_increase,
 }
 
-__all__ = ["METRICS", "average_drop", "average_gain", "average_increase", "class_probability"]
+__all__ = [
+    "METRICS",
+    "adcc",
+    "average_drop",
+    "average_gain",
+    "average_increase",
+    "class_probability",
+    "coherency",
+    "complexity",
+    "deletion",
+    "impute",
+    "insertion",
+    "insertion_deletion",
+    "road",
+]
