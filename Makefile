@@ -26,6 +26,7 @@ bench: setup
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/curves.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -332,7 +332,11 @@ def _rows_at_once(
     rows["label"] = rows["class_idx"] = [samples[i].label for i in rows.index]
     rows["class_from"] = "label"
     columns = [*_FIRST, *(column for column in rows if column not in _FIRST + _LAST), *_LAST]
-    return rows.reindex(columns=columns).reset_index(drop=True).astype({"predicted": "Int64"})
+    return (
+        rows.reindex(columns=columns)
+        .reset_index(drop=True)
+        .astype({"predicted": "Int64", "status": "str", "reason": "str"})
+    )
 
 
 _FIRST = ["image", "label", "class_idx", "class_from", "predicted", "method", "layer"]

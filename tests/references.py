@@ -3,6 +3,7 @@
 Networks are only called; gradients come from central differences, so that no line of autograd is shared either.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -548,3 +549,109 @@ def structural_similarity(a: Array, b: Array) -> float:
             structure = (2 * (pq - mean_p * mean_q) + 0.03**2) / (pp - mean_p**2 + qq - mean_q**2 + 0.03**2)
             values.append(luminance * structure)
     return sum(values) / len(values)
+
+
+def class_probability(network: Callable, pixels: Array, label: int) -> float:
+    with torch.no_grad():
+        return softmax(network(torch.from_numpy(pixels)[None])[0].numpy())[label]
+
+
+def by_saliency(saliency: Array) -> list[tuple[int, int]]:
+    """Places, the most salient first; Python's sort is stable."""
+    return sorted(np.ndindex(saliency.shape), key=lambda place: -saliency[place])
+
+
+def blurred_11(image: Array) -> Array:
+    """11x11 Gaussian of sigma 5, zeros beyond the border."""
+    kernel = {(i, j): math.exp(-(i * i + j * j) / 50) for i in range(-5, 6) for j in range(-5, 6)}
+    total = sum(kernel.values())
+    out = np.zeros_like(image)
+    for y, x in np.ndindex(image.shape[1:]):
+        for (i, j), weight in kernel.items():
+            if 0 <= y + i < image.shape[1] and 0 <= x + j < image.shape[2]:
+                out[:, y, x] += weight / total * image[:, y + i, x + j]
+    return out
+
+
+def pixel_curve(
+    network: Callable, start: Array, finish: Array, saliency: Array, label: int, per_step: int
+) -> tuple[float, list[float]]:
+    """Pixel after pixel from `start` to `finish`; the probability after every `per_step`, and the area under it."""
+    pixels, order = start.copy(), by_saliency(saliency)
+    curve = [class_probability(network, pixels, label)]
+    while order:
+        for y, x in order[:per_step]:
+            pixels[:, y, x] = finish[:, y, x]
+        order = order[per_step:]
+        curve.append(class_probability(network, pixels, label))
+    area = 0.0
+    for left, right in itertools.pairwise(curve):
+        area += (left + right) / 2 / (len(curve) - 1)
+    return area, curve
+
+
+def insertion(
+    network: Callable, normalised: Array, saliency: Array, label: int, per_step: int
+) -> tuple[float, list[float]]:
+    """`network` and `normalised` after mean/std."""
+    return pixel_curve(network, blurred_11(normalised), normalised, saliency, label, per_step)
+
+
+def deletion(
+    network: Callable, normalised: Array, saliency: Array, label: int, per_step: int
+) -> tuple[float, list[float]]:
+    """`network` and `normalised` after mean/std."""
+    return pixel_curve(network, normalised, np.zeros_like(normalised), saliency, label, per_step)
+
+
+def impute(image: Array, removed: list[tuple[int, int]]) -> Array:
+    """A dense linear system: removed pixel = weighted mean of its neighbours inside the image."""
+    number = {place: i for i, place in enumerate(removed)}
+    system, right = np.zeros((len(removed), len(removed))), np.zeros((len(removed), len(image)))
+    for (y, x), i in number.items():
+        weights = {}
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                if (dy or dx) and 0 <= y + dy < image.shape[1] and 0 <= x + dx < image.shape[2]:
+                    weights[y + dy, x + dx] = 1 / 12 if dy and dx else 1 / 6
+        system[i, i] = 1
+        for place, weight in weights.items():
+            if place in number:
+                system[i, number[place]] = -weight / sum(weights.values())
+            else:
+                right[i] += weight / sum(weights.values()) * image[(slice(None), *place)]
+    solution, out = np.linalg.solve(system, right), image.copy()
+    for place, i in number.items():
+        out[(slice(None), *place)] = solution[i]
+    return out
+
+
+def road(
+    model: Callable, image: Array, saliency: Array, label: int, fractions: tuple[float, ...], noise: Array
+) -> float:
+    scores = []
+    for fraction in fractions:
+        count = round(fraction * saliency.size)
+        probs = []
+        for order in (by_saliency(-saliency), by_saliency(saliency)):
+            imputed = impute(image, order[:count])
+            for place in order[:count]:
+                imputed[(slice(None), *place)] += noise[(slice(None), *place)]
+            probs.append(class_probability(model, imputed, label))
+        scores.append((probs[0] - probs[1]) / 2)
+    return sum(scores) / len(scores)
+
+
+def coherency(a: Array, b: Array) -> float:
+    mean_a, mean_b = sum(a.flat) / a.size, sum(b.flat) / b.size
+    covariance = sum((x - mean_a) * (y - mean_b) for x, y in zip(a.flat, b.flat, strict=True))
+    spread = math.sqrt(sum((x - mean_a) ** 2 for x in a.flat)) * math.sqrt(sum((y - mean_b) ** 2 for y in b.flat))
+    return (covariance / spread + 1) / 2
+
+
+def complexity(a: Array) -> float:
+    return sum(a.flat) / a.size
+
+
+def adcc(a: Array, b: Array, drop: float) -> float:
+    return 3 / (1 / coherency(a, b) + 1 / (1 - complexity(a)) + 1 / (1 - drop))

@@ -131,7 +131,9 @@ def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
     )
     assert rows.loc[rows["status"] == "skipped", ["prob", "average_gain"]].isna().all(axis=None)
     summary = summarize(rows, {"average_gain": 1})
-    assert summary.loc["grad_cam", "average_gain"] == pytest.approx(good[good["method"] == "grad_cam"]["average_gain"].mean())
+    assert summary.loc["grad_cam", "average_gain"] == pytest.approx(
+        good[good["method"] == "grad_cam"]["average_gain"].mean()
+    )
 
 
 def test_only_unreadable_images(tiny):
@@ -176,7 +178,7 @@ def test_out_of_memory_halves_the_batch(tiny, samples):
 
 
 def test_unknown_scores(tiny, samples):
-    with pytest.raises(ValueError, match="scores: wanted some of curves, .* got 'area'"):
+    with pytest.raises(ValueError, match=r"scores: wanted some of curves, .* got 'area'"):
         evaluate(tiny, samples, {"fake_cam": METHODS["fake_cam"]}, scores=["area"])
 
 

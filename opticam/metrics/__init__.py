@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from opticam.metrics.classification import average_drop, average_gain, average_increase, class_probability
+from opticam.metrics.classification import (
+    adcc,
+    average_drop,
+    average_gain,
+    average_increase,
+    class_probability,
+    coherency,
+    complexity,
+    deletion,
+    impute,
+    insertion,
+    insertion_deletion,
+    road,
+)
 from opticam.metrics.localization import (
     box_experiment_masks,
     box_hits,
@@ -34,6 +47,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 __all__ = [
     "METRICS",
+    "adcc",
     "average_drop",
     "average_gain",
     "average_increase",
@@ -42,8 +56,14 @@ __all__ = [
     "box_mask",
     "cascading",
     "class_probability",
+    "coherency",
+    "complexity",
+    "deletion",
     "energy_pointing_game",
+    "impute",
     "independent",
+    "insertion",
+    "insertion_deletion",
     "localization_error",
     "max_box_accuracy",
     "official_metric",
@@ -51,6 +71,7 @@ __all__ = [
     "predicted_box",
     "randomized",
     "rank_correlation",
+    "road",
     "saliency_metric",
     "soft_f1",
     "structural_similarity",

@@ -1,11 +1,24 @@
 """Metrics of faithfulness: what masking does to the probability of the class.
 
-One value per image; means are the caller's. All take `p = softmax(f(x))_c` of the image and
-`o = softmax(f(x * S))_c` of the masked image.
+One value per image; means are the caller's. Average Drop, Increase and Gain take `p = softmax(f(x))_c` of the image and
+`o = softmax(f(x * S))_c` of the masked image; ADCC takes maps. Insertion, deletion and ROAD make passes of their own.
 """
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+
 import torch
-from torch import Tensor
+from scipy import sparse
+from scipy.sparse.linalg import splu
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from opticam.features import check_class_range, check_inputs, frozen, usable
+from opticam.saliency import check_saliency
+
+Curve = tuple[Tensor, Tensor]
 
 
 def class_probability(logits: Tensor, class_idx: Tensor) -> Tensor:
@@ -85,6 +98,376 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """
     p, o = _checked(probs, masked_probs)
     return (o - p).clamp(min=0) / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def insertion(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
+) -> Curve:
+    """Insertion: the area under the class probability as pixels, the most salient first, appear in a blurred image.
+
+    Kept: the first `t * pixels_per_step` pixels at step t = 0..T, all channels at once, equally salient ones row by
+    row; removed: the rest, which show the image blurred by an 11x11 Gaussian of sigma 5 with the mean colour beyond its
+    border (zero padding after mean/std). Higher is better. T+1 passes an image.
+
+    The area is the trapezoid rule at T+1 equally spaced points of [0,1], as in the authors' code, also where the last
+    step has fewer pixels than the others.
+
+    Deviations from the authors' code: its kernel is a reflected Gaussian, flatter than this one; its order of equally
+    salient pixels is left to chance; the class is given and not the predicted one.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64.
+        saliency: (B,1,H,W) in [0,1].
+        pixels_per_step: at least 1; None for 8 rows, 8 W, which makes T = H/8: the authors' 28 steps at 224x224.
+        batch_size: masked images in flight; the result does not depend on it.
+        mean: colour that mean/std makes zero, one value a channel; None for that of the `Classifier`.
+
+    Returns:
+        The area (B,) float64, a fraction in [0,1], and the curve (B,T+1) float64 of probabilities, which ends at p.
+        NaN for a map with a NaN, and where a probability is.
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range; no `mean`, and the model has none.
+
+    Reference:
+        Petsiuk, Das, Saenko, RISE: Randomized input sampling for explanation of black-box models, BMVC 2018,
+        arXiv 1806.07421, section 4.2, and the authors' code.
+    """
+    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
+    steps = _revealed(_blurred(x, color), x, rank, counts, batch_size)
+    return _with_area(_probabilities(model, class_idx, saliency, steps))
+
+
+def deletion(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
+) -> Curve:
+    """Deletion: the area under the class probability as pixels, the most salient first, turn to the mean colour.
+
+    Removed: the first `t * pixels_per_step` pixels at step t = 0..T, all channels at once; kept: the rest. Lower is
+    better. The curve starts at p. All else as `insertion`.
+    """
+    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
+    steps = _revealed(x, color.expand_as(x), rank, counts, batch_size)
+    return _with_area(_probabilities(model, class_idx, saliency, steps))
+
+
+def insertion_deletion(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
+) -> tuple[Curve, Curve]:
+    """What `insertion` and what `deletion` return, by one pass less: one ends and one starts with the unmasked image.
+
+    Arguments and errors as `insertion`.
+    """
+    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
+    inserting = _revealed(_blurred(x, color), x, rank, counts, batch_size)
+    inserted = _probabilities(model, class_idx, saliency, inserting)
+    deleting = _revealed(x, color.expand_as(x), rank, counts[1:], batch_size)
+    deleted = _probabilities(model, class_idx, saliency, deleting)
+    return _with_area(inserted), _with_area(torch.cat([inserted[:, -1:], deleted], 1))
+
+
+def road(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    fractions: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Tensor:
+    """ROADCombined: `mean over fractions of (LeRF - MoRF)/2`, class probabilities without the least or most salient.
+
+    Removed: that fraction of the pixels, rounded to a whole number, equally salient ones row by row; they are imputed
+    (see `impute`) with noise of standard deviation 0.01; kept: the rest. Higher is better: the class survives without
+    the least salient pixels (LeRF) and not without the most salient (MoRF). Two passes an image and fraction.
+
+    The paper writes N(0, 0.01); 0.01 is the standard deviation in the authors' code and here. Deviations from that
+    code: one field of noise for all images, fractions and both orders, so that an image's value does not depend on its
+    batch and that of a constant map is 0; the noise is added to images in [0,1], before mean/std, and not clipped.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64.
+        saliency: (B,1,H,W) in [0,1].
+        fractions: of the pixels, each in (0,1).
+        seed: of the noise, the same on every device.
+        batch_size: imputed images in flight; the result does not depend on it.
+
+    Returns:
+        (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range.
+
+    Reference:
+        Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022,
+        arXiv 2202.00449, section 4; the combination of both orders as in the library grad-cam.
+    """
+    _check(model, images, class_idx, saliency, batch_size)
+    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise ValueError(f"fractions: wanted at least one, each between 0 and 1, got {fractions}")
+    x = usable(images.detach())
+    generator = torch.Generator().manual_seed(seed)
+    noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
+    orders = [_rank(saliency, descending) for descending in (False, True)]
+    counts = [round(fraction * x[0, 0].numel()) for fraction in fractions]
+    removed = torch.stack([rank < count for count in counts for rank in orders], 1)
+    probs = _probabilities(model, class_idx, saliency, _imputed(x, removed, noise, batch_size))
+    least_first, most_first = probs.unflatten(1, (len(counts), 2)).unbind(2)
+    return ((least_first - most_first) / 2).mean(1)
+
+
+def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    """The images with every removed pixel the weighted mean of its 8 neighbours, removed ones among them.
+
+    Weights are 1/6 for direct and 1/12 for diagonal neighbours, renormalised at borders: `x_i = sum_n w_n x_n / sum_n
+    w_n` for all removed i at once, one sparse symmetric linear system an image, solved in float64 on the CPU.
+
+    Args:
+        images: (B,C,H,W) float; values of removed pixels do not matter.
+        removed: (B,1,H,W) bool, on the device of the images; at least one pixel of each image is kept.
+        noise: added to the removed pixels, of a shape that broadcasts to the images.
+
+    Returns:
+        (B,C,H,W) of the device and dtype of the images; without noise, within the range of the kept pixels.
+
+    Raises:
+        TypeError: `removed` is not bool.
+        ValueError: `removed` has the wrong shape, or nothing is kept of an image.
+
+    Reference:
+        Rong et al., ICML 2022, arXiv 2202.00449, section 4.2 and the authors' code.
+    """
+    if removed.dtype != torch.bool:
+        raise TypeError(f"removed: wanted dtype torch.bool, got {removed.dtype}")
+    wanted = (len(images), 1, *images.shape[-2:])
+    if removed.shape != wanted:
+        raise ValueError(f"removed: wanted shape {wanted}, got {tuple(removed.shape)}")
+    if removed.flatten(1).all(1).any():
+        raise ValueError("removed: wanted at least one pixel kept of every image")
+    weights, laplacian = _neighbors(*images.shape[-2:])
+    pixels = images.detach().to("cpu", torch.float64, copy=True).contiguous()
+    for x, gone in zip(pixels.flatten(2).numpy(), removed.flatten(1).cpu().numpy(), strict=True):
+        if gone.any():
+            # as for a symmetric positive definite matrix: no pivoting, and an ordering made for it
+            factors = splu(
+                laplacian[gone][:, gone].tocsc(),
+                permc_spec="MMD_AT_PLUS_A",
+                diag_pivot_thresh=0.0,
+                options={"SymmetricMode": True},
+            )
+            x[:, gone] = factors.solve(weights[gone][:, ~gone] @ x[:, ~gone].T).T
+    return torch.where(removed, pixels.to(images) + noise, images)
+
+
+def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
+    """Coherency of each map, `(pearson(S, S') + 1)/2`: does the method find the same again in what its map kept?
+
+    Higher is better.
+
+    Args:
+        saliency: (B,1,H,W) S of the image x.
+        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
+
+    Returns:
+        (B,) float64 in [0,1]; NaN where it is undefined, a map being constant, or where a map has a NaN.
+
+    Raises:
+        ValueError: wrong shapes.
+
+    Reference:
+        Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
+        arXiv 2104.10252. They rescale only in words; (r + 1)/2 is the choice here.
+    """
+    a, b = _checked_maps(saliency, saliency_of_masked)
+    undefined = _constant(a) | _constant(b)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    pearson = (F.normalize(a, dim=1, eps=0) * F.normalize(b, dim=1, eps=0)).sum(1).clamp(-1, 1)
+    return ((pearson + 1) / 2).masked_fill(undefined, torch.nan)
+
+
+def complexity(saliency: Tensor) -> Tensor:
+    """Complexity of each map, `mean(S)`: the share of the image that it keeps.
+
+    Lower is better.
+
+    Args:
+        saliency: (B,1,H,W) in [0,1].
+
+    Returns:
+        (B,) float64 in [0,1]; NaN where the map has a NaN.
+
+    Raises:
+        ValueError: wrong shape.
+
+    Reference:
+        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
+    """
+    (maps,) = _checked_maps(saliency)
+    return maps.mean(1)
+
+
+def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
+    """ADCC of each image, `3/(1/coh + 1/(1 - com) + 1/(1 - AD))`: one number from `coherency`, `complexity` and drop.
+
+    Higher is better: the harmonic mean is small where one of the three is.
+
+    Args:
+        saliency: (B,1,H,W) S in [0,1] of the image x.
+        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
+        drop: (B,) from `average_drop`.
+
+    Returns:
+        (B,) float64 in [0,1]; 0 where a term is 0, or undefined since a map is constant; NaN where an argument is.
+
+    Raises:
+        ValueError: wrong shapes, or a drop outside [0,1].
+
+    Reference:
+        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
+    """
+    maps = _checked_maps(saliency, saliency_of_masked)
+    if drop.shape != saliency.shape[:1]:
+        raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
+    if ((drop < 0) | (drop > 1)).any():
+        raise ValueError("drop: wanted fractions in [0,1], not percent")
+    undefined = _constant(maps[0]) | _constant(maps[1])
+    coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
+    terms = torch.stack([coherent, 1 - complexity(saliency), 1 - drop.double()])
+    return 3 / (1 / terms).sum(0)
+
+
+def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, batch_size: int) -> None:
+    check_inputs(model, images, class_idx)
+    check_saliency(images, saliency)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
+
+
+def _prepared(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    pixels_per_step: int | None,
+    batch_size: int,
+    mean: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, mean colour (1,3,1,1), `_rank`, and the number of pixels (T+1,) changed at each step."""
+    _check(model, images, class_idx, saliency, batch_size)
+    *_, channels, height, width = images.shape
+    step = 8 * width if pixels_per_step is None else pixels_per_step
+    if step < 1:
+        raise ValueError(f"pixels_per_step: wanted at least 1, got {step}")
+    mean = getattr(model, "mean", None) if mean is None else mean
+    if not isinstance(mean, Tensor) or mean.numel() != channels:
+        got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
+        raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
+    x = usable(images.detach()).contiguous(memory_format=torch.channels_last)
+    counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
+    return x, mean.detach().to(x).view(1, channels, 1, 1), _rank(saliency), counts
+
+
+def _rank(saliency: Tensor, descending: bool = True) -> Tensor:
+    """(B,1,H,W) int64: the place of each pixel in the order of saliency, equals in reading order."""
+    order = saliency.detach().flatten(1).argsort(dim=1, descending=descending, stable=True)
+    return order.argsort(1).view(saliency.shape)
+
+
+def _blurred(x: Tensor, color: Tensor) -> Tensor:
+    """Insertion's start: mean/std is affine in each channel, so zeros after it are the mean colour before it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    centered = F.pad((x - color).to(dtype), [5] * 4)
+    blurred = TF.gaussian_blur(centered, [11, 11], [5.0, 5.0])[..., 5:-5, 5:-5]
+    return (blurred + color.to(dtype)).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _revealed(
+    before: Tensor, after: Tensor, rank: Tensor, counts: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images that show `after` at the first n pixels and `before` at the rest, n of `counts`; and whose they are."""
+    for flat in torch.arange(len(rank) * len(counts), device=rank.device).split(batch_size):
+        rows, count = flat // len(counts), counts[flat % len(counts)]
+        yield torch.where(rank[rows] < count[:, None, None, None], after[rows], before[rows]), rows
+
+
+def _imputed(x: Tensor, removed: Tensor, noise: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Imputed images for all masks (B,n,1,H,W), and whose they are."""
+    for flat in torch.arange(len(x) * removed.shape[1], device=x.device).split(batch_size):
+        rows = flat // removed.shape[1]
+        imputed = impute(x[rows], removed.flatten(0, 1)[flat], noise)
+        yield imputed.contiguous(memory_format=torch.channels_last), rows
+
+
+def _probabilities(
+    model: nn.Module, class_idx: Tensor, saliency: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """(B,n) class probabilities of n masked images an image, all images' in one row of batches; NaN for a NaN map."""
+    probs: list[Tensor] = []
+    with frozen(model), torch.no_grad():
+        for masked, rows in batches:
+            logits = model(masked)
+            if not probs:
+                check_class_range(class_idx, logits.shape[1])
+            probs.append(class_probability(logits, class_idx[rows]))
+    unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
+    return torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan)
+
+
+def _with_area(curve: Tensor) -> Curve:
+    return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1)), curve
+
+
+@lru_cache(maxsize=4)
+def _neighbors(height: int, width: int) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """Sparse (HW,HW) matrices: weights between neighbouring pixels, and their sums on the diagonal minus them."""
+    beside, below = (sparse.diags_array([1.0, 1.0], offsets=[-1, 1], shape=(n, n)) for n in (width, height))
+    same_row, same_column = sparse.kron(sparse.eye_array(height), beside), sparse.kron(below, sparse.eye_array(width))
+    weights = ((same_row + same_column) / 6 + sparse.kron(below, beside) / 12).tocsr()
+    return weights, (sparse.diags_array(weights.sum(1)) - weights).tocsr()
+
+
+def _checked_maps(saliency: Tensor, *others: Tensor) -> list[Tensor]:
+    """The maps as (B,HW) float64."""
+    if saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape:
+        raise ValueError(f"saliency: wanted shape (B,1,H,W), got {tuple(saliency.shape)}")
+    for other in others:
+        if other.shape != saliency.shape:
+            raise ValueError(
+                f"saliency_of_masked: wanted the shape of saliency, {tuple(saliency.shape)}, got {tuple(other.shape)}"
+            )
+    return [maps.double().flatten(1) for maps in (saliency, *others)]
+
+
+def _constant(maps: Tensor) -> Tensor:
+    return maps.amax(1) == maps.amin(1)
 
 
 def _checked(probs: Tensor, masked_probs: Tensor) -> tuple[Tensor, Tensor]:

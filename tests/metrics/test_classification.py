@@ -1,10 +1,27 @@
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import references
 import torch
+from torch import nn
 
-from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
+from opticam.metrics import (
+    METRICS,
+    adcc,
+    average_drop,
+    average_gain,
+    average_increase,
+    class_probability,
+    coherency,
+    complexity,
+    deletion,
+    impute,
+    insertion,
+    insertion_deletion,
+    road,
+)
 
 
 def pairs():
@@ -63,3 +80,372 @@ def test_bad_input(name):
         METRICS[name](torch.tensor([50.0]), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="masked_probs: wanted probabilities"):
         METRICS[name](torch.tensor([0.5]), torch.tensor([-0.5]))
+
+
+CURVES = {"insertion": insertion, "deletion": deletion}
+SCORES = {**CURVES, "insertion_deletion": insertion_deletion, "road": road}
+
+
+class Normalized(nn.Module):
+    """A network with mean/std inside, like `Classifier`; counts the images of each pass; has dropout in training."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor([0.5, 0.25, 0.375]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.25, 0.5, 0.125]).view(1, 3, 1, 1))
+        self.dropout = nn.Dropout(0.5)
+        self.passes: list[int] = []
+        self.extremes: list[float] = []
+
+    def forward(self, images):
+        self.passes.append(len(images))
+        self.extremes += [images.min().item(), images.max().item()]
+        return self.dropout(4 * self.network((images - self.mean) / self.std))
+
+
+class OnePixel(nn.Module):
+    """Two classes; class 0 has probability 3/4 where the first pixel is bright, else 1/2."""
+
+    mean = torch.zeros(1, 3, 1, 1)
+
+    def forward(self, images):
+        bright = images[:, 0, 0, 0] > 0.9
+        return torch.stack([bright * math.log(3), 0 * bright], 1)
+
+
+@pytest.fixture
+def model(tiny):
+    return Normalized(tiny).double().eval()
+
+
+@pytest.fixture
+def saliency():
+    maps = torch.rand(5, 1, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    maps[1] = (8 * maps[1]).floor() / 8  # ties
+    maps[2] = 0.5  # nothing but ties
+    return maps
+
+
+def everything(name, *args, **options):
+    """All tensors that a score returns, in a row."""
+    result = SCORES[name](*args, **options)
+    if name == "insertion_deletion":
+        return [*result[0], *result[1]]
+    return list(result) if name in CURVES else [result]
+
+
+def close(a, b, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("per_step", [None, 100, 767, 1000])  # 3 even steps; 8, the last of 68; the last of 1; 1
+@pytest.mark.parametrize("name", CURVES)
+def test_curve_equals_the_loop_after_mean_and_std(model, images, class_idx, saliency, name, per_step):
+    areas, curves = CURVES[name](model, images, class_idx, saliency, pixels_per_step=per_step)
+    normalised = ((images - model.mean) / model.std).numpy()
+    for b in range(0 if per_step == 100 else 3, 5):
+        area, curve = getattr(references, name)(
+            lambda x: 4 * model.network(x), normalised[b], saliency[b, 0].numpy(), int(class_idx[b]), per_step or 8 * 32
+        )
+        close(curves[b], torch.tensor(curve, dtype=torch.float64))
+        close(areas[b], torch.tensor(area, dtype=torch.float64))
+
+
+def test_curves_of_a_network_that_reads_one_pixel():
+    image = torch.tensor([1.0, 0, 0, 0]).expand(1, 3, 1, 4)
+    best, worst = torch.tensor([1.0, 0.5, 0.3, 0]).view(1, 1, 1, 4), torch.tensor([0.1, 1, 0.5, 0.3]).view(1, 1, 1, 4)
+    c = torch.tensor([0])
+
+    def run(metric, saliency):
+        area, curve = metric(OnePixel(), image, c, saliency, pixels_per_step=1)
+        return [area.item(), *curve[0].tolist()]
+
+    early, late = (0.25 + 3 * 0.75 + 0.375) / 4, (0.25 + 3 * 0.5 + 0.375) / 4  # trapezoids: half the first and last
+    assert run(insertion, best) == pytest.approx([early, 0.5, 0.75, 0.75, 0.75, 0.75])
+    assert run(insertion, worst) == pytest.approx([late, 0.5, 0.5, 0.5, 0.5, 0.75])
+    assert run(deletion, best) == pytest.approx([late, 0.75, 0.5, 0.5, 0.5, 0.5])
+    assert run(deletion, worst) == pytest.approx([early, 0.75, 0.75, 0.75, 0.75, 0.5])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_pixels_of_a_constant_map_go_row_by_row(model, images, class_idx, value):
+    rows = torch.linspace(1, 0, 768, dtype=torch.float64).view(1, 1, 24, 32).expand(5, 1, 24, 32)
+    for name in CURVES:
+        constant = everything(name, model, images, class_idx, torch.full_like(rows, value), pixels_per_step=50)
+        close(constant, everything(name, model, images, class_idx, rows, pixels_per_step=50), atol=0)
+
+
+def test_insertion_and_deletion_share_the_pass_of_the_unmasked_image(model, images, class_idx, saliency):
+    options = {"pixels_per_step": 100, "batch_size": 7}
+    together = everything("insertion_deletion", model, images, class_idx, saliency, **options)
+    assert sum(model.passes) == 5 * (9 + 8)
+    assert max(model.passes) == 7
+    apart = [tensor for name in CURVES for tensor in CURVES[name](model, images, class_idx, saliency, **options)]
+    close(together, apart)
+    p = class_probability(model(images), class_idx).detach()
+    close(together[1][:, -1], p)
+    assert torch.equal(together[3][:, 0], together[1][:, -1])
+
+
+def test_what_the_network_sees_stays_between_image_and_mean(model, images, class_idx, saliency):
+    insertion_deletion(model, images, class_idx, saliency)
+    assert min(model.extremes) >= min(images.min(), model.mean.min()).item() - 1e-12
+    assert max(model.extremes) <= max(images.max(), model.mean.max()).item() + 1e-12
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_neither_neighbours_nor_chunks_matter(model, images, class_idx, saliency, name):
+    run = partial(everything, name, model)
+    whole = run(images, class_idx, saliency)
+    for size in (1, 3, 5):
+        model.passes.clear()
+        close(run(images, class_idx, saliency, batch_size=size), whole)
+        assert max(model.passes) == size
+    for b in (0, 2, 4):
+        close(run(images[b : b + 1], class_idx[b : b + 1], saliency[b : b + 1]), [t[b : b + 1] for t in whole])
+    assert all(tensor.dtype == torch.float64 for tensor in whole)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_nan_stays_with_its_image(model, images, class_idx, saliency, name):
+    whole = everything(name, model, images, class_idx, saliency)
+    saliency[1, 0, 3, 4] = torch.nan
+    others = [0, 2, 3, 4]
+    for before, after in zip(whole, everything(name, model, images, class_idx, saliency), strict=True):
+        assert after[1].isnan().all()
+        close(after[others], before[others])
+    with torch.no_grad():
+        model.network.fc.bias[0] = torch.nan
+    assert all(tensor.isnan().all() for tensor in everything(name, model, images, class_idx, saliency))
+
+
+def test_certain_network(model, images, class_idx, saliency):
+    with torch.no_grad():
+        model.network.fc.bias[3] = 1e4
+    c = torch.full_like(class_idx, 3)
+    for metric in CURVES.values():
+        area, curve = metric(model, images, c, saliency)
+        assert (curve == 1).all()
+        close(area, torch.ones(5).double(), atol=1e-15)
+    assert (road(model, images, c, saliency) == 0).all()
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_leave_everything_as_it_was(model, images, class_idx, saliency, name):
+    expected = everything(name, model, images, class_idx, saliency)
+    model.train()
+    model.network.features.eval()
+    model.network.fc.weight.requires_grad_(False)
+    state = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    before, random_state = [t.clone() for t in (images, class_idx, saliency)], torch.get_rng_state()
+
+    def fail(module, args, output):
+        raise RuntimeError(f"inside forward, gradients {torch.is_grad_enabled()}")
+
+    with torch.inference_mode():
+        inside = everything(name, model, *(t.clone() for t in before))
+    close(inside, expected)
+    close(everything(name, model, images.requires_grad_(), class_idx, saliency), expected)
+    handle = model.network.fc.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="inside forward, gradients False"):
+        SCORES[name](model, images, class_idx, saliency)
+    handle.remove()
+    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == state
+    assert all(p.grad is None for p in [*model.parameters(), images])
+    assert all(map(torch.equal, (images, class_idx, saliency), before))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(tensor.requires_grad for tensor in inside)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_half_precision_network(model, images, class_idx, saliency, name):
+    exact = everything(name, model, images, class_idx, saliency)
+    half = everything(name, model.bfloat16(), images.bfloat16(), class_idx, saliency.float())
+    assert all(tensor.dtype == torch.float64 for tensor in half)
+    close(half, exact, atol=0.05)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_refuse(model, images, class_idx, saliency, name):
+    run = partial(SCORES[name], model, images)
+    with pytest.raises(ValueError, match=r"saliency: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)"):
+        run(class_idx, saliency[:, 0])
+    with pytest.raises(ValueError, match=r"saliency: wanted values in \[0,1\], got"):
+        run(class_idx, saliency - 0.5)
+    with pytest.raises(ValueError, match=r"class_idx: wanted indices in 0\.\.4, got 7"):
+        run(class_idx + 3, saliency)
+    with pytest.raises(ValueError, match=r"images: wanted values in \[0,1\]"):
+        SCORES[name](model, 255 * images, class_idx, saliency)
+    with pytest.raises(ValueError, match="batch_size: wanted at least 1 image, got 0"):
+        run(class_idx, saliency, batch_size=0)
+    if name == "road":
+        for fractions in ((), (0.0, 0.5), (0.5, 1.0)):
+            with pytest.raises(ValueError, match="fractions: wanted at least one, each between 0 and 1"):
+                run(class_idx, saliency, fractions=fractions)
+    else:
+        with pytest.raises(ValueError, match="pixels_per_step: wanted at least 1, got 0"):
+            run(class_idx, saliency, pixels_per_step=0)
+        with pytest.raises(ValueError, match=r"mean: wanted a tensor of 3 values, .* got shape \(2,\)"):
+            run(class_idx, saliency, mean=torch.zeros(2))
+        with pytest.raises(ValueError, match=r"mean: wanted a tensor of 3 values, .* the model has none of its own"):
+            SCORES[name](model.network, images, class_idx, saliency)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_mean_may_be_given(model, images, class_idx, saliency, name):
+    class Anonymous(nn.Module):
+        def forward(self, images):
+            return model(images)
+
+    expected = CURVES[name](model, images, class_idx, saliency)
+    close(CURVES[name](Anonymous(), images, class_idx, saliency, mean=model.mean.flatten()), expected, atol=0)
+    assert not torch.allclose(
+        CURVES[name](model, images, class_idx, saliency, mean=torch.zeros(3))[0], expected[0], atol=1e-4
+    )
+
+
+def test_road_equals_the_loop(model, images, class_idx, saliency):
+    fractions = (0.1, 0.35, 0.9)
+    scores = road(model, images, class_idx, saliency, fractions=fractions, seed=3)
+    noise = 0.01 * torch.randn(3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).numpy()
+    for b in (0, 1, 4):
+        expected = references.road(
+            model, images[b].numpy(), saliency[b, 0].numpy(), int(class_idx[b]), fractions, noise
+        )
+        assert scores[b].item() == pytest.approx(expected, rel=0, abs=1e-12)
+    assert scores[2] == 0  # constant: both orders remove the same pixels
+    default = road(model, images, class_idx, saliency)
+    close(default, road(model, images, class_idx, saliency, fractions=[0.2, 0.4, 0.6, 0.8], seed=0), atol=0)
+    assert (default != road(model, images, class_idx, saliency, seed=1))[[0, 1, 3, 4]].all()
+
+
+def test_road_of_a_network_that_reads_one_pixel():
+    image = torch.zeros(1, 3, 5, 7)
+    image[..., 0, 0] = 1
+    best = torch.linspace(1, 0, 35).view(1, 1, 5, 7)
+    c = torch.tensor([0])
+    # LeRF keeps the pixel, 3/4; MoRF replaces it by its dark neighbours, 1/2; (3/4 - 1/2)/2
+    assert road(OnePixel(), image, c, best).item() == pytest.approx(0.125)
+    assert road(OnePixel(), image, c, 1 - best).item() == pytest.approx(-0.125)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_impute_equals_the_dense_system(images, share):
+    removed = torch.rand(5, 1, 24, 32, generator=torch.Generator().manual_seed(4)) < share
+    removed[1] = False
+    removed[2, :, :, :20] = True  # a large hole at three borders
+    before = images.clone()
+    imputed = impute(images, removed)
+    assert torch.equal(images, before)
+    for b in range(5):
+        expected = references.impute(images[b].numpy(), list(zip(*np.nonzero(removed[b, 0].numpy()), strict=True)))
+        close(imputed[b], torch.from_numpy(expected))
+    assert torch.equal(imputed[1], images[1])
+    assert torch.equal(impute(torch.where(removed, torch.nan, images), removed), imputed)
+
+
+def test_impute_equals_the_library_grad_cam(images):
+    road_of_grad_cam = pytest.importorskip("pytorch_grad_cam.metrics.road")
+    removed = torch.rand(5, 1, 24, 32, generator=torch.Generator().manual_seed(5)) < 0.6
+    peer = road_of_grad_cam.NoisyLinearImputer(noise=0)
+    for b in range(2):
+        close(impute(images, removed)[b].float(), peer(images[b].float(), (~removed[b, 0]).float()), atol=1e-6)
+
+
+def test_imputed_by_hand():
+    # one hole: direct neighbours 1, diagonal 0: (4 * 1/6)/(4/6 + 4/12) = 2/3
+    cross = torch.tensor([[0.0, 1, 0], [1, 9, 1], [0, 1, 0]]).expand(1, 1, 3, 3)
+    hole = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    hole[..., 1, 1] = True
+    assert impute(cross, hole)[0, 0, 1, 1].item() == pytest.approx(2 / 3)
+    # a corner: neighbours 1, 1 direct and 9 diagonal: (2/6 + 9/12)/(2/6 + 1/12) = 13/5
+    corner = torch.zeros_like(hole)
+    corner[..., 0, 0] = True
+    assert impute(cross, corner)[0, 0, 0, 0].item() == pytest.approx(2.6)
+
+
+def test_impute_restores_what_is_linear_and_what_is_constant():
+    y, x = torch.meshgrid(torch.arange(20.0).double(), torch.arange(30.0).double(), indexing="ij")
+    slope = (0.02 * y - 0.03 * x + 1).expand(1, 3, 20, 30)
+    hole = torch.zeros(1, 1, 20, 30, dtype=torch.bool)
+    hole[..., 4:15, 7:29] = True
+    close(impute(slope, hole), slope)
+    all_but_one = torch.ones_like(hole)
+    all_but_one[..., 6, 0] = False
+    close(impute(slope, all_but_one), slope[..., 6:7, 0:1].expand_as(slope), atol=1e-10)
+    noise = torch.randn(3, 20, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    close(impute(slope, hole, noise), torch.where(hole, slope + noise, slope))
+
+
+def test_impute_refuses(images):
+    with pytest.raises(ValueError, match="removed: wanted at least one pixel kept of every image"):
+        impute(images, torch.ones(5, 1, 24, 32, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"removed: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)"):
+        impute(images, torch.zeros(5, 24, 32, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"removed: wanted dtype torch\.bool, got torch\.float32"):
+        impute(images, torch.zeros(5, 1, 24, 32))
+
+
+def test_adcc_and_its_terms_equal_the_formulas(saliency):
+    a, b = saliency[[0, 1, 3, 4]], saliency[[1, 3, 4, 0]].sqrt()
+    drops = torch.tensor([0.1, 0.0, 0.75, 0.999]).double()
+    for i in range(4):
+        x, y = a[i, 0].numpy(), b[i, 0].numpy()
+        assert coherency(a, b)[i].item() == pytest.approx(references.coherency(x, y), abs=1e-12)
+        assert complexity(a)[i].item() == pytest.approx(references.complexity(x), abs=1e-12)
+        assert adcc(a, b, drops)[i].item() == pytest.approx(references.adcc(x, y, drops[i].item()), abs=1e-12)
+    assert coherency(a.float(), b.float()).dtype == complexity(a.float()).dtype == torch.float64
+
+
+def test_adcc_by_hand():
+    s = torch.tensor([[0.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    other = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    # deviations (-1,-1,-1,3)/4 and (-1,1,-1,1)/2: products sum to 1/2, norms sqrt(12)/4 and 1: r = 1/sqrt(3)
+    coherent = (1 / math.sqrt(3) + 1) / 2
+    assert coherency(s, other).item() == pytest.approx(coherent)
+    assert complexity(s).item() == 0.25
+    assert adcc(s, other, torch.tensor([0.5])).item() == pytest.approx(3 / (1 / coherent + 4 / 3 + 2))
+    maps = torch.rand(200, 1, 5, 7, generator=torch.Generator().manual_seed(7))
+    assert coherency(maps, maps).max() == 1  # not above, by rounding
+    assert coherency(s, s).item() == pytest.approx(1)
+    assert coherency(s, 1 - s).item() == pytest.approx(0, abs=1e-15)
+    assert adcc(s, s, torch.tensor([0.0])).item() == pytest.approx(3 / (1 + 4 / 3 + 1))
+
+
+def test_adcc_is_zero_where_a_term_is_zero_or_undefined(saliency):
+    good, nothing, everything = saliency[:1], torch.zeros(1, 1, 24, 32), torch.ones(1, 1, 24, 32)
+    none, all_lost = torch.tensor([0.0]), torch.tensor([1.0])
+    opposite = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    for terms in (
+        (nothing, good, none),
+        (good, torch.full_like(nothing, 0.1), none),
+        (everything, everything, none),
+        (good, good, all_lost),
+        (opposite, 1 - opposite, none),  # r = -1
+    ):
+        assert adcc(*terms).item() == pytest.approx(0, abs=1e-15)
+    constants = (
+        torch.linspace(0, 1, 50).double().view(50, 1, 1, 1).expand(50, 1, 24, 32)
+    )  # some means are off by rounding
+    assert coherency(constants, good.expand_as(constants)).isnan().all()
+    assert coherency(good.expand_as(constants), constants).isnan().all()
+    assert (adcc(constants, good.expand_as(constants), torch.zeros(50)) == 0).all()
+    assert adcc(good, good, torch.tensor([math.nan])).isnan().all()
+    broken = good.clone()
+    broken[..., 0, 0] = math.nan
+    assert complexity(broken).isnan().all()
+    for maps in ((broken, good), (good, broken)):
+        assert coherency(*maps).isnan().all()
+        assert adcc(*maps, none).isnan().all()
+
+
+def test_maps_that_do_not_fit_are_refused(saliency):
+    with pytest.raises(ValueError, match=r"saliency_of_masked: wanted the shape of saliency, \(5, 1, 24, 32\), got"):
+        coherency(saliency, saliency[:4])
+    with pytest.raises(ValueError, match=r"saliency: wanted shape \(B,1,H,W\), got \(5, 24, 32\)"):
+        complexity(saliency[:, 0])
+    with pytest.raises(ValueError, match=r"drop: wanted shape \(5,\), got \(1,\)"):
+        adcc(saliency, saliency, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"drop: wanted fractions in \[0,1\], not percent"):
+        adcc(saliency, saliency, torch.full((5,), 12.0))
