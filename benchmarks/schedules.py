@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from opticam import METHODS, evaluate, load_model
 from opticam.datasets import demo, imagenet
-from opticam.evaluate import bootstrap_interval
 from opticam.methods.ascent import SCHEDULES, adam, adam_cosine, map_space, weight_space
+from opticam.summary import bootstrap_interval
 
 
 def nadam_cosine(point, lr, num_steps):

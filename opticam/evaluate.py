@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -412,64 +411,3 @@ def _digest(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def bootstrap_interval(
-    *values: np.ndarray,
-    statistic: Callable[..., np.ndarray] = np.mean,
-    confidence: float = 0.95,
-    num_resamples: int = 10_000,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over images, seeded.
-
-    Args:
-        values: one or more arrays (n,), resampled together, so that values of one image stay paired.
-        statistic: from as many arrays as given, resampled along their last axis, to numbers.
-        confidence: share of the interval.
-        num_resamples: bootstrap samples.
-
-    Returns:
-        (low, high); for a single image both are the value itself.
-
-    Raises:
-        ValueError: no values.
-    """
-    if not values or len(values[0]) == 0:
-        raise ValueError("values: wanted at least one image")
-    if len(values[0]) == 1:
-        only = float(statistic(*values, axis=-1))
-        return only, only
-    interval = stats.bootstrap(
-        values,
-        statistic,
-        paired=True,
-        vectorized=True,
-        confidence_level=confidence,
-        n_resamples=num_resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def summarize(rows: pd.DataFrame, columns: Mapping[str, float]) -> pd.DataFrame:
-    """Means over images with 95 % bootstrap intervals, per method; rows that were skipped do not count.
-
-    Args:
-        rows: from `evaluate`.
-        columns: column -> factor to multiply with, 100 for a percentage.
-
-    Returns:
-        Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
-    """
-    summary = {}
-    if "status" in rows:
-        rows = rows[rows["status"] != "skipped"]
-    for method, group in rows.groupby("method", sort=False):
-        cells: dict[str, float] = {}
-        for column, factor in columns.items():
-            values = group[column].to_numpy() * factor
-            low, high = bootstrap_interval(values)
-            cells |= {column: values.mean(), f"{column}_low": low, f"{column}_high": high}
-        summary[method] = cells
-    return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")

@@ -152,7 +152,7 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
     Args:
-        summary: from `evaluate.summarize`, in percent.
+        summary: from `summary.summarize`, in percent.
         columns: column -> title of its panel.
         num_images: over how many images, for the note below.
 
@@ -173,6 +173,29 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     axes[0, 0].invert_yaxis()
     axes[0, 0].set(xlim=(0, 122), xticks=range(0, 101, 25))
     figure.supxlabel(f"%, mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
+    return figure
+
+
+def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, str]) -> Figure:
+    """One metric against another, one point a method, with the intervals of both.
+
+    Args:
+        summary: from `summary.summarize`, with both columns.
+        x: column across.
+        y: column up.
+        labels: column -> label of its axis.
+
+    Returns:
+        The figure, not shown.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 4.6))
+    for name, row in summary.iterrows():
+        method = str(name)
+        errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
+        style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="o", ms=8, capsize=3, lw=1.2, **style)
+    ax.set(xlabel=labels[x], ylabel=labels[y])
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 
@@ -209,7 +232,7 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     """The summary as people read it: "mean [low, high]", one row a method.
 
     Args:
-        summary: from `evaluate.summarize`.
+        summary: from `summary.summarize`.
         columns: column -> heading.
         digits: after the point.
 

@@ -11,8 +11,9 @@ import torch
 
 from opticam import METHODS, evaluate, results, score
 from opticam.datasets import Sample, Skipped
-from opticam.evaluate import bootstrap_interval, stream, summarize
+from opticam.evaluate import stream
 from opticam.results import read_shards
+from opticam.summary import summarize
 
 
 @pytest.fixture
@@ -66,34 +67,6 @@ def test_evaluate_does_not_depend_on_the_batch(tiny, samples):
 def test_constant_maps_are_counted_as_degenerate(tiny, samples):
     rows = evaluate(tiny, samples, {"ones": lambda model, images, class_idx: torch.ones(len(images), 1, 24, 32)})
     assert (rows["status"] == "degenerate").all()
-
-
-def test_bootstrap_interval_is_the_percentile_bootstrap():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = bootstrap_interval(values)
-    error = values.std() / np.sqrt(400)
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
-    assert (low, high) == bootstrap_interval(values)  # seeded
-    assert bootstrap_interval(np.array([2.0])) == (2, 2)
-    assert bootstrap_interval(np.zeros(9)) == (0, 0)
-    with pytest.raises(ValueError, match="wanted at least one image"):
-        bootstrap_interval(np.array([]))
-
-
-def test_bootstrap_of_several_arrays_keeps_them_paired():
-    a = np.random.default_rng(1).normal(0, 100, 50)
-    low, high = bootstrap_interval(a, a - 1, statistic=lambda x, y, axis: x.mean(axis) - y.mean(axis))
-    assert low == pytest.approx(1)
-    assert high == pytest.approx(1)
-
-
-def test_summarize():
-    rows = pd.DataFrame({"method": ["b", "b", "a", "a"], "average_gain": [0.1, 0.3, 1.0, 1.0]})
-    summary = summarize(rows, {"average_gain": 100})
-    assert list(summary.index) == ["b", "a"]
-    assert summary.loc["b"].tolist() == pytest.approx([20, 10, 30])
-    assert summary.loc["a"].tolist() == [100, 100, 100]
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -1,0 +1,76 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from opticam.summary import bootstrap_interval, box_accuracies, spearman, summarize
+
+
+def test_bootstrap_interval_is_the_percentile_bootstrap():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = bootstrap_interval(values)
+    error = values.std() / np.sqrt(400)
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert (low, high) == bootstrap_interval(values)  # seeded
+    assert bootstrap_interval(np.array([2.0])) == (2, 2)
+    assert bootstrap_interval(np.zeros(9)) == (0, 0)
+    with pytest.raises(ValueError, match="wanted at least one image"):
+        bootstrap_interval(np.array([]))
+
+
+def test_bootstrap_of_several_arrays_keeps_them_paired():
+    a = np.random.default_rng(1).normal(0, 100, 50)
+    low, high = bootstrap_interval(a, a - 1, statistic=lambda x, y, axis: x.mean(axis) - y.mean(axis))
+    assert low == pytest.approx(1)
+    assert high == pytest.approx(1)
+
+
+def test_summarize():
+    rows = pd.DataFrame({"method": ["b", "b", "a", "a"], "average_gain": [0.1, 0.3, 1.0, 1.0]})
+    summary = summarize(rows, {"average_gain": 100})
+    assert list(summary.index) == ["b", "a"]
+    assert summary.loc["b"].tolist() == pytest.approx([20, 10, 30])
+    assert summary.loc["a"].tolist() == [100, 100, 100]
+
+
+def test_summarize_counts_only_what_is_defined():
+    rows = pd.DataFrame(
+        {
+            "method": ["a"] * 4 + ["b"],
+            "status": ["ok", "degenerate", "ok", "skipped", "ok"],
+            "soft_f1": [0.2, 0.4, np.nan, 0.9, np.nan],
+        }
+    )
+    summary = summarize(rows, {"soft_f1": 10})
+    assert summary.loc["a"].tolist() == pytest.approx([3, 2, 4])  # of 2 and 4; the interval of two values is both
+    assert summary.loc["b"].isna().all()
+
+
+def test_spearman_is_scipys_for_every_row():
+    a, b = np.random.default_rng(0).integers(0, 9, (2, 4, 30)).astype(float)  # with ties
+    expected = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(spearman(a, b), expected, atol=1e-14)
+    assert spearman(np.zeros(5), np.arange(5)) == 0
+    low, high = bootstrap_interval(a[0], a[0] ** 3, statistic=spearman)
+    assert (low, high) == pytest.approx((1, 1))
+
+
+def test_box_accuracies_by_hand():
+    """Of two images with a box, at the best threshold one is right by the largest contour; V2 takes its own best."""
+    hits = np.zeros((3, 4, 1000), bool)
+    hits[0, 0, :500] = hits[1, 0, 700:] = True  # never both at once: 1/2
+    hits[:2, 1] = True  # IoU 0.3: both, 1
+    hits[0, 2, 5] = hits[1, 2, 5] = True  # IoU 0.5: both at one threshold, 1
+    hits[0, 3, 5] = True  # IoU 0.7: 1/2
+    rows = pd.DataFrame(
+        {
+            "method": "m",
+            "pointing_game": [1.0, 0.0, np.nan],  # the third has no box
+            "box_hits": [np.packbits(hit).tobytes() for hit in hits],
+        }
+    )
+    found = box_accuracies(rows)
+    assert found.loc["m"].tolist() == pytest.approx([1 / 2, (1 + 1 + 1 / 2) / 3])
+    with pytest.raises(ValueError, match="wanted at least one image with a box"):
+        box_accuracies(rows[2:])
