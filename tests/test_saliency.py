@@ -3,7 +3,18 @@ import pytest
 import references
 import torch
 
-from opticam.saliency import apply_mask, blur, combine, max_only, mean_color, min_max, saliency_map, sigmoid, upsample
+from opticam.saliency import (
+    apply_mask,
+    blur,
+    check_saliency,
+    combine,
+    max_only,
+    mean_color,
+    min_max,
+    saliency_map,
+    sigmoid,
+    upsample,
+)
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -104,3 +115,19 @@ def test_baselines():
     weights = torch.exp(-(torch.arange(-5.0, 6) ** 2) / 50)
     weights = weights / weights.sum()
     torch.testing.assert_close(blur(spot)[0, 0, 5:16, 5:16], weights[:, None] * weights)
+
+
+def test_maps_that_do_not_belong_to_the_images_are_refused():
+    images, maps = rand(2, 3, 4, 6), rand(2, 1, 4, 6)
+    maps[0, 0, 0, 0] = torch.nan  # passes: the result of such a map is NaN
+    check_saliency(images, maps)
+    for wrong in (maps[:, 0], maps[:1], maps.mT):
+        with pytest.raises(ValueError, match=r"saliency: wanted shape \(2, 1, 4, 6\), got"):
+            check_saliency(images, wrong)
+    with pytest.raises(ValueError, match="saliency: wanted on the device of the images, cpu, got meta"):
+        check_saliency(images, maps.to("meta"))
+    for wrong in (2 * maps, -maps):
+        with pytest.raises(ValueError, match=r"saliency: wanted values in \[0,1\]"):
+            check_saliency(images, wrong)
+    with pytest.raises(TypeError, match="saliency: wanted a tensor"):
+        check_saliency(images, maps.numpy())

@@ -120,7 +120,7 @@ def insertion(
     step has fewer pixels than the others.
 
     Deviations from the authors' code: its kernel is a reflected Gaussian, flatter than this one; its order of equally
-    salient pixels is left to chance; the class is given and not the predicted one.
+    salient pixels is unspecified; the class is given and not the predicted one.
 
     Args:
         model: takes `images` and returns logits (B,C). Left as found.
@@ -141,7 +141,7 @@ def insertion(
 
     Reference:
         Petsiuk, Das, Saenko, RISE: Randomized input sampling for explanation of black-box models, BMVC 2018,
-        arXiv 1806.07421, section 4.2, and the authors' code.
+        arXiv 1806.07421, and the authors' code.
     """
     x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
     steps = _revealed(_blurred(x, color), x, rank, counts, batch_size)
@@ -228,7 +228,7 @@ def road(
 
     Reference:
         Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022,
-        arXiv 2202.00449, section 4; the combination of both orders as in the library grad-cam.
+        arXiv 2202.00449; the combination of both orders as in the library grad-cam.
     """
     _check(model, images, class_idx, saliency, batch_size)
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
@@ -263,7 +263,7 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tens
         ValueError: `removed` has the wrong shape, or nothing is kept of an image.
 
     Reference:
-        Rong et al., ICML 2022, arXiv 2202.00449, section 4.2 and the authors' code.
+        Rong et al., ICML 2022, arXiv 2202.00449, and the authors' code.
     """
     if removed.dtype != torch.bool:
         raise TypeError(f"removed: wanted dtype torch.bool, got {removed.dtype}")
@@ -304,7 +304,7 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
-        arXiv 2104.10252. They rescale only in words; (r + 1)/2 is the choice here.
+        arXiv 2104.10252.
     """
     a, b = _checked_maps(saliency, saliency_of_masked)
     undefined = _constant(a) | _constant(b)
