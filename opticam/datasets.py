@@ -1,34 +1,67 @@
-"""Images in [0,1] with name, label and boxes: reading any photo, the network's input frame, the embedded demo."""
+"""Images in [0,1] with name, label and boxes: reading any photo, the network's input frame, the datasets.
 
+A dataset is a list of `Photo` records, made without opening an image: a photo is decoded when it is asked for, in
+whatever process asks, and what is wrong with one photo stays with that photo (`Photos.get`).
+"""
+
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
+
+from opticam.models import imagenet_classes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+
+Box = tuple[float, ...]
+Item = TypeVar("Item")
+
+
+class Photo(NamedTuple):
+    """One listed photo, not yet opened.
+
+    Attributes:
+        path: of the image file.
+        name: unique in its dataset: the path relative to the folder of the images.
+        label: class index, torchvision's for ImageNet; -1 where it is not known, and `fault` says why.
+        boxes: (xmin, ymin, xmax, ymax) of the label's objects in pixels of the photo.
+        fault: one sentence on why this photo cannot be used; empty where nothing is known against it.
+    """
+
+    path: Path
+    name: str
+    label: int
+    boxes: tuple[Box, ...] = ()
+    fault: str = ""
 
 
 class Sample(NamedTuple):
     """One image as the network sees it.
 
     Attributes:
-        name: of the image file.
+        name: unique in its dataset.
         image: (3,S,S) float32 in [0,1].
         label: class index, torchvision's for ImageNet.
         boxes: (n,4) float32, (xmin, ymin, xmax, ymax) of the label's objects in pixels of `image`; not clipped, so
-            parts may lie outside.
+            parts may lie outside. Without rows where none are known.
     """
 
     name: str
@@ -37,44 +70,134 @@ class Sample(NamedTuple):
     boxes: Tensor
 
 
+class Skipped(NamedTuple):
+    """A photo that cannot be used.
+
+    Attributes:
+        name: unique in its dataset.
+        label: class index; -1 where it is not known.
+        reason: one sentence, the same on every machine.
+    """
+
+    name: str
+    label: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class Photos(Dataset):
     """Photos on disk, decoded when asked for.
 
     Attributes:
-        paths: image files.
-        labels: class index of each.
-        boxes: of each, (n,4) in pixels of the original photo.
+        photos: their records.
+        class_names: one name a label.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
+        upright: turn photos as their EXIF orientation says; see `read_image`.
     """
 
-    paths: Sequence[Path]
-    labels: Sequence[int]
-    boxes: Sequence[Tensor]
+    photos: Sequence[Photo]
+    class_names: Sequence[str]
     input_size: int = 224
     resize: int = 256
+    upright: bool = True
+
+    def __post_init__(self) -> None:
+        _check_frame(self.input_size, self.resize)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Image files."""
+        return [photo.path for photo in self.photos]
+
+    @property
+    def labels(self) -> list[int]:
+        """Class index of each."""
+        return [photo.label for photo in self.photos]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.photos)
 
     def __getitem__(self, index: int) -> Sample:
+        """The photo as the network sees it.
+
+        Raises:
+            IndexError: no such photo.
+            OSError: the file is missing, no image, or damaged.
+            ValueError: the record has a fault, or the pixels no agreed range.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
-        photo = read_image(self.paths[index])
-        image = to_input(photo, self.input_size, self.resize)
-        boxes = boxes_to_input(self.boxes[index], photo.size, self.input_size, self.resize)
-        return Sample(self.paths[index].name, image, self.labels[index], boxes)
+        path, name, label, boxes, fault = self.photos[index]
+        if fault:
+            raise ValueError(fault)
+        image = read_image(path, upright=self.upright)
+        moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
+        return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
+
+    def get(self, index: int) -> Sample | Skipped:
+        """The photo as the network sees it, or why not: what `[index]` raises becomes a record.
+
+        Raises:
+            IndexError: no such photo.
+        """
+        try:
+            return self[index]
+        except (OSError, ValueError) as error:
+            path, name, label, *_ = self.photos[index]
+            return Skipped(name, label, str(error).replace(str(path), name))
 
 
-def read_image(path: str | Path) -> Image.Image:
+def select(
+    items: Sequence[Item],
+    *,
+    limit: int | None = None,
+    sample: int | None = None,
+    shard: tuple[int, int] | str | None = None,
+    seed: int = 0,
+) -> list[Item]:
+    """Some of the items, in their order: first `sample`, of that `limit`, of that `shard`.
+
+    So `sample` and `limit` say what is worked on, and the n shards share it without overlap, whatever it is.
+
+    Args:
+        items: of any kind; only counted.
+        limit: the first so many; None for all.
+        sample: a random subset of so many, without replacement; a smaller one of the same seed lies within a larger.
+        shard: (k, n) or "k/n" with k in 0..n-1: every n-th, from the k-th on, so that each shard sees all classes of a
+            sorted list. A shard is empty where there are too few items.
+        seed: of the sample.
+
+    Raises:
+        ValueError: a number out of range, or a shard that is none.
+    """
+    chosen = list(items)
+    for name, number in (("sample", sample), ("limit", limit)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name}: wanted at least 1 photo, got {number!r}")
+    if sample is not None:
+        if sample > len(chosen):
+            raise ValueError(f"sample: wanted at most the {len(chosen)} photos there are, got {sample}")
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen = [chosen[index] for index in sorted(order[:sample].tolist())]
+    chosen = chosen[:limit]
+    if shard is not None:
+        parts = re.fullmatch(r"(\d+)/(\d+)", shard if isinstance(shard, str) else "/".join(map(str, shard)))
+        first, count = map(int, parts.groups()) if parts else (0, 0)
+        if not first < count:
+            raise ValueError(f"shard: wanted k/n with k in 0..n-1, got {shard!r}")
+        chosen = chosen[first::count]
+    return chosen
+
+
+def read_image(path: str | Path, *, upright: bool = True) -> Image.Image:
     """An image file as a person sees it: upright, 8-bit RGB.
 
-    Grayscale, palette, CMYK and 16-bit images are converted; transparency is laid on white; the EXIF orientation is
-    applied.
+    Grayscale, palette, CMYK and 16-bit images are converted; transparency is laid on white.
 
     Args:
         path: any format that Pillow reads.
+        upright: apply the EXIF orientation; False leaves the pixels as they are stored.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
@@ -86,10 +209,10 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened) if upright else opened.copy()
     except UnidentifiedImageError as error:
         raise OSError(f"image: {path} is not an image that can be read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
     if image.mode == "F":
         raise ValueError(f"image: {path} has floating-point pixels; wanted integers of 8 or 16 bits")
@@ -144,20 +267,49 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     return boxes.float().reshape(-1, 4) * scale.repeat(2) - corner.repeat(2)
 
 
-def demo(input_size: int = 224, resize: int = 256, limit: int | None = None) -> Photos:
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    input_size: int = 224,
+    resize: int = 256,
+    limit: int | None = None,
+    **options: Any,
+) -> Photos:
+    """A dataset by name.
+
+    Args:
+        name: a key of `DATASETS`.
+        root: folder of the dataset; the demo has none, and for ImageNet the environment may name it.
+        input_size: side of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        limit: see `select`.
+        options: `sample`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
+
+    Raises:
+        ValueError: an unknown name, a root for the demo, or an argument out of range.
+        FileNotFoundError: the dataset is not there.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
+    if root and name == "demo":
+        raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
+    place = {} if name == "demo" else {"root": root}
+    return DATASETS[name](**place, input_size=input_size, resize=resize, limit=limit, **options)
+
+
+def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
     """The embedded demo: 20 ImageNet photos out of the installed package foolbox, with this repository's boxes.
 
     Args:
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
-        limit: only the first so many photos; None for all.
+        limit: see `select`.
+        selection: `sample`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: the photos or their boxes are not there.
-        ValueError: `limit` is not positive.
+        ValueError: an argument out of range.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: wanted at least 1 photo, got {limit}")
     annotations = REPOSITORY / "data" / "demo" / "boxes.csv"
     if not annotations.is_file():
         raise FileNotFoundError(f"demo: no boxes at {annotations}; wanted an editable install of the repository")
@@ -165,56 +317,264 @@ def demo(input_size: int = 224, resize: int = 256, limit: int | None = None) -> 
         folder = Path(str(distribution("foolbox").locate_file("foolbox/data")))
     except PackageNotFoundError as error:
         raise FileNotFoundError("demo: the package foolbox, which carries the photos, is not installed") from error
-    paths = sorted(folder.glob("imagenet_*_*.jpg"))[:limit]
+    paths = sorted(folder.glob("imagenet_*_*.jpg"))
     if not paths:
         raise FileNotFoundError(f"demo: no photos named imagenet_NN_CLASS.jpg in {folder}")
-    table = pd.read_csv(annotations)
-    labels = [int(re.findall(r"\d+", path.stem)[-1]) for path in paths]
-    boxes = [torch.tensor(table.loc[table["image"] == path.name, BOX_COLUMNS].to_numpy("float32")) for path in paths]
-    return Photos(paths, labels, boxes, input_size, resize)
+    rows = defaultdict(list)
+    for name, *box in _table(annotations, ["image", *BOX_COLUMNS]):
+        rows[name].append(box)
+    photos = [
+        Photo(path, path.name, int(re.findall(r"\d+", path.stem)[-1]), _boxes(rows[path.name]))
+        for path in select(paths, limit=limit, **selection)
+    ]
+    return Photos(photos, imagenet_classes(), input_size, resize)
 
 
 def imagenet(
-    root: str | Path | None = None, input_size: int = 224, resize: int = 256, limit: int | None = None
+    root: str | Path | None = None,
+    input_size: int = 224,
+    resize: int = 256,
+    limit: int | None = None,
+    *,
+    annotations: str | Path | None = None,
+    **selection: Any,
 ) -> Photos:
-    """Validation images of ILSVRC-2012 in the Kaggle layout, in the order of `LOC_val_solution.csv`.
+    """Validation images of ILSVRC-2012, in the layout of Kaggle or in class folders, whichever is found.
+
+    Kaggle: `ILSVRC/Data/CLS-LOC/val/*.JPEG`, in the order of `LOC_val_solution.csv`; without that table, all of them by
+    name. Class folders: `val/n01440764/*.JPEG`, or the root itself is the folder of class folders. Boxes, and in the
+    layout of Kaggle classes, are those of the table, or else of the image's XML.
+
+    Only objects of the image's class count: that of its folder, else of its first object. Labels are torchvision's,
+    which numbers the 1000 classes by their sorted wnids, however few of them are there. Photos are read as they are
+    stored, without their EXIF orientation, as published evaluations read them and as their boxes were drawn.
+
+    A photo whose class is unknown, or whose annotation is malformed, is listed with its fault. So is one without
+    annotation where there is a folder of annotations; without such a folder it merely has no boxes.
 
     Args:
-        root: folder with `LOC_val_solution.csv`, `LOC_synset_mapping.txt` and `ILSVRC/Data/CLS-LOC/val/`; by default
-            the environment variable OPTICAM_IMAGENET.
+        root: folder of ImageNet; by default the environment variable OPTICAM_IMAGENET.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
-        limit: only the first so many images; None for all.
+        limit: see `select`.
+        annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
+            `Annotations/CLS-LOC/val` in the root, or beside the image.
+        selection: `sample`, `shard`, `seed`; see `select`. XML is read of selected images only.
 
     Raises:
-        FileNotFoundError: no root is given, or the tables are not there.
-        ValueError: `limit` is not positive, or a table is malformed.
+        FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
+        ValueError: an argument out of range, or a table that cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: wanted at least 1 image, got {limit}")
-    root = root or os.environ.get("OPTICAM_IMAGENET")
-    if not root:
-        raise FileNotFoundError("root: wanted the folder of ImageNet, as argument or in OPTICAM_IMAGENET")
-    root = Path(root)
-    synsets, solution = root / "LOC_synset_mapping.txt", root / "LOC_val_solution.csv"
-    for table in (synsets, solution):
-        if not table.is_file():
-            raise FileNotFoundError(f"root: no {table.name} in {root}; wanted the Kaggle layout of ILSVRC-2012")
-    wnids = sorted(line.split()[0] for line in synsets.read_text().splitlines() if line.strip())
-    index = {wnid: label for label, wnid in enumerate(wnids)}  # torchvision numbers classes by their sorted wnids
-    paths, labels, boxes = [], [], []
-    for name, prediction in pd.read_csv(solution, nrows=limit).itertuples(index=False):
-        fields = prediction.split()
+    root = _folder("root", root or os.environ.get("OPTICAM_IMAGENET"), "of ImageNet, here or in OPTICAM_IMAGENET")
+    if annotations:
+        places = [_folder("annotations", annotations, "of XML files")]
+    else:
+        kept = (root / "ILSVRC" / "Annotations" / "CLS-LOC" / "val", root / "Annotations" / "CLS-LOC" / "val")
+        places = [folder for folder in kept if folder.is_dir()]
+    images = next(f for f in (root / "ILSVRC" / "Data" / "CLS-LOC" / "val", root / "val", root) if f.is_dir())
+    solution = root / "LOC_val_solution.csv"
+    predictions: dict[str, str] = {}
+    if solution.is_file():
+        table = _table(solution, ["ImageId", "PredictionString"])
+        predictions = dict(table)
+        if len(predictions) < len(table):
+            (twice, _), *_ = Counter(name for name, _ in table).most_common(1)
+            raise ValueError(f"{solution.name}: wanted each image once, got {twice} more than once")
+    _, listed = _class_folders(images, r"n\d{8}")
+    if not listed and predictions:
+        listed = [(images / f"{name}.JPEG", "") for name in predictions]
+    elif not listed and places:
+        listed = [(path, "") for path in _images(images.iterdir())]
+    if not listed:
+        raise FileNotFoundError(
+            f"root: no ImageNet in {root}; wanted ILSVRC/Data/CLS-LOC/val/*.JPEG with LOC_val_solution.csv or XML, or "
+            "class folders such as val/n01440764"
+        )
+    index = {wnid: label for label, wnid in enumerate(ImageNetInfo().label_names())}
+    photos = []
+    for path, wnid in select(listed, limit=limit, **selection):
+        boxes: tuple[Box, ...] = ()
+        fault = ""
         try:
-            labels.append(index[fields[0]])
-            found = [[float(value) for value in fields[i + 1 : i + 5]] for i in range(0, len(fields), 5)]
-            boxes.append(torch.tensor(found).reshape(-1, 4))
-        except (KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{solution.name}: cannot read the row of {name} ({error})") from error
-        paths.append(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"{name}.JPEG")
-    return Photos(paths, labels, boxes, input_size, resize)
+            objects = _objects(path, wnid, predictions, places)
+            wnid = wnid or next((name or "" for name, _ in objects), "")
+            boxes = _boxes(box for name, box in objects if name == wnid)
+            if wnid not in index:
+                fault = f"label: wanted one of the 1000 classes of ImageNet, got {wnid!r}"
+        except (OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
+            why = getattr(error, "strerror", None) or error  # without the path of this machine
+            fault = f"annotation: cannot read that of {path.stem} ({why})"
+        photos.append(Photo(path, path.relative_to(images).as_posix(), index.get(wnid, -1), boxes, fault))
+    return Photos(photos, imagenet_classes(), input_size, resize, upright=False)
+
+
+def imagefolder(
+    root: str | Path | None,
+    input_size: int = 224,
+    resize: int = 256,
+    limit: int | None = None,
+    *,
+    boxes_csv: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    **selection: Any,
+) -> Photos:
+    """Any folder of class folders; labels count the sorted names of the folders.
+
+    Args:
+        root: the folder; images may lie deeper in their class folder. Names that begin with a dot are passed over.
+        input_size: side of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        limit: see `select`.
+        boxes_csv: table with the columns image, xmin, ymin, xmax, ymax, a row a box, in pixels of the upright photo;
+            `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
+            a photo with a malformed row is listed with its fault.
+        class_names: one for each class folder, in the order of the labels; by default the names of the folders.
+        selection: `sample`, `shard`, `seed`; see `select`.
+
+    Raises:
+        FileNotFoundError: no root, no images in it, or no table.
+        ValueError: an argument out of range; a table that cannot be read or fits no image or several.
+    """
+    root = _folder("root", root, "of class folders")
+    folders, listed = _class_folders(root)
+    if not listed:
+        raise FileNotFoundError(f"root: no images in class folders in {root}")
+    if class_names is not None and len(class_names) != len(folders):
+        raise ValueError(f"class_names: wanted {len(folders)}, one a class folder, got {len(class_names)}")
+    rows = _box_rows(Path(boxes_csv), root, [path for path, _ in listed]) if boxes_csv else {}
+    photos = []
+    for path, folder in select(listed, limit=limit, **selection):
+        boxes: tuple[Box, ...] = ()
+        fault = ""
+        try:
+            boxes = _boxes(rows.get(path, []))
+        except ValueError as error:
+            fault = f"annotation: cannot read that of {path.name} ({error})"
+        photos.append(Photo(path, path.relative_to(root).as_posix(), folders.index(folder), boxes, fault))
+    return Photos(photos, list(class_names or folders), input_size, resize)
+
+
+def imagenette(
+    root: str | Path | None,
+    input_size: int = 224,
+    resize: int = 256,
+    limit: int | None = None,
+    *,
+    size: str = "320px",
+    split: str = "val",
+    download: bool = False,
+    **selection: Any,
+) -> Photos:
+    """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
+
+    Args:
+        root: folder that holds, or is to hold, `imagenette2-320` and the like.
+        input_size: side of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        limit: see `select`.
+        size: "full", "320px" or "160px", the shorter side of the photos.
+        split: "val" or "train".
+        download: fetch it by torchvision if it is not there.
+        selection: `sample`, `shard`, `seed`; see `select`.
+
+    Raises:
+        FileNotFoundError: it is not there and `download` is off.
+        OSError: it cannot be downloaded.
+        ValueError: an argument out of range.
+    """
+    sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
+    if size not in sizes or split not in ("val", "train"):
+        raise ValueError(f"imagenette: wanted size {', '.join(sizes)} and split val or train, got {size!r}, {split!r}")
+    if not root:
+        raise FileNotFoundError("root: wanted the folder of Imagenette, got none")
+    folder = Path(root) / sizes[size] / split
+    if download and not folder.is_dir():
+        try:
+            Imagenette(root, split, size, download=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"imagenette: cannot be downloaded to {root} ({error})") from error
+    return imagenet(
+        _folder("root", folder, "of Imagenette; download=True fetches it"), input_size, resize, limit, **selection
+    )
+
+
+DATASETS: dict[str, Callable[..., Photos]] = {
+    "demo": demo,
+    "imagenet": imagenet,
+    "imagefolder": imagefolder,
+    "imagenette": imagenette,
+}
 
 
 def _check_frame(input_size: int, resize: int) -> None:
     if not 0 < input_size <= resize:
         raise ValueError(f"resize: wanted at least input_size ({input_size}) and positive, got {resize}")
+
+
+def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
+    if not path or not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument}: wanted the folder {wanted}, got {str(path) if path else 'none'}")
+    return Path(path)
+
+
+def _images(paths: Iterable[Path]) -> list[Path]:
+    kept = (path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
+    return sorted(kept, key=Path.as_posix)
+
+
+def _class_folders(root: Path, pattern: str = r"[^.].*") -> tuple[list[str], list[tuple[Path, str]]]:
+    names = sorted(folder.name for folder in root.iterdir() if re.fullmatch(pattern, folder.name) and folder.is_dir())
+    return names, [(path, name) for name in names for path in _images((root / name).rglob("*"))]
+
+
+def _table(path: Path, columns: list[str]) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"table: no file at {path}")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        return list(table[columns].itertuples(index=False, name=None))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
+
+
+def _box_rows(table: Path, root: Path, paths: Sequence[Path]) -> dict[Path, list[Sequence[str]]]:
+    known: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        known[path.name].append(path)
+        known[path.relative_to(root).as_posix()] = [path]
+    rows: dict[Path, list[Sequence[str]]] = defaultdict(list)
+    for name, *box in _table(table, ["image", *BOX_COLUMNS]):
+        found = known.get(name, [])
+        if len(found) > 1:
+            raise ValueError(f"{table.name}: {name} names {len(found)} images; wanted its path relative to {root}")
+        for path in found:
+            rows[path].append(box)
+    if not rows:
+        raise ValueError(f"{table.name}: wanted images of {root}, got none of them")
+    return rows
+
+
+def _objects(
+    path: Path, wnid: str, predictions: dict[str, str], places: list[Path]
+) -> list[tuple[str | None, Sequence[str | None]]]:
+    if path.stem in predictions:
+        fields = predictions[path.stem].split()
+        return [(fields[start], fields[start + 1 : start + 5]) for start in range(0, len(fields), 5)]
+    files = [place / folder / f"{path.stem}.xml" for place in places for folder in (wnid, "")]
+    xml = next((file for file in [*files, path.with_suffix(".xml")] if file.is_file()), None)
+    if xml is None and (places or not wnid):
+        raise FileNotFoundError("there is none")
+    if xml is None:
+        return []
+    found = ElementTree.parse(xml).iter("object")  # noqa: S314  (expat itself refuses entities that explode)
+    return [(entry.findtext("name"), [entry.findtext(f"bndbox/{side}") for side in BOX_COLUMNS]) for entry in found]
+
+
+def _boxes(rows: Iterable[Sequence[str | None]]) -> tuple[Box, ...]:
+    boxes = []
+    for row in rows:
+        box = tuple(float(side or "nan") for side in row)
+        if not (len(box) == 4 and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
+            raise ValueError(f"wanted xmin ymin xmax ymax, got {' '.join(map(str, row))}")
+        boxes.append(box)
+    return tuple(boxes)

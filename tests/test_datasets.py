@@ -1,12 +1,29 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
-from opticam import datasets
-from opticam.datasets import boxes_to_input, demo, imagenet, read_image, to_input
+from opticam import METHODS, datasets, evaluate, load_model
+from opticam.datasets import (
+    DATASETS,
+    Photos,
+    Sample,
+    Skipped,
+    boxes_to_input,
+    demo,
+    imagefolder,
+    imagenet,
+    imagenette,
+    load_dataset,
+    read_image,
+    select,
+    to_input,
+)
 from opticam.models import imagenet_classes
 
 RAMP = np.linspace(0, 255, 32 * 24).reshape(24, 32)
@@ -155,50 +172,507 @@ def test_demo_limit_and_missing_files(monkeypatch, tmp_path):
         demo()
 
 
+# ---------------------------------------------------------------------------------------------------- selection
+
+
+def slow_select(items, limit, sample, shard, seed):
+    if sample is not None:
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn = order[:sample]
+        items = [items[i] for i in range(len(items)) if i in drawn]
+    kept = []
+    for position, item in enumerate(items):
+        if limit is not None and position >= limit:
+            break
+        if shard is None or position % shard[1] == shard[0]:
+            kept.append(item)
+    return kept
+
+
+@pytest.mark.parametrize("limit", [None, 1, 5, 99])
+@pytest.mark.parametrize("sample", [None, 1, 7, 20])
+@pytest.mark.parametrize("shard", [None, (0, 1), (1, 3), (2, 3), (8, 30)])
+def test_select_is_sample_then_limit_then_shard(limit, sample, shard):
+    items = list("abcdefghijklmnopqrst")
+    chosen = select(items, limit=limit, sample=sample, shard=shard, seed=3)
+    assert chosen == slow_select(items, limit, sample, shard, 3)
+    if shard is not None:
+        assert chosen == select(items, limit=limit, sample=sample, shard=f"{shard[0]}/{shard[1]}", seed=3)
+
+
+def test_sample_is_seeded_stable_and_nested():
+    items = list(range(1000))
+    drawn = select(items, sample=50, seed=1)
+    assert drawn == sorted(drawn) == select(items, sample=50, seed=1) != select(items, sample=50, seed=2)
+    assert set(select(items, sample=10, seed=1)) < set(drawn)
+    assert select(items, sample=3) == [37, 44, 675]  # a sample once reported stays the same
+    before = torch.get_rng_state()
+    select(items, sample=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
+def test_shards_are_disjoint_and_together_all(count):
+    shards = [select(range(20), limit=17, shard=(k, count)) for k in range(count)]
+    assert sorted(item for shard in shards for item in shard) == list(range(17))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("shard", ["3", "3/3", "-1/2", "a/b", "0/0", (0,), (2, 2), (-1, 2), (0.5, 2), "1/2/3"])
+def test_select_refuses_shards_that_are_none(shard):
+    with pytest.raises(ValueError, match=r"shard: wanted k/n with k in 0\.\.n-1, got"):
+        select(range(5), shard=shard)
+
+
+def test_select_refuses_other_wrong_values():
+    for limit in (0, -1, 2.5, "3"):
+        with pytest.raises(ValueError, match="limit: wanted at least 1 photo, got"):
+            select(range(5), limit=limit)
+    with pytest.raises(ValueError, match="sample: wanted at least 1 photo, got 0"):
+        select(range(5), sample=0)
+    with pytest.raises(ValueError, match="sample: wanted at most the 5 photos there are, got 6"):
+        select(range(5), sample=6)
+
+
+# ----------------------------------------------------------------------------------------------------- ImageNet
+
+TENCH, GOLDFISH, EAGLE = "n01440764", "n01443537", "n01614925"  # labels 0, 1, 22
+NOISE = Image.effect_noise((100, 80), 50)
+
+
+def xml(*objects):
+    boxes = (
+        f"<object><name>{wnid}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>"
+        f"<ymax>{box[3]}</ymax></bndbox></object>"
+        for wnid, *box in objects
+    )
+    return f"<annotation><size><width>100</width></size>{''.join(boxes)}</annotation>"
+
+
+def write(path, content=NOISE, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content.save(path, **options) if isinstance(content, Image.Image) else path.write_text(content)
+    return path
+
+
+def listed(photos):
+    return [(photo.name, photo.label, photo.boxes) for photo in photos.photos]
+
+
+@pytest.fixture(autouse=True)
+def no_imagenet(monkeypatch):
+    monkeypatch.delenv("OPTICAM_IMAGENET", raising=False)
+
+
 @pytest.fixture
 def kaggle(tmp_path):
-    """Two images of a made-up ImageNet with three classes, in the Kaggle layout."""
-    (tmp_path / "LOC_synset_mapping.txt").write_text("n02 b\nn01 a, an a\nn03 c\n")
-    rows = ["ImageId,PredictionString", "second,n03 10 20 30 60 n03 0 0 5 6 ", "first,n01 1 2 3 4"]
-    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
-    folder = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
-    folder.mkdir(parents=True)
+    """Two images of ImageNet in the Kaggle layout; the second has objects of two classes."""
+    rows = [f"second,{EAGLE} 10 20 30 60 {TENCH} 1 1 2 2 {EAGLE} 0 0 5 6 ", f"first,{TENCH} 1 2 3 4"]
+    write(tmp_path / "LOC_val_solution.csv", "ImageId,PredictionString\n" + "\n".join(rows) + "\n")
     for name in ("first", "second"):
-        Image.effect_noise((100, 80), 50).save(folder / f"{name}.JPEG")
+        write(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"{name}.JPEG")
+    annotations = tmp_path / "ILSVRC" / "Annotations" / "CLS-LOC" / "val"
+    write(annotations / "first.xml", xml((TENCH, 1, 2, 3, 4)))
+    write(annotations / "second.xml", xml((EAGLE, 10, 20, 30, 60), (TENCH, 1, 1, 2, 2), (EAGLE, 0, 0, 5, 6)))
     return tmp_path
 
 
-def test_imagenet_in_the_kaggle_layout(kaggle, monkeypatch):
+@pytest.fixture
+def folders(tmp_path):
+    """Three images of two classes of ImageNet in class folders, one file name twice."""
+    for name in (f"{EAGLE}/b.JPEG", f"{EAGLE}/a.jpeg", f"{TENCH}/b.JPEG"):
+        write(tmp_path / "val" / name)
+    write(tmp_path / "val" / TENCH / "._b.JPEG", "what a Mac leaves behind")
+    write(tmp_path / "val" / TENCH / "notes.txt", "hello")
+    return tmp_path
+
+
+def test_kaggle_layout(kaggle, monkeypatch):
     photos = imagenet(kaggle, input_size=64, resize=80)
-    assert [(sample.name, sample.label) for sample in photos] == [("second.JPEG", 2), ("first.JPEG", 0)]
+    assert [(sample.name, sample.label) for sample in photos] == [("second.JPEG", 22), ("first.JPEG", 0)]
     # no resize, crop 64 of 100x80: left 18, top 8
     assert photos[0].boxes.tolist() == [[-8, 12, 12, 52], [-18, -8, -13, -2]]
+    assert photos.class_names[22] == "bald eagle"
     assert len(imagenet(kaggle, limit=1)) == 1
+    assert imagenet(kaggle, shard="1/2").labels == [0]
     monkeypatch.setenv("OPTICAM_IMAGENET", str(kaggle))
     assert len(imagenet()) == 2
 
 
-def test_imagenet_that_is_not_there_or_malformed(kaggle, monkeypatch):
-    monkeypatch.delenv("OPTICAM_IMAGENET", raising=False)
-    with pytest.raises(FileNotFoundError, match="root: wanted the folder of ImageNet"):
-        imagenet()
-    with pytest.raises(ValueError, match="limit: wanted at least 1 image"):
-        imagenet(kaggle, limit=0)
-    (kaggle / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nfirst,n99 1 2 3 4\n")
-    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: cannot read the row of first"):
-        imagenet(kaggle)
-    (kaggle / "LOC_synset_mapping.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"root: no LOC_synset_mapping\.txt"):
-        imagenet(kaggle)
+def test_kaggle_layout_without_its_table_reads_the_xml(kaggle):
+    with_table = listed(imagenet(kaggle))
+    (kaggle / "LOC_val_solution.csv").unlink()
+    assert listed(imagenet(kaggle)) == with_table[::-1]  # by name
 
+
+def test_an_image_that_the_table_lacks_is_not_listed_but_one_that_the_folder_lacks_is_skipped(kaggle):
+    folder = kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    (folder / "first.JPEG").rename(folder / "third.JPEG")
+    photos = imagenet(kaggle)
+    assert photos.get(0).name == "second.JPEG"
+    assert photos.get(1) == Skipped("first.JPEG", 0, "image: no file at first.JPEG")
+
+
+def test_class_folders(folders):
+    nothing_boxed = [(f"{TENCH}/b.JPEG", 0, ()), (f"{EAGLE}/a.jpeg", 22, ()), (f"{EAGLE}/b.JPEG", 22, ())]
+    assert listed(imagenet(folders)) == listed(imagenet(folders / "val")) == nothing_boxed
+    assert [photos.boxes.shape for photos in imagenet(folders)] == [(0, 4)] * 3
+    # the XML beside the image; only objects of its class
+    write(folders / "val" / EAGLE / "b.xml", xml((TENCH, 0, 0, 9, 9), (EAGLE, 1, 2, 30, 40.5)))
+    boxed = [*nothing_boxed[:2], (f"{EAGLE}/b.JPEG", 22, ((1, 2, 30, 40.5),))]
+    assert listed(imagenet(folders)) == boxed
+    # the XML elsewhere, in class folders or flat, goes first
+    write(folders / "Annotations" / "CLS-LOC" / "val" / EAGLE / "b.xml", xml((EAGLE, 5, 6, 7, 8)))
+    write(folders / "given" / "b.xml", xml((EAGLE, 3, 3, 4, 4)))
+    assert imagenet(folders).photos[2].boxes == ((5, 6, 7, 8),)
+    assert imagenet(folders, annotations=folders / "given").photos[2].boxes == ((3, 3, 4, 4),)
+    assert imagenet(folders, annotations=folders / "given").photos[0].boxes == ()  # of another class
+    # and an image without XML, where others have theirs, is skipped
+    photo = imagenet(folders, annotations=folders / "given").get(1)
+    assert photo == Skipped(f"{EAGLE}/a.jpeg", 22, "annotation: cannot read that of a (there is none)")
+    with pytest.raises(FileNotFoundError, match="annotations: wanted the folder of XML files, got"):
+        imagenet(folders, annotations=folders / "elsewhere")
+
+
+def test_the_kaggle_tree_with_its_images_moved_to_class_folders(kaggle):
+    images = kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    expected = {(name, label, boxes) for name, label, boxes in listed(imagenet(kaggle))}
+    for name, wnid in (("first", TENCH), ("second", EAGLE)):
+        (images / wnid).mkdir()
+        (images / f"{name}.JPEG").rename(images / wnid / f"{name}.JPEG")
+    for _ in range(2):  # by the table, then by the XML
+        moved = {(name.split("/")[1], label, boxes) for name, label, boxes in listed(imagenet(kaggle))}
+        assert moved == expected
+        (kaggle / "LOC_val_solution.csv").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        ("<annotation><object>", r"annotation: cannot read that of b \(no element found: line 1, column 20\)"),
+        ("", r"annotation: cannot read that of b \(no element found: line 1, column 0\)"),
+        (xml((EAGLE, 1, 2, 3, "x")), r"cannot read that of b \(could not convert string to float: 'x'\)"),
+        (xml((EAGLE, 1, 2, 3, "")), r"\(wanted xmin ymin xmax ymax, got 1 2 3 \)"),
+        (xml((EAGLE, 1, 2, 3, "inf")), r"\(wanted xmin ymin xmax ymax, got 1 2 3 inf\)"),
+        (xml((EAGLE, 9, 2, 3, 4)), r"\(wanted xmin ymin xmax ymax, got 9 2 3 4\)"),
+        (xml((EAGLE, 1, 9, 3, 4)), r"\(wanted xmin ymin xmax ymax, got 1 9 3 4\)"),
+        (
+            f"<a><object><name>{EAGLE}</name></object></a>",
+            r"\(wanted xmin ymin xmax ymax, got None None None None\)",
+        ),
+    ],
+)
+def test_malformed_xml_skips_its_image_only(folders, annotation, reason):
+    write(folders / "val" / EAGLE / "b.xml", annotation)
+    photos = imagenet(folders)
+    skipped = photos.get(2)
+    assert skipped[:2] == (f"{EAGLE}/b.JPEG", 22)
+    assert re.search(reason, skipped.reason)
+    with pytest.raises(ValueError, match=reason):
+        photos[2]
+    assert isinstance(photos.get(0), Sample)
+
+
+def test_xml_with_entities_that_explode_is_refused(folders):
+    entities = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 12))
+    bomb = f'<!DOCTYPE a [<!ENTITY e0 "{"x" * 100}">{entities}]><annotation>&e11;</annotation>'
+    write(folders / "val" / EAGLE / "b.xml", bomb)
+    assert "annotation: cannot read that of b (" in imagenet(folders).get(2).reason
+
+
+def test_classes_that_are_none_of_imagenets(kaggle, tmp_path):
+    rows = ["first,n99999999 1 2 3 4", f"second,{EAGLE} 1 2 3", "third,", f"fourth,{EAGLE} 1 2 3 4"]
+    (kaggle / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
+    photos = imagenet(kaggle)
+    reasons = [photo.fault for photo in photos.photos]
+    assert reasons == [
+        "label: wanted one of the 1000 classes of ImageNet, got 'n99999999'",
+        "annotation: cannot read that of second (wanted xmin ymin xmax ymax, got 1 2 3)",
+        "label: wanted one of the 1000 classes of ImageNet, got ''",
+        "",
+    ]
+    assert photos.labels == [-1, 22, -1, 22]
+    write(tmp_path / "other" / "n99999999" / "a.JPEG")
+    assert imagenet(tmp_path / "other").get(0).reason.endswith("got 'n99999999'")
+
+
+def test_imagenet_that_is_not_there_or_whose_table_is_malformed(kaggle, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="root: wanted the folder of ImageNet, here or in OPTICAM_IMAGENET, got none"
+    ):
+        imagenet()
+    with pytest.raises(FileNotFoundError, match=r"root: wanted the folder of ImageNet, .* got .*nowhere"):
+        imagenet(tmp_path / "nowhere")
+    write(tmp_path / "pictures" / "a.jpg")
+    with pytest.raises(FileNotFoundError, match=r"root: no ImageNet in .*pictures; wanted ILSVRC/Data/CLS-LOC/val"):
+        imagenet(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="limit: wanted at least 1 photo, got 0"):
+        imagenet(kaggle, limit=0)
+    with pytest.raises(ValueError, match="resize: wanted at least input_size"):
+        imagenet(kaggle, input_size=300)
+    table = kaggle / "LOC_val_solution.csv"
+    table.write_text(f"ImageId,PredictionString\nfirst,{TENCH} 1 2 3 4\nfirst,{EAGLE} 1 2 3 4\n")
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: wanted each image once, got first more than once"):
+        imagenet(kaggle)
+    for content in ("", "a,b\n1,2\n", 'ImageId,PredictionString\n"first'):
+        table.write_text(content)
+        with pytest.raises(ValueError, match=r"LOC_val_solution\.csv: wanted a table with the columns ImageId, Pred"):
+            imagenet(kaggle)
+
+
+def test_listing_opens_no_image_and_only_the_xml_of_selected_ones(kaggle, folders, monkeypatch):
+    read = []
+    parse = datasets.ElementTree.parse
+    monkeypatch.setattr(datasets.ElementTree, "parse", lambda path: [read.append(path.stem), parse(path)][1])
+    monkeypatch.setattr(Image, "open", lambda path: pytest.fail("opened"))
+    (kaggle / "LOC_val_solution.csv").unlink()
+    assert len(imagenet(kaggle, shard=(1, 2))) == 1
+    assert read == ["second"]
+    assert len(imagefolder(folders / "val")) == 3
+
+
+# --------------------------------------------------------------------------------------- orientation and damage
+
+
+@pytest.mark.parametrize("size", [(120, 80), (70, 110)])
+def test_boxes_follow_the_pixels_whatever_the_exif_orientation(tmp_path, size):
+    left, top, right, bottom = 30, 25, 45, 55
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[top:bottom, left:right] = 255
+    photo = Image.fromarray(pixels)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned clockwise: (x, y) -> (height - y, x)
+    for wnid in (TENCH, EAGLE):
+        write(tmp_path / wnid / "a.jpg", photo, exif=exif, quality=100)
+        write(tmp_path / wnid / "a.xml", xml((wnid, left, top, right, bottom)))
+    turned = (size[1] - bottom, left, size[1] - top, right)
+    row = ",".join(map(str, turned))
+    table = write(tmp_path / "boxes.csv", f"image,xmin,ymin,xmax,ymax\n{TENCH}/a.jpg,{row}\n")
+    for photos, box in (
+        (imagenet(tmp_path, 64, 64), (left, top, right, bottom)),
+        (imagefolder(tmp_path, 64, 64, boxes_csv=table), turned),
+    ):
+        assert photos.photos[0].boxes == (box,)
+        _, image, _, boxes = photos[0]
+        rows, columns = (torch.nonzero(image[0].amax(dim) > 0.5).flatten() for dim in (1, 0))
+        bright = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(boxes[0], bright, atol=1)
+
+
+def test_damaged_photos_are_skipped_and_the_rest_goes_on_in_worker_processes(folders):
+    whole = folders / "val" / TENCH / "b.JPEG"
+    write(folders / "val" / TENCH / "c.JPEG", "no image")
+    (folders / "val" / TENCH / "d.JPEG").write_bytes(whole.read_bytes()[:2000])
+    (folders / "val" / TENCH / "e.JPEG").touch()
+    (folders / "val" / TENCH / "f.JPEG").mkdir()
+    Image.fromarray(RAMP.astype(np.float32)).save(folders / "val" / TENCH / "g.JPEG", format="TIFF")
+    photos = imagenet(folders, 64, 64)
+
+    class Tolerant(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(photos)
+
+        def __getitem__(self, index):
+            return photos.get(index)
+
+    rows = [row for batch in DataLoader(Tolerant(), 3, num_workers=2, collate_fn=list) for row in batch]
+    assert [row.name for row in rows] == [photo.name for photo in photos.photos]
+    assert [type(row) for row in rows] == [Sample] + 5 * [Skipped] + 2 * [Sample]
+    reasons = ["not an image", "damaged", "not an image", "no file", "floating-point"]
+    for row, reason in zip(rows[1:6], reasons, strict=True):
+        assert reason in row.reason
+        assert f"{TENCH}/" in row.reason
+        assert str(folders) not in row.reason
+        assert row.label == 0
+    with pytest.raises(IndexError, match=r"photo: wanted a number in 0\.\.7, got 8"):
+        photos.get(8)
+
+
+def test_whatever_is_wrong_with_a_file_ends_in_a_record(tmp_path):
+    path = write(tmp_path / "class" / "a.jpg", NOISE, quality=50)
+    whole, photos, chance = path.read_bytes(), imagefolder(tmp_path, 32, 32), np.random.default_rng(0)
+    kinds = set()
+    for _ in range(300):
+        broken = bytearray(whole)
+        for _ in range(5):
+            broken[chance.integers(min(len(broken), 700))] = chance.integers(256)
+        path.write_bytes(broken)
+        kinds.add(type(photos.get(0)))
+    assert kinds == {Sample, Skipped}
+
+
+def test_read_image_names_what_no_one_expects(tmp_path, monkeypatch):
+    def stumble(photo):
+        raise KeyError("tile")
+
+    monkeypatch.setattr(datasets.ImageOps, "exif_transpose", stumble)
+    with pytest.raises(OSError, match=r"a\.jpg is damaged or cannot be decoded \('tile'\)"):
+        read_image(write(tmp_path / "a.jpg"))
+
+
+# ---------------------------------------------------------------------------------------------------- any folder
+
+
+@pytest.fixture
+def lungs(tmp_path):
+    """A made-up medical set: two classes, one of them with a folder inside."""
+    for name in ("PNEUMONIA/one.jpeg", "NORMAL/one.jpeg", "NORMAL/ward/two.png", ".hidden/x.jpeg"):
+        write(tmp_path / "test" / name)
+    return tmp_path / "test"
+
+
+def boxes_csv(folder, *rows, header="image,xmin,ymin,xmax,ymax"):
+    return write(folder / "boxes.csv", "\n".join([header, *rows]) + "\n")
+
+
+def test_imagefolder(lungs):
+    photos = imagefolder(lungs)
+    expected = [("NORMAL/one.jpeg", 0, ()), ("NORMAL/ward/two.png", 0, ()), ("PNEUMONIA/one.jpeg", 1, ())]
+    assert listed(photos) == expected
+    assert photos.class_names == ["NORMAL", "PNEUMONIA"]
+    assert imagefolder(lungs, class_names=["healthy", "ill"]).class_names == ["healthy", "ill"]
+    table = boxes_csv(lungs, "two.png,1,2,3,4", "PNEUMONIA/one.jpeg,5,6,7,8", "two.png,0,0,9,9.5", "absent.png,1,2,3,4")
+    boxed = [
+        expected[0],
+        ("NORMAL/ward/two.png", 0, ((1, 2, 3, 4), (0, 0, 9, 9.5))),
+        ("PNEUMONIA/one.jpeg", 1, ((5, 6, 7, 8),)),
+    ]
+    assert listed(imagefolder(lungs, boxes_csv=table)) == boxed
+    assert listed(imagefolder(lungs, boxes_csv=str(table), shard=(1, 2))) == boxed[1:2]
+    table = boxes_csv(lungs, "two.png,1,2,3,", "PNEUMONIA/one.jpeg,5,6,7,8")
+    photos = imagefolder(lungs, boxes_csv=table)
+    reason = "annotation: cannot read that of two.png (wanted xmin ymin xmax ymax, got 1 2 3 )"
+    assert photos.get(1) == Skipped("NORMAL/ward/two.png", 0, reason)
+    assert isinstance(photos.get(2), Sample)
+
+
+def test_imagefolder_refuses_in_one_sentence(lungs, tmp_path):
+    for root in (None, "", tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="root: wanted the folder of class folders, got"):
+            imagefolder(root)
+    with pytest.raises(FileNotFoundError, match="root: no images in class folders in"):
+        imagefolder(lungs / "NORMAL" / "ward")
+    with pytest.raises(ValueError, match="class_names: wanted 2, one a class folder, got 3"):
+        imagefolder(lungs, class_names=["a", "b", "c"])
+    with pytest.raises(FileNotFoundError, match="table: no file at"):
+        imagefolder(lungs, boxes_csv=lungs / "nothing.csv")
+    with pytest.raises(ValueError, match=r"boxes\.csv: one\.jpeg names 2 images; wanted its path relative to"):
+        imagefolder(lungs, boxes_csv=boxes_csv(lungs, "one.jpeg,1,2,3,4"))
+    with pytest.raises(ValueError, match=r"boxes\.csv: wanted images of .*, got none of them"):
+        imagefolder(lungs, boxes_csv=boxes_csv(lungs, "three.png,1,2,3,4"))
+    with pytest.raises(ValueError, match=r"boxes\.csv: wanted a table with the columns image, xmin, ymin, xmax, ymax"):
+        imagefolder(lungs, boxes_csv=boxes_csv(lungs, "two.png,1,2", header="image,x,y"))
+
+
+def test_own_checkpoint_on_an_own_folder(lungs, tmp_path):
+    torch.manual_seed(0)
+    trained = load_model("efficientnet_lite0", pretrained=False, num_classes=2).network
+    torch.save(trained.state_dict(), tmp_path / "lungs.pt")
+    photos = imagefolder(lungs, 64, 64)
+    model = load_model("efficientnet_lite0", checkpoint=tmp_path / "lungs.pt", class_names=photos.class_names)
+    rows = evaluate(model, photos, {"grad_cam": METHODS["grad_cam"]})
+    assert list(rows["label"]) == [0, 0, 1]
+    with torch.no_grad():
+        logits = trained.eval()((photos[2].image[None] - model.mean) / model.std)
+    np.testing.assert_allclose(rows["logit"][2], logits[0, 1].item(), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- Imagenette, by name
+
+
+def test_imagenette(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(root, split, size, download):
+        asked.append((root, split, size, download))
+        for wnid in (EAGLE, TENCH):
+            write(root / "imagenette2-320" / split / wnid / "a.JPEG")
+
+    monkeypatch.setattr(datasets, "Imagenette", fetch)
+    with pytest.raises(FileNotFoundError, match="root: wanted the folder of Imagenette; download=True fetches it, got"):
+        imagenette(tmp_path)
+    assert asked == []
+    for _ in range(2):  # what is there is not fetched again
+        photos = imagenette(tmp_path, download=True)
+        assert listed(photos) == [(f"{TENCH}/a.JPEG", 0, ()), (f"{EAGLE}/a.JPEG", 22, ())]
+        assert asked == [(tmp_path, "val", "320px", True)]
+    with pytest.raises(
+        ValueError, match="imagenette: wanted size full, 320px, 160px and split val or train, got '64px'"
+    ):
+        imagenette(tmp_path, size="64px")
+    with pytest.raises(FileNotFoundError, match="root: wanted the folder of Imagenette, got none"):
+        imagenette(None)
+
+    def refuse(*args, **options):
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(datasets, "Imagenette", refuse)
+    with pytest.raises(OSError, match=r"imagenette: cannot be downloaded to .* \(File not found or corrupted\.\)"):
+        imagenette(tmp_path, size="160px", download=True)
+
+
+def test_load_dataset(kaggle, lungs):
+    assert set(DATASETS) == {"demo", "imagenet", "imagefolder", "imagenette"}
+    photos = load_dataset("demo", "", 96, 112, 8, sample=10, shard="1/2", seed=4)
+    assert isinstance(photos, Photos)
+    assert photos.photos == demo(96, 112, 8, sample=10, shard=(1, 2), seed=4).photos
+    assert (len(photos), photos.input_size, photos.resize) == (4, 96, 112)
+    assert load_dataset("imagenet", kaggle, limit=1).labels == [22]
+    assert load_dataset("imagefolder", lungs, class_names=["a", "b"]).class_names == ["a", "b"]
+    with pytest.raises(ValueError, match="dataset: wanted one of demo, imagenet, imagefolder, imagenette, got 'coco'"):
+        load_dataset("coco")
+    with pytest.raises(ValueError, match="root: the demo comes with the packages and takes none, got 'x'"):
+        load_dataset("demo", "x")
+    for name in ("imagenet", "imagefolder", "imagenette"):
+        with pytest.raises(FileNotFoundError, match="root: wanted the folder"):
+            load_dataset(name)
+
+
+@pytest.mark.parametrize("make", [imagenet, imagefolder])
+def test_names_are_unique_and_every_file_once(folders, make):
+    names = [photo.name for photo in make(folders / "val").photos]
+    assert len(set(names)) == len(names) == 3
+
+
+# --------------------------------------------------------------------------------------------------- real images
 
 MINI = datasets.REPOSITORY.parent / "shared" / "imagenet_val_mini"
+real = pytest.mark.skipif(not MINI.is_dir(), reason="no ImageNet images in ../shared/imagenet_val_mini")
 
 
-@pytest.mark.skipif(not MINI.is_dir(), reason="no ImageNet images in ../shared/imagenet_val_mini")
+@real
 def test_real_imagenet_images():
     photos = imagenet(MINI)
     assert len(photos) == 300
     sample = photos[0]
     assert (sample.name, imagenet_classes()[sample.label]) == ("ILSVRC2012_val_00000347.JPEG", "canoe")
     assert sample.boxes.shape == (8, 4)
+    assert not any(photo.fault for photo in photos.photos)
+    wnids = sorted(line.split()[0] for line in (MINI / "LOC_synset_mapping.txt").read_text().splitlines())
+    assert wnids == datasets.ImageNetInfo().label_names()  # so the labels are torchvision's
+
+
+@real
+def test_real_tables_xml_and_class_folders_agree(tmp_path):
+    by_table = imagenet(MINI).photos
+    flat, classes = tmp_path / "flat", tmp_path / "classes"
+    flat.mkdir()
+    (flat / "ILSVRC").symlink_to(MINI / "ILSVRC")  # without the table
+    assert {photo[1:] for photo in imagenet(flat).photos} == {photo[1:] for photo in by_table}
+    wnids = datasets.ImageNetInfo().label_names()
+    for photo in by_table:
+        (classes / "val" / wnids[photo.label]).mkdir(parents=True, exist_ok=True)
+        (classes / "val" / wnids[photo.label] / photo.name).symlink_to(photo.path)
+    in_folders = imagenet(classes, annotations=MINI / "ILSVRC" / "Annotations" / "CLS-LOC" / "val").photos
+    expected = {(photo.name, photo.label, photo.boxes, "") for photo in by_table}
+    assert {(photo.path.name, *photo[2:]) for photo in in_folders} == expected
+    assert len(in_folders) == 300
+
+
+@real
+def test_real_shards_and_samples():
+    everything = imagenet(MINI).photos
+    shards = [imagenet(MINI, shard=(k, 7)).photos for k in range(7)]
+    assert sorted(photo for shard in shards for photo in shard) == sorted(everything)
+    drawn = imagenet(MINI, sample=20, seed=5).photos
+    assert drawn == imagenet(MINI, sample=20, seed=5).photos == [photo for photo in everything if photo in drawn]
