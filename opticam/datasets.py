@@ -352,7 +352,7 @@ def imagenet(
 
     Only objects of the image's class count: that of its folder, else of its first object. Labels are torchvision's,
     which numbers the 1000 classes by their sorted wnids, however few of them are there. Photos are read as they are
-    stored, without their EXIF orientation, as published evaluations read them and as their boxes were drawn.
+    stored, without their EXIF orientation, as torchvision reads them; boxes are taken to be in that frame.
 
     A photo whose class is unknown, or whose annotation is malformed, is listed with its fault. So is one without
     annotation where there is a folder of annotations; without such a folder it merely has no boxes.
