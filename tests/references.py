@@ -425,8 +425,7 @@ def predicted_box(grid: Array) -> tuple[int, int, int, int]:
     values = sorted(grid.flat)
     mean = sum(values) / len(values)
     threshold = values[int((len(values) - 1) * (1 - mean) + 0.5)]
-    threshold = min(max(threshold, 1e-6), 1 - 1e-6)
-    found = components(grid > threshold, FOUR)
+    found = components(grid > min(threshold, 1 - 1e-6), FOUR)
     if not found:
         return 0, 0, -1, -1
     largest = found[0]

@@ -27,10 +27,10 @@ BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts in
 def predicted_box(saliency: Tensor) -> Tensor:
     """Tight box of the largest 4-connected component of the pixels above a threshold that keeps `mean(S) * H * W`.
 
-    With N = H W, the threshold is the value of rank `1 + floor((N - 1)(1 - mean S) + 1/2)` from below, limited to
-    [1e-6, 1 - 1e-6] as in the published code, and kept are the pixels strictly above it. So pixels of value 1 are
-    always kept and those of value 0 never; values tied with the threshold are dropped. Of components of equal size
-    the first in reading order is taken.
+    With N = H W, the threshold is the value of rank `1 + floor((N - 1)(1 - mean S) + 1/2)` from below, at most 1 - 1e-6
+    as in the published code, and the pixels strictly above it are kept. So pixels of value 1 are always kept and those
+    of value 0 never; values tied with the threshold are dropped. Of components of equal size the first in reading order
+    is taken.
 
     Args:
         saliency: (B,1,H,W) in [0,1].
@@ -49,7 +49,7 @@ def predicted_box(saliency: Tensor) -> Tensor:
     _check_saliency(saliency)
     flat = saliency.double().flatten(1)
     rank = ((flat.shape[1] - 1) * (1 - flat.mean(1)) + 0.5).nan_to_num().long()  # of a NaN nothing is kept anyway
-    threshold = flat.sort(1).values.gather(1, rank[:, None]).clamp(1e-6, 1 - 1e-6)
+    threshold = flat.sort(1).values.gather(1, rank[:, None]).clamp(max=1 - 1e-6)
     kept = (flat > threshold).view(len(saliency), *saliency.shape[-2:]) & ~_has_nan(saliency)[:, None, None]
     found = [_largest_component(mask) for mask in kept.cpu().numpy()]
     return torch.tensor(found, device=saliency.device).reshape(-1, 4)

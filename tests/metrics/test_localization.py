@@ -141,8 +141,8 @@ def test_saliency_metric_equals_reference(tiny, images, class_idx):
 
 def test_worked_example_of_the_predicted_box():
     # 12 pixels, mean 4.5/12 = 0.375: rank 1 + int(11 * 0.625 + 0.5) = 8 from below is 0.2; above it are four pixels
-    # in two components, of three and of one, which touch at a corner only
-    grid = torch.tensor([[0.1, 0.9, 0.9, 0.1], [0.1, 0.9, 0.2, 0.1], [0.9, 0.1, 0.1, 0.1]], dtype=torch.float64)
+    # in two components, of three and of one, which touch at a corner only; rank 7 would keep the 0.2, which joins them
+    grid = torch.tensor([[0.1, 0.9, 0.9, 0.1], [0.2, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1]], dtype=torch.float64)
     assert grid.sum() == pytest.approx(4.5)
     assert predicted_box(grid[None, None]).tolist() == [[1, 0, 2, 1]]
 
@@ -307,6 +307,13 @@ def test_saliency_metric_by_hand(class_idx):
     found = saliency_metric(Bright(), images, torch.tensor([1, 1, 1]), saliency)
     expected = [math.log(0.25) - math.log(0.5), math.log(0.05) - math.log(0.5), -math.log(0.3125)]
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_saliency_metric_is_of_the_network_in_eval_mode(tiny, images, class_idx):
+    saliency = torch.ones(5, 1, 24, 32, dtype=torch.float64)
+    network = torch.nn.Sequential(tiny, torch.nn.Dropout(0.9)).train()
+    expected = saliency_metric(tiny, images, class_idx, saliency)
+    assert torch.equal(saliency_metric(network, images, class_idx, saliency), expected)
 
 
 def test_saliency_metric_leaves_the_model_as_it_was(tiny, images, class_idx):

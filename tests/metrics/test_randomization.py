@@ -97,6 +97,7 @@ def test_weights_have_the_variance_of_he():
     # variance 2/fan_in: 2/(32*9) of 18432 draws, 2/300 of 60000; the standard error of a variance is sqrt(2/n) of it
     assert network[0].weight.var().item() == pytest.approx(2 / 288, rel=4 * math.sqrt(2 / 18432))
     assert network[1].weight.var().item() == pytest.approx(2 / 300, rel=4 * math.sqrt(2 / 60000))
+    assert network[1].weight.abs().max() > 3.5 * network[1].weight.std()  # a uniform draw ends at 1.73
     assert network[1].bias.std().item() == pytest.approx(0.02, rel=4 * math.sqrt(0.5 / 200))
     assert network[0].weight.mean().item() == pytest.approx(0, abs=4 * math.sqrt(2 / 288 / 18432))
 
