@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from opticam.datasets import Sample, Skipped
+from opticam.datasets import Photos, Sample, Skipped
 from opticam.features import check_class_range, check_inputs, count_passes, frozen
 from opticam.metrics import (
     METRICS,
@@ -39,6 +40,7 @@ from opticam.results import is_done, write_rows
 from opticam.saliency import apply_mask, check_saliency
 
 Method = Callable[..., Tensor]
+Samples = Photos | Sequence[Sample | Skipped]
 
 
 class Explained(NamedTuple):
@@ -156,12 +158,12 @@ SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
 
 def evaluate(
     model: nn.Module,
-    dataset: Dataset[Sample],
+    dataset: Samples,
     methods: Mapping[str, Method],
     *,
     scores: Sequence[str] = (),
     batch_size: int = 10,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Explain the label of every image by every method, and score the maps.
@@ -173,7 +175,7 @@ def evaluate(
         scores: what to compute beside AD, AG and AI: names in `SCORES`.
         batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
             the result does not depend on it.
-        num_workers: processes that decode images ahead; 0 for none.
+        num_workers: processes that decode images ahead; None for none on a CPU, which is busy, and up to 8 beside a GPU.
         progress: show a bar; the environment variable TQDM_DISABLE=1, which the runner sets, keeps it out of files.
 
     Returns:
@@ -186,8 +188,8 @@ def evaluate(
     Raises:
         ValueError: `batch_size` is not positive, or `scores` names something unknown.
     """
-    batches = _batches(range(len(dataset)), batch_size)  # type: ignore[arg-type]
-    with _bar(len(dataset) * len(methods), progress) as bar:  # type: ignore[arg-type]
+    batches = _batches(range(len(dataset)), batch_size)
+    with _bar(len(dataset) * len(methods), progress) as bar:
         tables = list(_tables(model, dataset, batches, methods, scores, num_workers, bar))
     return pd.concat(tables, ignore_index=True)
 
@@ -195,14 +197,14 @@ def evaluate(
 def stream(
     folder: str | Path,
     model: nn.Module,
-    dataset: Dataset[Sample],
+    dataset: Photos,
     methods: Mapping[str, Method],
     *,
     parameters: Mapping[str, Any],
     scores: Sequence[str] = (),
     batch_size: int = 10,
     shard_size: int = 40,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: bool = False,
 ) -> Path:
     """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
@@ -233,7 +235,7 @@ def stream(
     folder = Path(folder)
     if shard_size < 1:
         raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
-    number = math.ceil(len(dataset) / shard_size)  # type: ignore[arg-type]
+    number = math.ceil(len(dataset) / shard_size)
     everything = {
         **parameters,
         "methods": {name: _describe(method) for name, method in methods.items()},
@@ -243,7 +245,7 @@ def stream(
         "images": hashlib.sha256(repr([*zip(dataset.names, dataset.labels, strict=True)]).encode()).hexdigest(),
         "shards": number,
     }
-    ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]  # type: ignore[arg-type]
+    ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]
     paths = [folder / f"{k:05d}.parquet" for k in range(number)]
     missing = [k for k in range(number) if not is_done(paths[k], {**everything, "shard": k})]
     counts = [math.ceil(len(ranges[k]) / batch_size) if batch_size > 0 else 0 for k in missing]
@@ -261,16 +263,18 @@ def stream(
 
 def _tables(
     model: nn.Module,
-    dataset: Dataset[Sample],
-    batches: Sequence[Sequence[int]],
+    dataset: Samples,
+    batches: list[list[int]],
     methods: Mapping[str, Method],
     scores: Sequence[str],
-    num_workers: int,
+    num_workers: int | None,
     bar: tqdm,
 ) -> Iterator[pd.DataFrame]:
     for name in scores:
         if name not in SCORES:
             raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
+    if num_workers is None:
+        num_workers = 0 if _device(model).type == "cpu" else min(8, os.cpu_count() or 1)
     loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)
     for samples in loader:
         yield _rows(model, samples, methods, scores)
@@ -280,9 +284,9 @@ def _tables(
 class _Guarded(Dataset):
     """A photo that cannot be read comes as `Skipped`, instead of ending the process that reads it."""
 
-    def __init__(self, dataset: Dataset[Sample]) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.read = getattr(dataset, "get", dataset.__getitem__)
-        self.length = len(dataset)  # type: ignore[arg-type]
+        self.length = len(dataset)
 
     def __len__(self) -> int:
         return self.length
@@ -378,14 +382,14 @@ def _scored(
     )
 
 
-def _batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+def _batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
-    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
 def _bar(total: int, progress: bool, initial: int = 0) -> tqdm:
-    return tqdm(total=total, initial=initial, unit="map", **({} if progress else {"disable": True}))  # type: ignore[call-overload]
+    return tqdm(total=total, initial=initial, unit="map", **({} if progress else {"disable": True}))
 
 
 def _device(model: nn.Module) -> torch.device:

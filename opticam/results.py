@@ -113,7 +113,7 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise ValueError(f"results: {folder} holds the shards {found}; wanted all of 0..{(shards or 0) - 1}")
     if any(other | {"shard": 0} != parameters[0] for other in parameters):
         raise ValueError(f"results: the shards in {folder} were written with different parameters; wanted one run's")
-    rows = pd.concat(tables, ignore_index=True)
+    rows: pd.DataFrame = pd.concat(tables, ignore_index=True)
     twice = rows[rows.duplicated(["image", "method"])]
     if len(twice):
         raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row an image and method")

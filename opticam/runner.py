@@ -136,6 +136,9 @@ def run_notebook(
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
     os.environ["TQDM_DISABLE"] = "1"  # for the kernel: a saved bar stays where it stood
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        # glibc would hand every large tensor back to the system, and fetch zeroed pages for the next
+        os.environ.setdefault(name, str(2**31))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         executed = papermill.execute_notebook(

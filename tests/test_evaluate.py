@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import references
 import torch
 
-from opticam import METHODS, evaluate, results, score
-from opticam.datasets import Sample, Skipped
+from opticam import METHODS, evaluate, load_model, results, score
+from opticam.datasets import Sample, Skipped, demo
 from opticam.evaluate import stream
 from opticam.results import read_shards
 from opticam.summary import summarize
@@ -148,6 +149,23 @@ def test_out_of_memory_halves_the_batch(tiny, samples):
 
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         evaluate(tiny, samples, {"hopeless": hopeless})
+
+
+def test_processes_that_decode_change_nothing(tiny, samples):
+    tiny.layer = "features"
+    tables = [evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]}, batch_size=2, num_workers=n) for n in (0, 2)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+
+
+def test_a_corrupt_photo_costs_its_rows_only(tmp_path):
+    photos = demo(limit=3)
+    torn = tmp_path / photos.paths[1].name
+    torn.write_bytes(photos.paths[1].read_bytes()[:5000])
+    photos = replace(photos, photos=[photos.photos[0], photos.photos[1]._replace(path=torn), photos.photos[2]])
+    rows = evaluate(load_model("efficientnet_lite0"), photos, {"grad_cam": METHODS["grad_cam"]}, num_workers=1)
+    assert rows["status"].tolist() == ["ok", "skipped", "ok"]
+    assert "is damaged or cannot be decoded" in rows["reason"][1]
+    assert str(tmp_path) not in rows["reason"][1]
 
 
 def test_unknown_scores(tiny, samples):
