@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,8 +176,8 @@ def evaluate(
         scores: what to compute beside AD, AG and AI: names in `SCORES`.
         batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
             the result does not depend on it.
-        num_workers: processes that decode images ahead; None for none on a CPU, which is busy, and up to 8 beside a GPU.
-        progress: show a bar; the environment variable TQDM_DISABLE=1, which the runner sets, keeps it out of files.
+        num_workers: processes that decode images ahead; None for none on a CPU, which is busy, and 8 beside a GPU.
+        progress: show a bar with rate and time left; in a notebook that the runner executes it goes to the terminal.
 
     Returns:
         One row per image and method. `image`; `label`; `class_idx` explained and `class_from`, here always "label";
@@ -274,7 +275,7 @@ def _tables(
         if name not in SCORES:
             raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
     if num_workers is None:
-        num_workers = 0 if _device(model).type == "cpu" else min(8, os.cpu_count() or 1)
+        num_workers = 0 if _device(model).type == "cpu" else 8
     loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)
     for samples in loader:
         yield _rows(model, samples, methods, scores)
@@ -388,8 +389,15 @@ def _batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
-def _bar(total: int, progress: bool, initial: int = 0) -> tqdm:
-    return tqdm(total=total, initial=initial, unit="map", **({} if progress else {"disable": True}))
+@contextmanager
+def _bar(total: int, progress: bool, initial: int = 0) -> Iterator[tqdm]:
+    place = os.environ.get("OPTICAM_PROGRESS")  # of the runner: a bar in a saved notebook would stay where it stood
+    where: dict[str, Any] = {} if progress else {"disable": True}
+    with Path(place or os.devnull).open("w") as file:
+        if progress and place:
+            where = {"file": file, "disable": False, "leave": False}
+        with tqdm(total=total, initial=initial, unit="map", **where) as bar:
+            yield bar
 
 
 def _device(model: nn.Module) -> torch.device:

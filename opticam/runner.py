@@ -12,7 +12,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
 from traitlets.config import Config
 
 from opticam.datasets import REPOSITORY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
+_SECONDS = {True: 1.0, False: 60.0}  # between two looks at a kernel's progress, in a terminal and in a log
 
 
 class NotebookError(RuntimeError):
@@ -141,15 +145,16 @@ def run_notebook(
         os.environ.setdefault(name, str(2**31))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        executed = papermill.execute_notebook(
-            source,
-            temporary,
-            parameters=checked,
-            kernel_name="python3",
-            cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
-            progress_bar={"desc": source.stem, "unit": "cell", "leave": True} if progress else False,
-            config=Config({"KernelManager": transport}),
-        )
+        with _repeated_bar(sockets / "progress", progress):
+            executed = papermill.execute_notebook(
+                source,
+                temporary,
+                parameters=checked,
+                kernel_name="python3",
+                cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
+                progress_bar={"desc": source.stem, "unit": "cell", "leave": True} if progress else False,
+                config=Config({"KernelManager": transport}),
+            )
         for number, cell in enumerate(executed.cells):
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
                 raise DeadKernelError(f"cell {number} did not run")
@@ -162,6 +167,34 @@ def run_notebook(
         temporary.unlink(missing_ok=True)
         shutil.rmtree(sockets, ignore_errors=True)
     return output
+
+
+@contextmanager
+def _repeated_bar(bar: Path, progress: bool) -> Iterator[None]:
+    """Has the kernel write its bar to a file and shows it: below papermill's in a terminal, else a line a minute."""
+    terminal = sys.stderr.isatty()
+    done = threading.Event()
+
+    def repeat() -> None:
+        with tqdm(bar_format="{desc}", position=1, leave=False, disable=not terminal) as line:
+            while not done.wait(_SECONDS[terminal]):
+                text = bar.read_text().rstrip().rsplit("\r", 1)[-1] if bar.exists() else ""
+                if terminal:
+                    line.set_description_str(text)
+                elif text:
+                    print(text, file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    os.environ["OPTICAM_PROGRESS"] = str(bar)
+    if progress:
+        thread.start()
+    try:
+        yield
+    finally:
+        del os.environ["OPTICAM_PROGRESS"]
+        done.set()
+        if progress:
+            thread.join()
 
 
 def render_notebook(notebook: str | Path, *, progress: bool = True) -> Path:

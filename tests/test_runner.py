@@ -1,4 +1,5 @@
 import json
+import re
 
 import nbformat
 import pytest
@@ -177,3 +178,18 @@ def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     with pytest.raises(NotebookError, match="an output shows /some/where, a path of this machine"):
         render_notebook(path, progress=False)
     assert path.read_bytes() == before
+
+
+def test_progress_inside_a_cell_reaches_the_log_and_not_the_notebook(notebook, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(runner, "_SECONDS", {True: 0.1, False: 0.1})
+    source = """
+import time
+from opticam.evaluate import _bar
+with _bar(4, True) as bar:
+    bar.update(3)
+    bar.refresh()
+    time.sleep(0.5)
+"""
+    output = run_notebook(notebook(source), tmp_path / "o.ipynb")
+    assert re.search(r"75%.* 3/4 .*map/s\]", capfd.readouterr().err)
+    assert outputs(output) == ""
