@@ -217,7 +217,7 @@ def stream(
     Args:
         folder: for `00000.parquet`, `00001.parquet`, ...
         model: see `evaluate`.
-        dataset: see `evaluate`; with `names` and `labels`, as `Photos` has them.
+        dataset: see `evaluate`.
         methods: see `evaluate`.
         parameters: stored with the rows; JSON.
         scores: see `evaluate`.
@@ -236,14 +236,15 @@ def stream(
     folder = Path(folder)
     if shard_size < 1:
         raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
-    number = math.ceil(len(dataset) / shard_size)
+    number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     everything = {
         **parameters,
         "methods": {name: _describe(method) for name, method in methods.items()},
         "scores": list(scores),
         "batch_size": batch_size,
         "weights": _digest(model),
-        "images": hashlib.sha256(repr([*zip(dataset.names, dataset.labels, strict=True)]).encode()).hexdigest(),
+        "images": hashlib.sha256(repr([frame, *zip(dataset.names, dataset.labels, strict=True)]).encode()).hexdigest(),
+        "shard_size": shard_size,
         "shards": number,
     }
     ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]

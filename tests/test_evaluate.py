@@ -76,6 +76,7 @@ class Numbered(torch.utils.data.Dataset):
     def __init__(self, samples):
         self.samples = samples
         self.names, self.labels = [s.name for s in samples], [s.label for s in samples]
+        self.input_size, self.resize = 24, 32
 
     def __len__(self):
         return len(self.samples)
@@ -190,7 +191,7 @@ def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, sampl
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "version", "torn file"])
+@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "shard_size", "version", "torn file"])
 def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
@@ -203,8 +204,8 @@ def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, w
             tiny.fc.bias[0] += 1
     elif what == "images":
         samples[-1] = samples[-1]._replace(name="other.png")
-    elif what == "batch_size":
-        changed = {"batch_size": 3}
+    elif what.endswith("_size"):
+        changed = {what: 4}
     elif what == "version":
         monkeypatch.setattr(results, "version", lambda package: "9.9")
     else:
