@@ -191,7 +191,9 @@ def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, sampl
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "shard_size", "version", "torn file"])
+@pytest.mark.parametrize(
+    "what", ["parameters", "weights", "images", "batch_size", "shard_size", "version", "torn file"]
+)
 def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
