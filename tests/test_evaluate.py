@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -9,10 +10,11 @@ import pandas as pd
 import pytest
 import references
 import torch
+from tqdm import tqdm
 
-from opticam import METHODS, evaluate, load_model, results, score
+from opticam import METHODS, evaluate, load_model, metrics, results, score
 from opticam.datasets import Sample, Skipped, demo
-from opticam.evaluate import stream
+from opticam.evaluate import SCORES, stream
 from opticam.results import read_shards
 from opticam.summary import summarize
 
@@ -105,6 +107,7 @@ def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
         rows[rows["status"] != "skipped"].drop(columns=costs).reset_index(drop=True), good.drop(columns=costs)
     )
     assert rows.loc[rows["status"] == "skipped", ["prob", "average_gain"]].isna().all(axis=None)
+    assert rows.loc[rows["image"] == "nan.png", "masked_logit"].isna().all()
     summary = summarize(rows, {"average_gain": 1})
     assert summary.loc["grad_cam", "average_gain"] == pytest.approx(
         good[good["method"] == "grad_cam"]["average_gain"].mean()
@@ -137,7 +140,7 @@ def test_costs_are_counted(tiny, samples):
 
 def test_out_of_memory_halves_the_batch(tiny, samples):
     def greedy(model, images, class_idx):
-        if len(images) > 2:
+        if len(images) > 1:
             raise torch.OutOfMemoryError("too much")
         return METHODS["grad_cam"](model, images, class_idx, layer="features")
 
@@ -167,6 +170,59 @@ def test_a_corrupt_photo_costs_its_rows_only(tmp_path):
     assert rows["status"].tolist() == ["ok", "skipped", "ok"]
     assert "is damaged or cannot be decoded" in rows["reason"][1]
     assert str(tmp_path) not in rows["reason"][1]
+
+
+def test_a_map_that_is_not_finite_has_no_scores(tiny, samples):
+    def broken(model, images, class_idx):
+        maps = METHODS["grad_cam"](model, images, class_idx, layer="features.0")
+        maps[1, 0, 3, 3] = torch.nan
+        maps[2] = torch.nan
+        return maps
+
+    rows = evaluate(tiny, samples, {"broken": broken}, scores=["localization"])
+    assert rows["status"].tolist() == ["ok", "skipped", "skipped", "ok", "ok"]
+    lost = rows[rows["status"] == "skipped"]
+    assert lost.loc[:, "logit":"box_hits"].isna().all(axis=None)
+    assert lost["predicted"].notna().all()
+
+
+def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
+    tiny.layer, tiny.mean = "features", torch.full((1, 3, 1, 1), 0.5, dtype=torch.float64)
+    method = partial(METHODS["opti_cam"], num_steps=2, layer="features.0")
+    boxes = [torch.tensor([[b, 2.0, 20.0, 9.0 + b]]) for b in range(5)]
+    samples = [sample._replace(boxes=box) for sample, box in zip(samples, boxes, strict=True)]
+    rows = evaluate(tiny, samples, {"opti_cam": method}, scores=list(SCORES), batch_size=5)
+    saliency = method(tiny, images, class_idx)
+    correct = tiny(images).argmax(1) == class_idx
+    assert not correct.all()
+    again = method(tiny, images * saliency, class_idx)
+    expected = {
+        "insertion": metrics.insertion(tiny, images, class_idx, saliency)[0],
+        "deletion": metrics.deletion(tiny, images, class_idx, saliency)[0],
+        "road": metrics.road(tiny, images, class_idx, saliency),
+        "coherency": metrics.coherency(saliency, again),
+        "complexity": saliency.mean((1, 2, 3)),
+        "adcc": metrics.adcc(saliency, again, torch.tensor(rows["average_drop"])),
+        "localization_error": metrics.localization_error(saliency, boxes),
+        "official_metric": metrics.official_metric(saliency, boxes, correct),
+        "soft_f1": metrics.soft_f1(saliency, boxes),
+        "saliency_metric": metrics.saliency_metric(tiny, images, class_idx, saliency),
+        "pointing_game": metrics.pointing_game(saliency, boxes),
+        "energy_pointing_game": metrics.energy_pointing_game(saliency, boxes),
+    }
+    inside = metrics.box_mask(boxes, images.shape[-2:])
+    for name, mask in {
+        "B": inside,
+        "1-B": 1 - inside,
+        "S*B": saliency * inside,
+        "S*(1-B)": saliency * (1 - inside),
+    }.items():
+        expected[f"masked_prob[{name}]"] = tiny(images * mask).softmax(1).gather(1, class_idx[:, None])[:, 0]
+    for column, values in expected.items():
+        np.testing.assert_allclose(rows[column], values.detach(), atol=1e-12, err_msg=column)
+    bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in rows["box_hits"]])
+    np.testing.assert_array_equal(bits.reshape(5, 4, 1000), metrics.box_hits(saliency, boxes))
+    assert bits.any()
 
 
 def test_unknown_scores(tiny, samples):
@@ -234,6 +290,7 @@ def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_pa
     for _ in range(20):
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(threading.RLock())  # the usual one is shared: it would die locked
             run_stream(tmp_path / "killed", tiny, many)
             os._exit(0)
         time.sleep(random.uniform(0.005, 0.08))
