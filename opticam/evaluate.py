@@ -116,7 +116,7 @@ def _road(batch: Explained) -> dict[str, Any]:
 
 def _adcc(batch: Explained) -> dict[str, Any]:
     again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx)
-    drop = torch.from_numpy(batch.scores["average_drop"].to_numpy()).to(again.device)
+    drop = torch.tensor(batch.scores["average_drop"], device=again.device)
     return {
         "coherency": coherency(batch.saliency, again),
         "complexity": complexity(batch.saliency),
@@ -125,7 +125,7 @@ def _adcc(batch: Explained) -> dict[str, Any]:
 
 
 def _localization(batch: Explained) -> dict[str, Any]:
-    correct = torch.from_numpy(batch.scores["predicted"].to_numpy()) == batch.class_idx.cpu()
+    correct = torch.tensor(batch.scores["predicted"]) == batch.class_idx.cpu()
     saliency, boxes = batch.saliency.cpu(), batch.boxes
     hits = box_hits(saliency, boxes)
     return {
