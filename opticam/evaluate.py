@@ -211,7 +211,7 @@ def stream(
     """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
 
     Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
-    undisturbed run. A file counts as done if it was written by this version of the package with the same parameters,
+    undisturbed run. A file counts as done if it was written by the same code of this package with the same parameters,
     images, methods and weights; others are written anew. `results.read_shards` reads all of them back.
 
     Args:

@@ -1,5 +1,6 @@
 """Tables on disk: one Parquet file, written whole or not at all, that knows how it came about."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     provenance = {
         "parameters": dict(parameters),
         "package": version("opticam"),
+        "code": _code(),
         "commit": _commit(),
         "device": device,
         "torch": torch.__version__,
@@ -60,7 +62,7 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         path: the `.parquet` file.
 
     Returns:
-        The rows, and `parameters`, `package`, `commit`, `device`, `torch`.
+        The rows, and `parameters`, `package`, `code`, `commit`, `device`, `torch`.
 
     Raises:
         OSError: no such file.
@@ -80,13 +82,13 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
-    """Whether `write_rows` of this version of the package has written the file with these parameters."""
+    """Whether `write_rows` has written the file with these parameters, and the package has not changed since."""
     try:
         provenance = json.loads(pq.read_schema(path).metadata[_KEY])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return False
     given = json.loads(json.dumps(dict(parameters)))
-    return (provenance["parameters"], provenance["package"]) == (given, version("opticam"))
+    return (provenance["parameters"], provenance.get("code")) == (given, _code())
 
 
 def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -118,6 +120,13 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if len(twice):
         raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row an image and method")
     return rows, provenances[0]
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _commit() -> str:

@@ -247,9 +247,7 @@ def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, sampl
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "what", ["parameters", "weights", "images", "batch_size", "shard_size", "version", "torn file"]
-)
+@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "shard_size", "code", "torn file"])
 def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
@@ -264,8 +262,8 @@ def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, w
         samples[-1] = samples[-1]._replace(name="other.png")
     elif what.endswith("_size"):
         changed = {what: 4}
-    elif what == "version":
-        monkeypatch.setattr(results, "version", lambda package: "9.9")
+    elif what == "code":
+        monkeypatch.setattr(results, "_code", lambda: "other")
     else:
         for path in tmp_path.iterdir():
             path.write_bytes(path.read_bytes()[:-7])

@@ -10,7 +10,7 @@ def test_rows_come_back_with_their_provenance(tmp_path):
     read, provenance = results.read_rows(path)
     pd.testing.assert_frame_equal(read, rows)
     assert provenance["parameters"] == {"model": "m", "num_steps": 3}
-    assert set(provenance) == {"parameters", "package", "commit", "device", "torch"}
+    assert set(provenance) == {"parameters", "package", "code", "commit", "device", "torch"}
     assert [file.name for file in path.parent.iterdir()] == ["rows.parquet"]
 
 
