@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from opticam.datasets import REPOSITORY
@@ -104,12 +104,16 @@ def run(options: argparse.Namespace) -> int:
                 print(f"    {name}: {entry['type']} = {entry['default']!r}  {entry['help']}")
         return 0
     notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
-    given = {}
+    given: MutableMapping[str, str] = {}
     for assignment in options.parameter:
         name, separator, value = assignment.partition("=")
         if not (name and separator):
             raise ValueError(f"parameter: wanted name=value, got {assignment!r}")
         given[name] = value
+    for names, places in ((("root", "figures", "results"), given), (("OPTICAM_IMAGENET",), os.environ)):
+        for name in names:
+            if places.get(name):  # as seen from here; notebooks run in their own folder
+                places[name] = str(Path(places[name]).expanduser().absolute())
     if given and len(notebooks) != 1:
         raise ValueError("parameter: wanted exactly one notebook to go with -p")
     if options.output and len(notebooks) != 1:
@@ -118,10 +122,10 @@ def run(options: argparse.Namespace) -> int:
         output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
         beside = {}
         if given or options.output is not None:  # the committed figures stay those of the demo
-            places = {"figures": output.parent / "figures", "results": output.parent}
+            own = {"figures": output.parent / "figures", "results": output.parent}
             known = notebook_parameters(path)
-            beside = {name: str(place.absolute()) for name, place in places.items() if name in known}
-        print(f"wrote {run_notebook(path, output, beside | given)}", flush=True)
+            beside = {name: str(place.absolute()) for name, place in own.items() if name in known}
+        print(f"wrote {run_notebook(path, output, {**beside, **given})}", flush=True)
     return 0
 
 

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import nbformat
 import numpy as np
 import pytest
@@ -120,9 +123,16 @@ def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatc
     runs = []
     monkeypatch.setattr(cli, "run_notebook", lambda path, output, given: runs.append((output, given)))
     cli.main(["run", "03"])
-    cli.main(["run", "03", "-p", "limit=2", "-p", "results=elsewhere", "-o", "deep/o.ipynb"])
+    monkeypatch.setenv("OPTICAM_IMAGENET", "images")
+    cli.main(["run", "03", "-p", "limit=2", "-p", "results=elsewhere", "-p", "root=~/photos", "-o", "deep/o.ipynb"])
     assert runs[0] == (cli.RESULTS / "03_faithfulness.ipynb", {})
-    assert runs[1][1] == {"figures": str(folder / "deep" / "figures"), "results": "elsewhere", "limit": "2"}
+    assert runs[1][1] == {
+        "figures": str(folder / "deep" / "figures"),
+        "results": str(folder / "elsewhere"),
+        "root": str(Path.home() / "photos"),
+        "limit": "2",
+    }
+    assert os.environ["OPTICAM_IMAGENET"] == str(folder / "images")
 
 
 def test_a_failing_notebook_ends_with_one(capsys, folder):
@@ -138,7 +148,7 @@ def test_list(capsys):
     assert cli.main(["run", "--list"]) == 0
     printed = capsys.readouterr().out
     assert "03_faithfulness" in printed
-    assert "limit: int = 20" in printed
+    assert "limit: int = 0" in printed
 
 
 def test_no_words_and_unknown_words_end_with_two(capsys):
