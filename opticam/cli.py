@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
         beside = {}
         if given or options.output is not None:  # the committed figures stay those of the demo
-            own = {"figures": output.parent / "figures", "results": output.parent}
+            own = {"figures": output.with_suffix("") / "figures", "results": output.with_suffix("")}
             known = notebook_parameters(path)
             beside = {name: str(place.absolute()) for name, place in own.items() if name in known}
         print(f"wrote {run_notebook(path, output, {**beside, **given})}", flush=True)
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set a parameter; figures and tables then go beside the output",
+        help="set a parameter; figures and tables then go into a folder beside the output, of its name",
     )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
     command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")

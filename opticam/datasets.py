@@ -326,8 +326,8 @@ def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **s
     if not paths:
         raise FileNotFoundError(f"demo: no photos named imagenet_NN_CLASS.jpg in {folder}")
     rows = defaultdict(list)
-    for name, *box in _table(annotations, ["image", *BOX_COLUMNS]):
-        rows[name].append(box)
+    for name, xmin, ymin, xmax, ymax in _table(annotations, ["image", *BOX_COLUMNS]):
+        rows[name].append([xmin, ymin, float(xmax) + 1, float(ymax) + 1])  # the table names the last pixel inside
     photos = [
         Photo(path, path.name, int(re.findall(r"\d+", path.stem)[-1]), _boxes(rows[path.name]))
         for path in select(paths, limit=limit, **selection)

@@ -1,6 +1,7 @@
 """Score saliency maps: batches x methods x metrics -> one row per image and method, in memory or streamed to disk."""
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,8 +189,10 @@ def evaluate(
         map that are not finite.
 
     Raises:
-        ValueError: `batch_size` is not positive, or `scores` names something unknown.
+        ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset whose labels are not the
+            classes of the model.
     """
+    _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
     with _bar(len(dataset) * len(methods), progress) as bar:
         tables = list(_tables(model, dataset, batches, methods, scores, num_workers, bar))
@@ -211,11 +215,13 @@ def stream(
     """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
 
     Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
-    undisturbed run. A file counts as done if it was written by the same code of this package with the same parameters,
-    images, methods and weights; others are written anew. `results.read_shards` reads all of them back.
+    undisturbed run. Runs with other parameters, images, methods or weights have folders of their own inside `folder`; a
+    file counts as done if the code of this package has not changed since.
+
+        rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
 
     Args:
-        folder: for `00000.parquet`, `00001.parquet`, ...
+        folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
         model: see `evaluate`.
         dataset: see `evaluate`.
         methods: see `evaluate`.
@@ -227,13 +233,13 @@ def stream(
         progress: see `evaluate`.
 
     Returns:
-        The folder.
+        The folder of this run, for `results.read_shards`.
 
     Raises:
         OSError: the folder cannot be written.
         ValueError: see `evaluate`.
     """
-    folder = Path(folder)
+    _check_work(model, dataset, methods, scores)
     if shard_size < 1:
         raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
@@ -247,20 +253,35 @@ def stream(
         "shard_size": shard_size,
         "shards": number,
     }
+    folder = Path(folder) / hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder: cannot write in {str(folder.parent)!r} ({error})") from error
     ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]
     paths = [folder / f"{k:05d}.parquet" for k in range(number)]
     missing = [k for k in range(number) if not is_done(paths[k], {**everything, "shard": k})]
-    counts = [math.ceil(len(ranges[k]) / batch_size) if batch_size > 0 else 0 for k in missing]
-    batches = [batch for k in missing for batch in _batches(ranges[k], batch_size)]
+    batches = [_batches(ranges[k], batch_size) for k in missing]
     total, left = (sum(len(ranges[k]) for k in chosen) * len(methods) for chosen in (range(number), missing))
     with _bar(total, progress, total - left) as bar:
-        tables = _tables(model, dataset, batches, methods, scores, num_workers, bar)
-        for k, count in zip(missing, counts, strict=True):
-            rows = pd.concat([next(tables) for _ in range(count)], ignore_index=True)
+        tables = _tables(model, dataset, [*chain.from_iterable(batches)], methods, scores, num_workers, bar)
+        for k, some in zip(missing, batches, strict=True):
+            rows = pd.concat([next(tables) for _ in some], ignore_index=True)
             write_rows(rows, paths[k], {**everything, "shard": k}, str(_device(model)))
-    for path in set(folder.glob("*.parquet")) - set(paths):
-        path.unlink()  # of an earlier run over more images
     return folder
+
+
+def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
+    if not len(dataset):
+        raise ValueError("dataset: wanted at least one image")
+    if not methods:
+        raise ValueError("methods: wanted at least one")
+    for name in scores:
+        if name not in SCORES:
+            raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
+    own, other = (getattr(side, "class_names", None) for side in (model, dataset))
+    if own and other and len(own) != len(other):
+        raise ValueError(f"dataset: its labels are {len(other)} classes; wanted the {len(own)} of the model")
 
 
 def _tables(
@@ -272,9 +293,6 @@ def _tables(
     num_workers: int | None,
     bar: tqdm,
 ) -> Iterator[pd.DataFrame]:
-    for name in scores:
-        if name not in SCORES:
-            raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
     if num_workers is None:
         num_workers = 0 if _device(model).type == "cpu" else 8
     loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)

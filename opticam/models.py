@@ -139,7 +139,7 @@ def load_model(
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(f"device: wanted one that works here, such as 'cpu' or 'cuda', got {device!r}") from error
+        raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
     weights = None if checkpoint is None else _state_dict(Path(checkpoint))
     spec = MODELS[name]
     try:

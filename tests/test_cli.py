@@ -127,7 +127,7 @@ def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatc
     cli.main(["run", "03", "-p", "limit=2", "-p", "results=elsewhere", "-p", "root=~/photos", "-o", "deep/o.ipynb"])
     assert runs[0] == (cli.RESULTS / "03_faithfulness.ipynb", {})
     assert runs[1][1] == {
-        "figures": str(folder / "deep" / "figures"),
+        "figures": str(folder / "deep" / "o" / "figures"),
         "results": str(folder / "elsewhere"),
         "root": str(Path.home() / "photos"),
         "limit": "2",

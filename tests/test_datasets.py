@@ -676,3 +676,10 @@ def test_real_shards_and_samples():
     assert sorted(photo for shard in shards for photo in shard) == sorted(everything)
     drawn = imagenet(MINI, sample=20, seed=5).photos
     assert drawn == imagenet(MINI, sample=20, seed=5).photos == [photo for photo in everything if photo in drawn]
+
+
+def test_a_box_of_the_demo_ends_behind_its_last_pixel():
+    table = pd.read_csv(datasets.REPOSITORY / "data" / "demo" / "boxes.csv")
+    first = demo(limit=1).photos[0]
+    (row,) = table[table["image"] == first.name][datasets.BOX_COLUMNS].to_numpy()
+    assert first.boxes == ((row[0], row[1], row[2] + 1, row[3] + 1),)

@@ -52,7 +52,7 @@ def test_score_refuses_wrong_maps_and_classes(tiny, images, class_idx):
     with pytest.raises(TypeError, match="saliency: wanted a tensor"):
         score(tiny, images, class_idx, np.ones((5, 1, 24, 32)))
     with pytest.raises(ValueError, match="batch_size: wanted at least 1"):
-        evaluate(tiny, [], {}, batch_size=0)
+        evaluate(tiny, [Skipped("a.png", 0, "torn")], {"fake_cam": METHODS["fake_cam"]}, batch_size=0)
     with pytest.raises(ValueError, match=r"class_idx: wanted indices in 0\.\.4, got 7"):
         score(tiny, images, class_idx + 3, torch.ones(5, 1, 24, 32))
 
@@ -73,12 +73,13 @@ def test_constant_maps_are_counted_as_degenerate(tiny, samples):
 
 
 class Numbered(torch.utils.data.Dataset):
-    """Samples that know their names and labels, as `Photos` does."""
+    """Samples that know their names, labels and frame, as `Photos` does."""
+
+    input_size, resize = 24, 32
 
     def __init__(self, samples):
         self.samples = samples
         self.names, self.labels = [s.name for s in samples], [s.label for s in samples]
-        self.input_size, self.resize = 24, 32
 
     def __len__(self):
         return len(self.samples)
@@ -237,22 +238,26 @@ def run_stream(folder, model, samples, **changed):
 
 def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, samples, tmp_path, monkeypatch):
     tiny.layer = "features"
-    rows, provenance = read_shards(run_stream(tmp_path, tiny, samples))
+    folder = run_stream(tmp_path, tiny, samples)
+    rows, provenance = read_shards(folder)
     direct = evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]})
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), direct.drop(columns="seconds"))
     assert provenance["parameters"]["model"] == "tiny"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.parquet", "00001.parquet"]
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    run_stream(tmp_path, tiny, samples)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.parquet", "00001.parquet"]
+    before = written(tmp_path)
+    assert run_stream(tmp_path, tiny, samples) == folder
+    assert written(tmp_path) == before
 
 
-@pytest.mark.parametrize("what", ["parameters", "weights", "images", "batch_size", "shard_size", "code", "torn file"])
-def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, what):
+def written(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("what", ["parameters", "weights", "images", "frame", "batch_size", "shard_size", "scores"])
+def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    changed = {}
+    before, changed = written(tmp_path), {}
     if what == "parameters":
         changed = {"parameters": {"model": "other"}}
     elif what == "weights":
@@ -260,22 +265,46 @@ def test_what_changes_makes_shards_stale(tiny, samples, tmp_path, monkeypatch, w
             tiny.fc.bias[0] += 1
     elif what == "images":
         samples[-1] = samples[-1]._replace(name="other.png")
-    elif what.endswith("_size"):
-        changed = {what: 4}
-    elif what == "code":
-        monkeypatch.setattr(results, "_code", lambda: "other")
+    elif what == "frame":
+        monkeypatch.setattr(Numbered, "input_size", 25)
+    elif what == "scores":
+        changed = {"scores": ["box_experiment"]}
     else:
-        for path in tmp_path.iterdir():
-            path.write_bytes(path.read_bytes()[:-7])
-    run_stream(tmp_path, tiny, samples, **changed)
-    assert all(path.stat().st_mtime_ns != before[path] for path in tmp_path.iterdir())
+        changed = {what: 4}
+    rows, _ = read_shards(run_stream(tmp_path, tiny, samples, **changed))
+    assert len(rows) == 5
+    after = written(tmp_path)
+    assert len(after) == 4
+    assert before.items() < after.items()
 
 
-def test_fewer_images_leave_no_shard_of_the_longer_run(tiny, samples, tmp_path):
+@pytest.mark.parametrize("what", ["code", "torn file"])
+def test_a_file_that_cannot_be_trusted_is_written_anew(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
-    rows, _ = read_shards(run_stream(tmp_path, tiny, samples[:2]))
-    assert rows["image"].tolist() == ["0.png", "1.png"]
+    if what == "code":
+        monkeypatch.setattr(results, "_code", lambda: "other")
+    else:
+        for path in written(tmp_path):
+            path.write_bytes(path.read_bytes()[:-7])
+    before = written(tmp_path)
+    run_stream(tmp_path, tiny, samples)
+    after = written(tmp_path)
+    assert after.keys() == before.keys()
+    assert all(after[path] != before[path] for path in before)
+
+
+def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, samples, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"folder: cannot write in .*file"):
+        run_stream(tmp_path / "file", tiny, samples)
+    with pytest.raises(ValueError, match="dataset: wanted at least one image"):
+        run_stream(tmp_path, tiny, [])
+    with pytest.raises(ValueError, match="methods: wanted at least one"):
+        evaluate(tiny, samples, {})
+    two = replace(demo(limit=1), class_names=["cat", "dog"])
+    with pytest.raises(ValueError, match="dataset: its labels are 2 classes; wanted the 1000 of the model"):
+        evaluate(load_model("efficientnet_lite0"), two, {"fake_cam": METHODS["fake_cam"]})
 
 
 def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_path):
@@ -295,7 +324,7 @@ def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_pa
         os.kill(child, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert killed >= 5
-    whole = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.parquet")}
+    whole = written(tmp_path / "killed")
     rows, _ = read_shards(run_stream(tmp_path / "killed", tiny, many))
-    assert all(path.stat().st_mtime_ns == written for path, written in whole.items())
+    assert whole.items() <= written(tmp_path / "killed").items()
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), undisturbed.drop(columns="seconds"))

@@ -150,13 +150,19 @@ def opti_cam(
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is no tensor, of the wrong dtype, or no function where one is wanted.
         ValueError: wrong shape, device or range, unknown layer, negative `num_steps`, `lr` not above 0.
     """
     check_inputs(model, images, class_idx)
     for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
         if number is not None and not (isinstance(number, int) and number >= least):
             raise ValueError(f"{name}: wanted a whole number of at least {least}, got {number!r}")
+    functions = {"objective": objective, "normalize": normalize, "optimizer": optimizer}
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name}: wanted a function, such as OBJECTIVES['class_logit'], got {function!r}")
+    if not (baseline is None or callable(baseline) or isinstance(baseline, Tensor)):
+        raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {baseline!r}")
     if not 0 < lr < torch.inf:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     if not tol >= 0:

@@ -405,3 +405,9 @@ def test_own_optimizer(tiny, images, class_idx):
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
     with pytest.raises(ValueError, match=message):
         opti_cam(tiny, images, class_idx, **{"layer": "features", **change})
+
+
+@pytest.mark.parametrize("name", ["objective", "normalize", "optimizer", "baseline"])
+def test_a_name_in_the_place_of_a_function(tiny, images, class_idx, name):
+    with pytest.raises(TypeError, match=f"{name}: wanted a .*function, such as .*, got 'blur'"):
+        opti_cam(tiny, images, class_idx, layer="features", **{name: "blur"})
