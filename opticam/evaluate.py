@@ -53,6 +53,7 @@ class Explained(NamedTuple):
         model: the classifier.
         images: (B,3,H,W).
         class_idx: (B,) int64.
+        logits: (B,C) of the images.
         boxes: (n,4) of each image.
         saliency: (B,1,H,W).
         method: that made the maps.
@@ -62,6 +63,7 @@ class Explained(NamedTuple):
     model: nn.Module
     images: Tensor
     class_idx: Tensor
+    logits: Tensor
     boxes: Sequence[Tensor]
     saliency: Tensor
     method: Method
@@ -144,7 +146,7 @@ def _localization(batch: Explained) -> dict[str, Any]:
 def _box_experiment(batch: Explained) -> dict[str, Any]:
     masks = box_experiment_masks(batch.saliency, batch.boxes)
     return {
-        f"masked_prob[{name}]": score(batch.model, batch.images, batch.class_idx, mask)["masked_prob"]
+        f"masked_prob[{name}]": score(batch.model, batch.images, batch.class_idx, mask, batch.logits)["masked_prob"]
         for name, mask in masks.items()
         if name != "S"
     }
@@ -387,7 +389,7 @@ def _scored(
     saliency = saliency.nan_to_num(0, 0, 0)
     table = score(model, images, class_idx, saliency, logits)
     table.insert(0, "predicted", logits.argmax(1).cpu().numpy())
-    batch = Explained(model, images, class_idx, boxes, saliency, method, table)
+    batch = Explained(model, images, class_idx, logits, boxes, saliency, method, table)
     for name in scores:
         for column, values in SCORES[name](batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values

@@ -217,7 +217,7 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
         for method, group in rows.groupby("method", sort=False):
             name = str(method)
-            style = {"color": METHOD_COLORS.get(name, _COLORS[-1]), "label": METHOD_LABELS.get(name, name)}
+            style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
             ax.scatter(group["prob"], group["masked_prob"], s=32, lw=0.5, edgecolor="w", **style)
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")

@@ -51,7 +51,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# what a comparison over many images takes by default: no more passes than Opti-CAM, and no attention needed
+# what a comparison over many images takes by default: no more passes of the whole network than Opti-CAM, no attention
 FAST = (
     "fake_cam",
     "equal_weights",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticam.features import check_class_range, check_inputs, frozen, usable
+from opticam.saliency import check_saliency
 
 BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
 
@@ -165,10 +166,8 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
         Dabkowski, Gal, Real time image saliency for black box classifiers, NeurIPS 2017, arXiv 1705.07857.
     """
     check_inputs(model, images, class_idx)
-    _check_saliency(saliency)
+    check_saliency(images, saliency)
     height, width = images.shape[-2:]
-    if saliency.shape != (len(images), 1, height, width):
-        raise ValueError(f"saliency: wanted shape {(len(images), 1, height, width)}, got {tuple(saliency.shape)}")
     ends = predicted_box(saliency).cpu() + BOTH_ENDS
     crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height]))
     resized = [
