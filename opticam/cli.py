@@ -1,18 +1,20 @@
-"""The command line: opticam explain | run | render. Bad input ends in one sentence and exit code 2."""
+"""The command line: opticam explain | run | batch | render. Bad input ends in one sentence and exit code 2."""
 
 import argparse
 import os
 import sys
-import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from opticam.datasets import REPOSITORY
 from opticam.runner import (
+    PATHS,
     NotebookError,
+    check_writable,
     find_notebook,
     list_notebooks,
     notebook_parameters,
+    places_beside,
     render_notebook,
     run_notebook,
 )
@@ -97,23 +99,27 @@ def explain(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run notebooks with parameters."""
-    if options.list:
-        for path in list_notebooks():
+    if options.help and not options.notebooks:
+        options.parser.print_help()
+        return 0
+    if options.list or options.help:
+        for path in [find_notebook(name) for name in options.notebooks] or list_notebooks():
             print(path.stem)
             for name, entry in notebook_parameters(path).items():
                 print(f"    {name}: {entry['type']} = {entry['default']!r}  {entry['help']}")
         return 0
     notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
-    given: MutableMapping[str, str] = {}
+    given: dict[str, str] = {}
     for assignment in options.parameter:
         name, separator, value = assignment.partition("=")
         if not (name and separator):
             raise ValueError(f"parameter: wanted name=value, got {assignment!r}")
         given[name] = value
-    for names, places in ((("root", "figures", "results"), given), (("OPTICAM_IMAGENET",), os.environ)):
-        for name in names:
-            if places.get(name):  # as seen from here; notebooks run in their own folder
-                places[name] = str(Path(places[name]).expanduser().absolute())
+    for name in PATHS:
+        if given.get(name):
+            given[name] = _from_here(given[name])
+    if os.environ.get("OPTICAM_IMAGENET"):
+        os.environ["OPTICAM_IMAGENET"] = _from_here(os.environ["OPTICAM_IMAGENET"])
     if given and len(notebooks) != 1:
         raise ValueError("parameter: wanted exactly one notebook to go with -p")
     if options.output and len(notebooks) != 1:
@@ -122,26 +128,52 @@ def run(options: argparse.Namespace) -> int:
         output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
         beside = {}
         if given or options.output is not None:  # the committed figures stay those of the demo
-            own = {"figures": output.with_suffix("") / "figures", "results": output.with_suffix("")}
-            known = notebook_parameters(path)
-            beside = {name: str(place.absolute()) for name, place in own.items() if name in known}
+            beside = places_beside(output, notebook_parameters(path))
         print(f"wrote {run_notebook(path, output, {**beside, **given})}", flush=True)
     return 0
+
+
+def _from_here(path: str) -> str:
+    """A path of the caller's folder as notebooks need it, which run in their own."""
+    return str(Path(path).expanduser().absolute())
 
 
 def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(output)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"output: wanted a name ending in {' or '.join(suffixes)}, got {output!r}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except (OSError, ValueError) as error:
-        raise OSError(f"output: cannot write in {str(path.parent)!r} ({error})") from error
+    check_writable(path.parent)
     if path.is_dir():
         raise ValueError(f"output: {output!r} is a folder; wanted the name of a file")
     return path
+
+
+def batch(options: argparse.Namespace) -> int:
+    """Run a notebook over a grid of parameters, here or on a cluster; what is done already is skipped."""
+    try:
+        from opticam.batch import read_batch, read_record, select_runs, write_index, write_summary
+        from opticam.cluster import run_batch
+    except ModuleNotFoundError as error:
+        raise ValueError(f"batch: needs the extra, pip install -e '.[batch]' ({error})") from error
+    chosen = read_batch(options.file)
+    runs = select_runs(chosen.runs, options.filter)
+    if options.dry_run:
+        for item in runs:
+            print(f"{read_record(item)['status']:6}  {item.name}")
+        print(f"{len(runs)} runs of {runs[0].notebook.stem} into {chosen.folder}")
+        return 0
+    try:
+        records = run_batch(runs, scheduler=options.scheduler, jobs=options.jobs, retry_failed=options.retry_failed)
+    finally:
+        if chosen.folder.is_dir():
+            print(f"wrote {write_index(chosen)}")
+    summary = write_summary(chosen)
+    print(f"wrote {summary} and summary.csv" if summary else "no run wrote rows for a summary")
+    failed = [(item, record) for item, record in zip(runs, records, strict=True) if record["status"] != "done"]
+    for item, record in failed:
+        print(f"{record['status']}: {item.name}: {record.get('error')}", file=sys.stderr)
+    print(f"{len(runs) - len(failed)} done, {len(failed)} failed")
+    return 1 if failed else 0
 
 
 def render(options: argparse.Namespace) -> int:
@@ -155,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opticam", description="Opti-CAM: explain the decisions of image classifiers."
     )
-    commands = parser.add_subparsers(required=True, metavar="explain | run | render")
+    commands = parser.add_subparsers(required=True, metavar="explain | run | batch | render")
 
     command = commands.add_parser("explain", help="explain one photo", description=explain.__doc__)
     command.add_argument("photo", help="an image file")
@@ -175,7 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")
     command.set_defaults(command=explain)
 
-    command = commands.add_parser("run", help="run notebooks with parameters", description=run.__doc__)
+    command = commands.add_parser("run", help="run notebooks with parameters", description=run.__doc__, add_help=False)
+    command.add_argument(
+        "-h", "--help", action="store_true", help="show this, or the parameters of the notebooks that are named"
+    )
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
     command.add_argument(
         "-p",
@@ -187,7 +222,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
     command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, parser=command)
+
+    command = commands.add_parser("batch", help="run a notebook over a grid", description=batch.__doc__)
+    command.add_argument("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
+    command.add_argument("--dry-run", action="store_true", help="print the runs and what state they are in")
+    command.add_argument(
+        "--filter", action="append", default=[], metavar="NAME=PATTERN", help="only runs whose parameter matches"
+    )
+    command.add_argument("--jobs", type=int, help="runs at the same time on this machine")
+    command.add_argument("--retry-failed", action="store_true", help="also start again what failed before")
+    command.add_argument(
+        "--scheduler",
+        metavar="ADDRESS|FILE",
+        default=os.environ.get("DASK_SCHEDULER_ADDRESS"),
+        help="Dask scheduler to run on; default: DASK_SCHEDULER_ADDRESS, else a cluster of this machine alone",
+    )
+    command.set_defaults(command=batch)
 
     command = commands.add_parser("render", help="render notebooks in place", description=render.__doc__)
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")

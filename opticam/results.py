@@ -40,7 +40,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     provenance = {
         "parameters": dict(parameters),
         "package": version("opticam"),
-        "code": _code(),
+        "code": code_digest(),
         "commit": _commit(),
         "device": device,
         "torch": torch.__version__,
@@ -89,7 +89,7 @@ def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return False
     given = json.loads(json.dumps(dict(parameters)))
-    return (provenance["parameters"], provenance.get("code")) == (given, _code())
+    return (provenance["parameters"], provenance.get("code")) == (given, code_digest())
 
 
 def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -124,7 +124,8 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 @cache
-def _code() -> str:  # of what this process runs, whatever happens to the files meanwhile
+def code_digest() -> str:
+    """Tells one state of the package's code from another; of what this process runs, whatever becomes of the files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

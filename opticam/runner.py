@@ -28,7 +28,12 @@ from traitlets.config import Config
 from opticam.datasets import REPOSITORY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
+PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
 _SECONDS = {True: 1.0, False: 60.0}  # between two looks at a kernel's progress, in a terminal and in a log
+# a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once
+_DIE_WITH_PARENT = (
+    ["--IPKernelApp.exec_lines=__import__('ctypes').CDLL(None).prctl(1, 9);"] if sys.platform == "linux" else []
+)
 
 
 class NotebookError(RuntimeError):
@@ -78,7 +83,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     for name, entry in listed.items():
         kind = entry["inferred_type_name"]
         try:
-            default = _cast(name, ast.literal_eval(entry["default"]), kind)
+            default = cast(name, ast.literal_eval(entry["default"]), kind)
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"parameter {name} of {path.name}: the default is no {kind} literal") from error
         parameters[name] = {"type": kind, "default": default, "help": entry["help"]}
@@ -96,22 +101,52 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
         ValueError: one sentence per fault: an unknown name, or a value that is not of the type.
     """
     known = notebook_parameters(notebook)
-    cast, faults = {}, []
+    checked, faults = {}, []
     for name, value in given.items():
         if name not in known:
             faults.append(f"parameter {name}: unknown to this notebook; wanted one of {', '.join(known)}")
             continue
         try:
-            cast[name] = _cast(name, value, known[name]["type"])
+            checked[name] = cast(name, value, known[name]["type"])
         except ValueError as error:
             faults.append(str(error))
     if faults:
         raise ValueError("\n".join(faults))
-    return cast
+    return checked
+
+
+def places_beside(output: Path, known: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters `figures` and `results`, if known, for a folder beside an executed notebook: committed ones stay.
+
+    Args:
+        output: the executed notebook.
+        known: from `notebook_parameters`.
+    """
+    folder = output.with_suffix("").absolute()
+    own = {"figures": folder / "figures", "results": folder}
+    return {name: str(place) for name, place in own.items() if name in known}
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write in it.
+
+    Raises:
+        OSError: it cannot be made, or not be written in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise OSError(f"output: cannot write in {str(folder)!r} ({error})") from error
 
 
 def run_notebook(
-    notebook: str | Path, output: str | Path, parameters: Mapping[str, Any] | None = None, *, progress: bool = True
+    notebook: str | Path,
+    output: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    progress: bool | Path = True,
 ) -> Path:
     """Execute a notebook from top to bottom in a kernel of its own, in the notebooks' folder.
 
@@ -119,7 +154,7 @@ def run_notebook(
         notebook: as `find_notebook`.
         output: where the executed notebook goes; folders are made.
         parameters: see `check_parameters`.
-        progress: show a bar over the cells.
+        progress: show a bar over the cells, or write it to this file, for `latest`.
 
     Returns:
         The path of the executed notebook: `output`.
@@ -145,15 +180,16 @@ def run_notebook(
         os.environ.setdefault(name, str(2**31))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        with _repeated_bar(sockets / "progress", progress):
+        with _bars(progress, sockets / "progress") as place:
             executed = papermill.execute_notebook(
                 source,
                 temporary,
                 parameters=checked,
                 kernel_name="python3",
+                start_timeout=300,  # many start at once on a busy machine
                 cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
-                progress_bar={"desc": source.stem, "unit": "cell", "leave": True} if progress else False,
-                config=Config({"KernelManager": transport}),
+                progress_bar={"desc": source.stem, "unit": "cell", "leave": True, **place} if progress else False,
+                config=Config({"KernelManager": transport, "NotebookClient": {"extra_arguments": _DIE_WITH_PARENT}}),
             )
         for number, cell in enumerate(executed.cells):
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
@@ -169,29 +205,48 @@ def run_notebook(
     return output
 
 
+def latest(bar: Path) -> str:
+    """What a bar that is written to a file shows now: "" before it begins."""
+    lines = bar.read_text().split("\n") if bar.exists() else []  # reading makes line ends of carriage returns
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@contextmanager
+def _bars(progress: bool | Path, bar: Path) -> Iterator[dict[str, Any]]:
+    """Where papermill's bar goes, as arguments of tqdm; the kernel's own bar goes there too, by way of a file."""
+    os.environ["OPTICAM_PROGRESS"] = str(progress if isinstance(progress, Path) else bar)
+    try:
+        if isinstance(progress, Path):
+            with progress.open("a") as file:
+                yield {"file": file, "ascii": True}
+        else:
+            with _repeated_bar(bar, progress):
+                yield {}
+    finally:
+        del os.environ["OPTICAM_PROGRESS"]
+
+
 @contextmanager
 def _repeated_bar(bar: Path, progress: bool) -> Iterator[None]:
-    """Has the kernel write its bar to a file and shows it: below papermill's in a terminal, else a line a minute."""
+    """Shows the kernel's bar: below papermill's in a terminal, else a line a minute."""
     terminal = sys.stderr.isatty()
     done = threading.Event()
 
     def repeat() -> None:
         with tqdm(bar_format="{desc}", position=1, leave=False, disable=not terminal) as line:
             while not done.wait(_SECONDS[terminal]):
-                text = bar.read_text().rstrip().rsplit("\r", 1)[-1] if bar.exists() else ""
+                text = latest(bar)
                 if terminal:
                     line.set_description_str(text)
                 elif text:
                     print(text, file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=repeat, daemon=True)
-    os.environ["OPTICAM_PROGRESS"] = str(bar)
     if progress:
         thread.start()
     try:
         yield
     finally:
-        del os.environ["OPTICAM_PROGRESS"]
         done.set()
         if progress:
             thread.join()
@@ -276,7 +331,17 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _cast(name: str, value: Any, kind: str) -> Any:
+def cast(name: str, value: Any, kind: str) -> Any:
+    """A value as the type that a notebook annotates.
+
+    Args:
+        name: of the parameter.
+        value: of that type already, or text that can be read as it; a list also as words between commas.
+        kind: int, float, bool, str or list[str].
+
+    Raises:
+        ValueError: it is not of the type; NaN and infinity are no numbers here.
+    """
     wanted = ValueError(f"parameter {name}: wanted {kind}, got {value!r}")
     if kind == "str" and isinstance(value, str):
         return value

@@ -283,7 +283,7 @@ def test_a_file_that_cannot_be_trusted_is_written_anew(tiny, samples, tmp_path, 
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
     if what == "code":
-        monkeypatch.setattr(results, "_code", lambda: "other")
+        monkeypatch.setattr(results, "code_digest", lambda: "other")
     else:
         for path in written(tmp_path):
             path.write_bytes(path.read_bytes()[:-7])

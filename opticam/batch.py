@@ -1,0 +1,408 @@
+"""A batch: one YAML file, many runs of a notebook; what state each run is in, and what all of them found.
+
+A run is done when its record says so for the key it has now: the notebook's source, the package and the parameters.
+"""
+
+import fnmatch
+import hashlib
+import html
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import yaml
+
+from opticam.datasets import REPOSITORY
+from opticam.results import code_digest
+from opticam.runner import PATHS, cast, find_notebook, notebook_parameters
+
+BATCHES = REPOSITORY / "notebooks" / "batches"
+OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
+_FIELDS = {"notebook": str, "parameters": dict, "grid": dict, "shards": int, "resources": dict, "output": str}
+_KINDS = {str: "text", dict: "names with values", int: "a whole number"}
+Place = tuple[str | int, ...]
+
+
+class Run(NamedTuple):
+    """One notebook, executed once.
+
+    Attributes:
+        name: of its files in `folder`; made of what the grid varies.
+        notebook: the source.
+        parameters: of the notebook, without `figures` and `results`.
+        varied: those of them that differ between the runs of the batch.
+        folder: of the batch. The run writes NAME.ipynb or NAME.failed.ipynb, NAME.json (its record) and NAME/.
+        gpus: how many it has to itself.
+        code: digest of the package that the key was made with.
+        key: digest of all that its result depends on.
+    """
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    varied: dict[str, Any]
+    folder: Path
+    gpus: int
+    code: str
+    key: str
+
+    @property
+    def output(self) -> Path:
+        """Of the executed notebook."""
+        return self.folder / f"{self.name}.ipynb"
+
+    @property
+    def table(self) -> Path:
+        """Of the rows that go into the summary, if the notebook writes any: the table of its own name."""
+        return self.folder / self.name / f"{self.notebook.stem}.parquet"
+
+
+class Batch(NamedTuple):
+    """What a YAML file asks for.
+
+    Attributes:
+        name: of the file.
+        folder: for all that is written.
+        runs: in the order of the grid, the last name varying fastest, shards innermost.
+    """
+
+    name: str
+    folder: Path
+    runs: list[Run]
+
+
+def read_batch(path: str | Path) -> Batch:
+    """The runs that a YAML file asks for; nothing is written or started.
+
+    Fields: `notebook` (number, name or path), `parameters` (the same for all runs), `grid` (name -> list of values; all
+    combinations are run), `shards` (n: each of them is run n times, with `shard` = 0/n .. n-1/n), `resources` (`GPU`:
+    how many each run gets), `output` (folder; by default `data/results/batches/NAME`). Paths are relative to the file.
+
+    Args:
+        path: the file, or the name of one in `notebooks/batches`.
+
+    Raises:
+        ValueError: everything that is wrong with the file, a line each, with its place.
+        OSError: no such file.
+    """
+    path = _find(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: wanted YAML; {' '.join(str(error).split())}") from error
+    lines: dict[Place, int] = {}
+    faults: list[tuple[Place, str]] = []
+    if tree is not None:
+        _walk(tree, (), lines, faults)
+    runs = _runs(path, content, faults)
+    if faults:
+        told = {f"{_dotted(place)}: {text}": lines.get(place) or lines.get(place[:-1]) or 1 for place, text in faults}
+        ordered = sorted(told.items(), key=lambda fault: fault[1])
+        raise ValueError("\n".join(f"{path.name}, line {line}: {text}" for text, line in ordered))
+    return Batch(path.stem, runs[0].folder, runs)
+
+
+def select_runs(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
+    """The runs that all filters let pass.
+
+    Args:
+        runs: of a batch.
+        filters: `NAME=PATTERN` of a parameter, with the wildcards of a shell.
+
+    Raises:
+        ValueError: a filter of another form or of no parameter, or no run passes.
+    """
+    for text in filters:
+        name, separator, pattern = text.partition("=")
+        known = sorted(set().union(*(run.parameters for run in runs)))
+        if not separator or name not in known:
+            raise ValueError(f"filter: wanted NAME=PATTERN with one of {', '.join(known)}, got {text!r}")
+        runs = [
+            run for run in runs if name in run.parameters and fnmatch.fnmatchcase(_word(run.parameters[name]), pattern)
+        ]
+    if not runs:
+        raise ValueError(f"filter: no run of the batch passes {' '.join(filters)}")
+    return list(runs)
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    """What is known of a run: `status` is "new", "stale" (of another key), "done" or "failed"; see `write_record`."""
+    try:
+        record = json.loads((run.folder / f"{run.name}.json").read_text(encoding="utf-8"))
+        if record["key"] != run.key:
+            return {"status": "stale"}
+        return record if record["status"] == "failed" or run.output.is_file() else {"status": "new"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"status": "new"}
+
+
+def write_record(run: Run, status: str, seconds: float, error: str | None = None) -> dict[str, Any]:
+    """Write how a run ended, whole or not at all: `status`, `key`, `seconds`, `error`, `parameters`.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    record = {
+        "status": status,
+        "key": run.key,
+        "seconds": round(seconds, 3),
+        "error": error,
+        "parameters": run.parameters,
+    }
+    path = run.folder / f"{run.name}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def write_index(batch: Batch) -> Path:
+    """Write `index.html`: one line a run with parameters, status, seconds and a link to its notebook.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    names = sorted(set().union(*(run.varied for run in batch.runs)))
+    rows = []
+    for run in batch.runs:
+        record = read_record(run)
+        link = {"done": f"{run.name}.ipynb", "failed": f"{run.name}.failed.ipynb"}.get(record["status"])
+        shown = html.escape(run.name)
+        cells = [f'<a href="{html.escape(link)}">{shown}</a>' if link else shown]
+        cells += [html.escape(_word(run.varied.get(name, ""))) for name in names]
+        cells += [record["status"], f"{record.get('seconds', 0):.1f}", html.escape(record.get("error") or "")]
+        rows.append(f'<tr class="{record["status"]}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("run", *names, "status", "seconds", "error"))
+    page = _PAGE.format(name=html.escape(batch.name), heads=heads, rows="\n".join(rows))
+    path = batch.folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{name}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em }} table {{ border-collapse: collapse }}
+th, td {{ text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; vertical-align: top }}
+tr.failed td {{ background: #fdecea }} tr.new td, tr.stale td {{ color: #777 }}
+</style>
+<h1>{name}</h1>
+<table><thead><tr>{heads}</tr></thead><tbody>
+{rows}
+</tbody></table></html>
+"""
+
+
+def write_summary(batch: Batch) -> Path | None:
+    """Write the rows of all runs that are done to `summary.parquet` and `summary.csv`, run by run.
+
+    A run's rows are those of the table that has the notebook's name; its varied parameters are columns before the
+    table's own, where the table has no column of that name. Columns of bytes are left out of the CSV.
+
+    Returns:
+        The path of the Parquet file; None if no run that is done has such a table.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    done = [run for run in batch.runs if read_record(run)["status"] == "done" and run.table.is_file()]
+    if not done:
+        return None
+    schemas = [_with_varied(pq.read_schema(run.table).empty_table(), run).schema for run in done]
+    schema = pa.unify_schemas([one.remove_metadata() for one in schemas], promote_options="permissive")
+    flat = pa.schema(
+        [field for field in schema if not (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))]
+    )
+    path, text = batch.folder / "summary.parquet", batch.folder / "summary.csv"
+    parts = [place.with_name(f".{place.name}.{os.getpid()}") for place in (path, text)]
+    try:
+        with pq.ParquetWriter(parts[0], schema) as rows, pa.csv.CSVWriter(parts[1], flat) as lines:
+            for run in done:
+                table = _with_varied(pq.read_table(run.table), run)
+                missing = [field for field in schema if field.name not in table.column_names]
+                for field in missing:
+                    table = table.append_column(field.name, pa.nulls(len(table), field.type))
+                table = table.select(schema.names).cast(schema)
+                rows.write_table(table)
+                lines.write_table(table.select(flat.names))
+        for part, place in zip(parts, (path, text), strict=True):
+            part.replace(place)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _with_varied(table: pa.Table, run: Run) -> pa.Table:
+    varied = {name: _word(value) if isinstance(value, list) else value for name, value in run.varied.items()}
+    columns = {name: pa.repeat(value, len(table)) for name, value in varied.items() if name not in table.column_names}
+    return pa.table({**columns, **{name: table[name] for name in table.column_names}})
+
+
+def _word(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _find(path: str | Path) -> Path:
+    for place in (Path(path), BATCHES / path, BATCHES / f"{path}.yaml"):
+        if place.is_file():
+            return place
+    known = ", ".join(sorted(place.stem for place in BATCHES.glob("*.yaml")))
+    raise FileNotFoundError(f"batch: wanted a YAML file or one of {known}, got {str(path)!r}")
+
+
+def _dotted(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the file"
+
+
+def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]]) -> None:
+    """Notes the line of every place, and names that are given twice, which YAML's reader passes over."""
+    lines[place] = node.start_mark.line + 1
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _walk(item, (*place, number), lines, faults)
+    elif isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = (*place, str(name.value))
+            if inner in lines:
+                faults.append((inner, "given twice"))
+            _walk(value, inner, lines, faults)
+            lines[inner] = name.start_mark.line + 1
+
+
+def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run]:
+    """All runs; what is wrong is added to `faults`, and then the runs mean nothing."""
+    if not isinstance(content, dict):
+        faults.append(((), f"wanted the fields {', '.join(_FIELDS)}"))
+        return []
+    fields: dict[str, Any] = {"parameters": {}, "grid": {}, "shards": None, "resources": {}}
+    for name, value in content.items():
+        wanted = _FIELDS.get(name)
+        if wanted is None:
+            faults.append(((str(name),), f"unknown; wanted one of {', '.join(_FIELDS)}"))
+        elif not isinstance(value, wanted) or isinstance(value, bool):
+            faults.append(((name,), f"wanted {_KINDS[wanted]}, got {value!r}"))
+        else:
+            fields[name] = value
+    if "notebook" not in content:
+        faults.append((("notebook",), "missing; wanted a number, a name or a path"))
+    if fields["shards"] is not None and fields["shards"] < 1:
+        faults.append((("shards",), f"wanted at least 1, got {fields['shards']}"))
+        fields["shards"] = None
+    gpus = _gpus(fields["resources"], faults)
+    if "notebook" not in fields:
+        return []
+    try:
+        inside = path.parent / fields["notebook"]
+        notebook = find_notebook(inside if inside.is_file() else fields["notebook"])
+        known = notebook_parameters(notebook)
+    except ValueError as error:
+        faults.append((("notebook",), str(error).removeprefix("notebook: ")))
+        return []
+    fixed, grid = _checked(path, fields, known, faults)
+    if faults:
+        return []
+    default = REPOSITORY / "data" / "results" / "batches" / path.stem
+    folder = Path(path.parent, Path(fields["output"]).expanduser()).resolve() if "output" in fields else default
+    runs = list(_combined(notebook, fixed, grid, folder, gpus))
+    first: dict[str, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.name.casefold(), run)
+        if other is not run:
+            faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))
+    return runs
+
+
+def _gpus(resources: Mapping[str, Any], faults: list[tuple[Place, str]]) -> int:
+    for name, value in resources.items():
+        if name != "GPU":
+            faults.append((("resources", str(name)), "unknown; wanted GPU"))
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            faults.append((("resources", "GPU"), f"wanted a whole number of at least 0, got {value!r}"))
+    found = resources.get("GPU", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _checked(
+    path: Path, fields: Mapping[str, Any], known: Mapping[str, Any], faults: list[tuple[Place, str]]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The fixed parameters and the grid, every value of the type that the notebook annotates."""
+
+    def value_of(place: Place, name: str, value: Any) -> Any:
+        try:
+            value = cast(name, value, known[name]["type"])
+        except ValueError as error:
+            faults.append((place, str(error).removeprefix(f"parameter {name}: ")))
+        return str(Path(path.parent, Path(value).expanduser()).resolve()) if name in PATHS and value else value
+
+    def may_be_set(place: Place, name: Any) -> bool:
+        if name in OWN:
+            faults.append((place, "set by the batch, so that each run writes into a folder of its own"))
+        elif name not in known:
+            wanted = ", ".join(other for other in known if other not in OWN)
+            faults.append((place, f"unknown to the notebook; wanted one of {wanted}"))
+        elif name == "shard" and fields["shards"]:
+            faults.append((place, "set by `shards`"))
+        else:
+            return True
+        return False
+
+    fixed, grid = {}, {}
+    for name, value in fields["parameters"].items():
+        place: Place = ("parameters", str(name))
+        if may_be_set(place, name):
+            fixed[name] = value_of(place, name, value)
+    for name, values in fields["grid"].items():
+        place = ("grid", str(name))
+        if not may_be_set(place, name):
+            continue
+        if name in fields["parameters"]:
+            faults.append((place, "also in `parameters`; wanted in one of them"))
+        if not isinstance(values, list) or not values:
+            faults.append((place, f"wanted a list of at least one value, got {values!r}"))
+        else:
+            grid[name] = [value_of((*place, number), name, value) for number, value in enumerate(values)]
+    if fields["shards"]:
+        if "shard" not in known:
+            faults.append((("shards",), "the notebook has no parameter `shard`"))
+        grid["shard"] = [f"{k}/{fields['shards']}" for k in range(fields["shards"])]
+    return fixed, grid
+
+
+def _combined(
+    notebook: Path, fixed: Mapping[str, Any], grid: Mapping[str, list[Any]], folder: Path, gpus: int
+) -> Iterator[Run]:
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
+    code = code_digest()
+    for values in itertools.product(*grid.values()):
+        varied = dict(zip(grid, values, strict=True))
+        parameters = {**fixed, **varied}
+        if parameters.get("dataset") == "imagenet" and os.environ.get("OPTICAM_IMAGENET"):
+            # a worker elsewhere has not this environment, and other images make another result
+            parameters.setdefault("root", str(Path(os.environ["OPTICAM_IMAGENET"]).expanduser().absolute()))
+        depends = json.dumps([source, version("opticam"), code, parameters], sort_keys=True)
+        key = hashlib.sha256(depends.encode()).hexdigest()
+        yield Run(_name(varied, notebook.stem), notebook, parameters, varied, folder, gpus, code, key)
+
+
+def _name(varied: Mapping[str, Any], default: str) -> str:
+    """A file name for a run: no separator of folders, no hidden file, not too long."""
+    words = [
+        f"{name}={re.sub('[^A-Za-z0-9.+-]', '_', _word(value).replace('/', '-'))}" for name, value in varied.items()
+    ]
+    name = ",".join(words) or default
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -1,0 +1,300 @@
+"""Runs of a batch on Dask: on workers that somebody started, or on an own local cluster; one notebook a worker.
+
+A worker takes one run at a time and holds a lock on it, so that no notebook is executed twice at the same time, whoever
+else started the batch. A worker that is killed takes its kernel with it, and another worker starts the run anew.
+"""
+
+import fcntl
+import glob
+import hashlib
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import dask
+import psutil
+import torch
+from distributed import Client, Future, Nanny, Scheduler, SpecCluster, Worker, get_worker
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from opticam.batch import Run, read_record, write_record
+from opticam.results import code_digest
+from opticam.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
+
+_SECONDS = 0.5  # between two looks at a run
+_LINES = 60.0  # seconds between two lines about a run where nobody watches
+_ONE_AT_A_TIME = threading.Lock()  # kernels inherit the environment, and that belongs to the process
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def run_batch(
+    runs: Sequence[Run], *, scheduler: str | None = None, jobs: int | None = None, retry_failed: bool = False
+) -> list[dict[str, Any]]:
+    """Execute what is not done, and show how it goes.
+
+    Args:
+        runs: of a batch.
+        scheduler: address of a Dask scheduler, or the file that it wrote; None for a cluster on this machine.
+        jobs: runs at the same time on this machine; by default one for each set of GPUs that a run wants, else one for
+            every four cores but at least two. The cores are shared out among them.
+        retry_failed: start again what failed with the same notebook, package and parameters.
+
+    Returns:
+        The record of each run, in their order; `status` is "done" or "failed".
+
+    Raises:
+        OSError: the output cannot be written, or the scheduler cannot be reached or was lost.
+        ValueError: this machine has not the GPUs that a run wants, or `jobs` is not positive.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs: wanted at least 1, got {jobs}")
+    folder = runs[0].folder
+    check_writable(folder)
+    records = {run.name: read_record(run) for run in runs}
+    settled = {"done"} if retry_failed else {"done", "failed"}
+    waiting = [run for run in runs if records[run.name]["status"] not in settled]
+    if waiting:
+        topic = f"opticam-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+        skipped = [records[run.name] for run in runs if run not in waiting]
+        with (
+            _connected(scheduler, waiting, jobs) as client,
+            _Board(client, topic, len(runs), skipped) as board,
+        ):
+            for run, record in _execute_all(client, waiting, topic, board.watch):
+                if record["status"] == "unwritable":
+                    raise OSError(f"output: cannot write in {str(folder)!r} ({record['error']})")
+                records[run.name] = record
+                board.end(run, record)
+    return [records[run.name] for run in runs]
+
+
+def execute(run: Run, topic: str) -> dict[str, Any]:
+    """On a worker: execute a run that is not done, and return its record.
+
+    Waits while the same run is at work elsewhere. Returns the status "unwritable" if its files cannot be written, and
+    "cancelled" if nobody wants it any more.
+    """
+    worker = get_worker()
+    with tempfile.TemporaryDirectory(prefix="opticam-") as folder, _ONE_AT_A_TIME:
+        progress = Path(folder) / "progress"
+        with _watched(worker, lambda: worker.log_event(topic, {"name": run.name, "bar": latest(progress)})) as gone:
+            try:
+                with _locked(run.folder / f".{run.name}.lock", gone):
+                    record = read_record(run)
+                    return record if record["status"] == "done" else _execute(run, progress, gone)
+            except OSError as error:
+                return {"status": "unwritable", "error": error.strerror or str(error)}
+            except _Gone:
+                return {"status": "cancelled"}
+
+
+class _Gone(Exception):  # noqa: N818  (no error: nobody waits for the run any more)
+    pass
+
+
+def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
+    for left in run.folder.glob(f".{glob.escape(run.name)}.*.ipynb"):  # by a worker that was killed
+        left.unlink(missing_ok=True)
+    run.table.unlink(missing_ok=True)  # or an older run's rows might pass for this one's
+    if code_digest() != run.code:
+        return write_record(run, "failed", 0, "the worker runs another version of the package than the batch wants")
+    threads = os.environ.get("OPTICAM_THREADS") or str(len(os.sched_getaffinity(0)))
+    os.environ |= dict.fromkeys(_THREADS, threads)  # Dask's workers set 1
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's is for workers that hold data, and slows the kernel down
+    parameters = {**places_beside(run.output, notebook_parameters(run.notebook)), **run.parameters}
+    start, error = time.perf_counter(), None
+    try:
+        run_notebook(run.notebook, run.output, parameters, progress=progress)
+    except (NotebookError, ValueError) as reason:
+        error = str(reason)
+    if gone.is_set():
+        raise _Gone
+    return write_record(run, "failed" if error else "done", time.perf_counter() - start, error)
+
+
+@contextmanager
+def _watched(worker: Worker, tell: Callable[[], None]) -> Iterator[threading.Event]:
+    """Tells how it goes, and kills the kernel once the scheduler has cancelled the task; then the event is set."""
+    key = worker.get_current_task()
+    gone, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS):
+            task = worker.state.tasks.get(key)
+            if task is not None and task.state != "cancelled":
+                tell()
+                continue
+            gone.set()
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if any("ipykernel" in word for word in child.cmdline()):
+                        child.kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield gone
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _locked(path: Path, gone: threading.Event) -> Iterator[None]:
+    with path.open("a") as file:  # the system drops the lock with the process, however it ends
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if gone.wait(_SECONDS):
+                    raise _Gone from None
+        yield
+
+
+def _execute_all(
+    client: Client, runs: Sequence[Run], topic: str, watch: Callable[[], None]
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run with its record, as they end; `watch` is called while nothing does."""
+    ended: queue.Queue[Future] = queue.Queue()
+    at_work: dict[Any, tuple[Run, Future]] = {}
+    for run in runs:
+        resources = {"GPU": run.gpus} if run.gpus else None
+        future = client.submit(execute, run, topic, key=f"{topic}-{run.name}-{run.key[:12]}", resources=resources)
+        at_work[future.key] = run, future
+        future.add_done_callback(ended.put)
+    while at_work:
+        try:
+            future = ended.get(timeout=_SECONDS)
+        except queue.Empty:
+            watch()
+            continue
+        run, _ = at_work.pop(future.key)
+        if future.status == "finished":
+            yield run, future.result()
+        elif future.status == "error":
+            yield run, write_record(run, "failed", 0, f"its worker failed: {future.exception()}")
+        else:
+            raise ConnectionError("scheduler: the connection was lost; the same command goes on with what is not done")
+
+
+@contextmanager
+def _connected(scheduler: str | None, runs: Sequence[Run], jobs: int | None) -> Iterator[Client]:
+    # what matters is in the records
+    dask.config.set({"logging": {"distributed": "critical"}, "distributed.scheduler.worker-saturation": 1.0})
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with ExitStack() as stack:
+        try:
+            if scheduler is None:
+                cluster = stack.enter_context(_local_cluster(runs, jobs))
+                client = Client(cluster)
+            elif Path(scheduler).is_file():
+                client = Client(scheduler_file=scheduler, timeout=10)
+            else:
+                client = Client(scheduler, timeout=10)
+        except (OSError, TimeoutError, ValueError, KeyError) as error:
+            if scheduler is None:
+                raise
+            raise ConnectionError(
+                f"scheduler: wanted the address or file of a Dask scheduler; none at {scheduler!r}"
+            ) from error
+        yield stack.enter_context(client)
+
+
+def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
+    gpus = max(run.gpus for run in runs)
+    devices = _devices() if gpus else []
+    cores = len(os.sched_getaffinity(0))
+    if gpus > len(devices):
+        raise ValueError(
+            f"resources: wanted {gpus} GPU for each run, this machine has {len(devices)}; see also --scheduler"
+        )
+    most = len(devices) // gpus if gpus else max(2, cores // 4)
+    number = min(len(runs), most if jobs is None else min(jobs, most) if gpus else jobs)
+    workers = {}
+    for i in range(number):
+        env = {"OPTICAM_THREADS": str(max(1, cores // number))}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[i * gpus : (i + 1) * gpus])
+        options = {"nthreads": 1, "memory_limit": 0, "env": env, "resources": {"GPU": gpus}, "dashboard": False}
+        workers[i] = {"cls": Nanny, "options": options}
+    options = {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}
+    return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL)
+
+
+def _devices() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+class _Board:
+    """What a person sees meanwhile: a table in a terminal, else a line a run that ends and a line a minute."""
+
+    def __init__(self, client: Client, topic: str, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.start = self.told = time.monotonic()
+        self.total = total
+        self.counts = Counter(record["status"] for record in skipped)
+        self.ended = 0
+        self.bars: dict[str, str] = {}
+        self.console.print(f"{total} runs, {self.counts['done']} done before, {self.counts['failed']} failed before")
+        self.console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        client.subscribe_topic(topic, lambda event: self.bars.update({event[1]["name"]: event[1]["bar"]}))
+
+    def __enter__(self) -> Self:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def end(self, run: Run, record: Mapping[str, Any]) -> None:
+        """A run has ended."""
+        self.bars.pop(run.name, None)
+        self.counts[record["status"]] += 1
+        self.ended += 1
+        if self.live is None:
+            seconds = f"{record.get('seconds', 0):.1f} s"
+            text = f"[{self.counts.total()}/{self.total}] {record['status']} {run.name} {seconds}; {self._left()}"
+            self.console.print(Text(text), soft_wrap=True)
+        self.watch()
+
+    def watch(self) -> None:
+        """Some time has passed."""
+        if self.live is not None:
+            self.live.update(self._table(), refresh=True)
+        elif time.monotonic() - self.told > _LINES:
+            self.told = time.monotonic()
+            for name, bar in sorted(self.bars.items()):
+                self.console.print(Text(f"running {name}: {bar}"), soft_wrap=True)
+
+    def _table(self) -> Group:
+        bars = sorted(self.bars.copy().items())
+        counts = {**{status: self.counts[status] for status in ("done", "failed")}, "running": len(bars)}
+        counts["waiting"] = self.total - sum(counts.values())
+        title = ", ".join(f"{number} {status}" for status, number in counts.items())
+        table = Table("running", "progress", box=None, pad_edge=False)
+        for name, bar in bars[: max(1, self.console.height - 4)]:
+            table.add_row(*(Text(text, overflow="ellipsis", no_wrap=True) for text in (name, bar)))
+        return Group(Text(f"{title}; {self._left()}", style="bold"), table)
+
+    def _left(self) -> str:
+        passed, left = time.monotonic() - self.start, self.total - self.counts.total()
+        if not self.ended or not left:
+            return f"{timedelta(seconds=round(passed))} passed"
+        return f"about {timedelta(seconds=round(passed / self.ended * left))} left"

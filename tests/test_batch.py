@@ -1,0 +1,251 @@
+"""YAML to runs, the state of a run, and what is written about all of them; without starting anything."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from opticam import batch, cli
+from opticam.batch import BATCHES, read_batch, read_record, select_runs, write_index, write_record, write_summary
+
+PARAMETERS = """
+count: int = 2  # how many
+rate: float = 0.5  # how fast
+name: str = "a"  # which
+names: list[str] = []  # several
+root: str = ""  # where from
+shard: str = ""  # k/n
+figures: str = "f"  # where to
+results: str = "r"  # where to
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPTICAM_IMAGENET", raising=False)
+    cells = [
+        new_markdown_cell("# What?"),
+        new_code_cell(PARAMETERS.strip(), metadata={"tags": ["parameters"]}),
+        new_code_cell("print(count)"),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "10_tiny.ipynb")
+    return tmp_path
+
+
+def read(folder, text):
+    (folder / "some.yaml").write_text("notebook: 10_tiny.ipynb\n" + text)
+    return read_batch(folder / "some.yaml")
+
+
+def finish(run, status="done", rows=None):
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.output.write_text("{}")
+    if rows is not None:
+        run.table.parent.mkdir(exist_ok=True)
+        pd.DataFrame(rows).to_parquet(run.table)
+    return write_record(run, status, 1.5, None if status == "done" else "cell 3 failed with <E>")
+
+
+def test_the_runs_are_the_product_of_the_grid_and_the_shards(folder):
+    made = read(folder, "parameters: {count: 5}\ngrid:\n  name: [a, b]\n  names: [[x, y], []]\nshards: 2\noutput: out")
+    assert made.folder == folder / "out"
+    assert [run.name for run in made.runs] == [
+        f"name={name},names={names},shard={k}-2" for name in "ab" for names in ("x+y", "") for k in (0, 1)
+    ]
+    first = made.runs[0]
+    assert first.parameters == {"count": 5, "name": "a", "names": ["x", "y"], "shard": "0/2"}
+    assert first.varied == {"name": "a", "names": ["x", "y"], "shard": "0/2"}
+    assert first.notebook == folder / "10_tiny.ipynb"
+    assert (first.output, first.table) == (
+        folder / "out" / f"{first.name}.ipynb",
+        folder / "out" / first.name / "10_tiny.parquet",
+    )
+    assert len({run.key for run in made.runs}) == 8
+
+
+def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
+    made = read(folder, "resources: {GPU: 2}")
+    (run,) = made.runs
+    assert (run.name, run.parameters, run.gpus) == ("10_tiny", {}, 2)
+    assert made.folder.parts[-4:] == ("data", "results", "batches", "some")
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("colour: red", ["line 2: colour: unknown; wanted one of notebook, parameters, grid, shards"]),
+        ("notebook: 99", ["line 2: notebook: given twice", "line 2: notebook: wanted text, got 99"]),
+        ("notebook: nothing", ["notebook: given twice", "line 2: notebook: wanted one of 0"]),
+        ("parameters:\n  cuont: 1", ["line 3: parameters.cuont: unknown to the notebook; wanted one of count, rate"]),
+        ("parameters: {count: many}", ["line 2: parameters.count: wanted int, got 'many'"]),
+        ("parameters: {count: 1.5}", ["parameters.count: wanted int, got 1.5"]),
+        ("parameters: {name: no}", ["parameters.name: wanted str, got False"]),
+        ("parameters: {rate: .nan}", ["parameters.rate: wanted float, got nan"]),
+        ("parameters: {rate: .inf}", ["parameters.rate: wanted float, got inf"]),
+        ("parameters: [1]", ["line 2: parameters: wanted names with values, got [1]"]),
+        ("grid:\n  count:\n  - 1\n  - x", ["line 5: grid.count[1]: wanted int, got 'x'"]),
+        ("grid: {count: []}", ["grid.count: wanted a list of at least one value, got []"]),
+        ("grid: {count: 3}", ["grid.count: wanted a list of at least one value, got 3"]),
+        ("grid: {count: [1, 2, 1]}", ["grid: two runs would write count=1"]),
+        ("grid: {name: [a/b, a-b]}", ["grid: two runs would write name=a-b"]),
+        ("parameters: {count: 1}\ngrid: {count: [1]}", ["grid.count: also in `parameters`"]),
+        ("parameters: {results: /etc}", ["parameters.results: set by the batch"]),
+        ("grid: {figures: [../..]}", ["grid.figures: set by the batch"]),
+        ("parameters: {shard: 0/2}\nshards: 2", ["parameters.shard: set by `shards`"]),
+        ("shards: 0", ["shards: wanted at least 1, got 0"]),
+        ("shards: true", ["shards: wanted a whole number, got True"]),
+        ("resources: {CPU: 1}", ["resources.CPU: unknown; wanted GPU"]),
+        ("resources: {GPU: -1}", ["resources.GPU: wanted a whole number of at least 0, got -1"]),
+        ("resources: {GPU: half}", ["resources.GPU: wanted a whole number"]),
+        ("output: 3", ["output: wanted text, got 3"]),
+        ("grid: {", ["wanted YAML"]),
+        ("grid: !!python/object/apply:os.system [ls]", ["wanted YAML"]),
+        (
+            "parameters: {count: x, cuont: 1}\ngrid: {rate: [.nan]}\nshards: 0",
+            ["parameters.count: ", "parameters.cuont: ", "grid.rate[0]: ", "shards: "],
+        ),
+    ],
+)
+def test_every_fault_is_told_at_once_with_its_place(folder, text, faults, capsys):
+    with pytest.raises(ValueError, match=r"some\.yaml") as told:
+        read(folder, text)
+    assert len(str(told.value).splitlines()) == len(faults)
+    for line, fault in zip(str(told.value).splitlines(), faults, strict=True):
+        assert fault in line
+    assert cli.main(["batch", str(folder / "some.yaml")]) == 2
+    assert capsys.readouterr().err == f"opticam: {told.value}\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["10_tiny.ipynb", "some.yaml"]
+
+
+@pytest.mark.parametrize("text", ["", "- a", "text"])
+def test_a_file_of_another_kind_is_refused(folder, text):
+    (folder / "some.yaml").write_text(text)
+    with pytest.raises(ValueError, match="the file: wanted the fields notebook"):
+        read_batch(folder / "some.yaml")
+    with pytest.raises(FileNotFoundError, match="batch: wanted a YAML file or one of .*demo"):
+        read_batch("nothing")
+
+
+def test_names_of_runs_cannot_leave_the_folder(folder):
+    made = read(folder, f"grid: {{name: ['../../x', '..', '.hidden', '{'long' * 60}', 'ü b']}}\noutput: out")
+    for run in made.runs:
+        assert run.output.parent == folder / "out"
+        assert run.output.resolve().parent == folder / "out"
+        assert re.fullmatch(r"name=[\w.+-]{1,140}", run.name)
+
+
+def test_paths_are_relative_to_the_file(folder, monkeypatch):
+    (run,) = read(folder, "parameters: {root: images}").runs
+    assert run.parameters["root"] == str(folder / "images")
+
+
+def test_only_what_changed_is_stale(folder, monkeypatch):
+    text = "grid: {count: [1, 2], name: [a, b]}\noutput: out"
+    for run in read(folder, text).runs:
+        finish(run)
+
+    def states(text=text):
+        return [read_record(run)["status"] for run in read(folder, text).runs]
+
+    assert states() == ["done"] * 4
+    assert states("grid: {count: [1, 3], name: [a, b]}\noutput: out") == ["done", "done", "new", "new"]
+    assert states("parameters: {rate: 0.1}\n" + text) == ["stale"] * 4
+    with monkeypatch.context() as other:
+        other.setattr(batch, "version", lambda name: "9.9")
+        assert states() == ["stale"] * 4
+    with monkeypatch.context() as other:
+        other.setattr(batch, "code_digest", lambda: "other")
+        assert states() == ["stale"] * 4
+    notebook = nbformat.read(folder / "10_tiny.ipynb", as_version=4)
+    notebook.cells[2]["outputs"] = [nbformat.v4.new_output("stream", text="2\n")]
+    nbformat.write(notebook, folder / "10_tiny.ipynb")
+    assert states() == ["done"] * 4, "rendering a notebook does not change it"
+    notebook.cells[2]["source"] = "print(count + 1)"
+    nbformat.write(notebook, folder / "10_tiny.ipynb")
+    assert states() == ["stale"] * 4
+
+
+def test_a_record_counts_only_whole_and_with_its_notebook(folder):
+    (run,) = read(folder, "output: out").runs
+    assert read_record(run) == {"status": "new"}
+    record = finish(run)
+    assert read_record(run) == record
+    path = run.folder / "10_tiny.json"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    assert read_record(run) == {"status": "new"}
+    path.write_text(whole)
+    run.output.unlink()
+    assert read_record(run) == {"status": "new"}
+    assert finish(run, "failed")["error"] == read_record(run)["error"] == "cell 3 failed with <E>"
+
+
+def test_the_summary_has_the_rows_of_what_is_done(folder):
+    made = read(folder, "grid: {count: [1, 2, 3, 4], names: [[x, y]]}\noutput: out")
+    finish(made.runs[0], rows={"image": ["i", "j"], "count": [10, 11], "bits": [b"0", b"1"]})
+    finish(made.runs[1], rows={"image": ["k"], "score": [0.5], "count": [12]})
+    finish(made.runs[2], "failed", rows={"image": ["l"], "count": [13]})
+    assert write_summary(made) == folder / "out" / "summary.parquet"
+    rows = pd.read_parquet(folder / "out" / "summary.parquet")
+    assert rows["image"].tolist() == ["i", "j", "k"]
+    assert rows["count"].tolist() == [10, 11, 12], "the table's own column stays"
+    assert rows["names"].tolist() == ["x+y"] * 3
+    assert rows["score"].isna().tolist() == [True, True, False]
+    text = pd.read_csv(folder / "out" / "summary.csv")
+    assert text.columns.tolist() == ["names", "image", "count", "score"]
+    assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".summary")]
+
+
+def test_no_rows_no_summary(folder):
+    made = read(folder, "output: out")
+    finish(made.runs[0])
+    assert write_summary(made) is None
+
+
+def test_the_index_links_every_notebook(folder):
+    made = read(folder, "grid: {name: [a, '<b>', c]}\noutput: out")
+    finish(made.runs[0])
+    finish(made.runs[1], "failed")
+    page = write_index(made).read_text()
+    assert '<a href="name=a.ipynb">name=a</a></td><td>a</td><td>done</td><td>1.5</td>' in page
+    assert '<a href="name=_b_.failed.ipynb">name=_b_</a></td><td>&lt;b&gt;</td><td>failed</td>' in page
+    assert "cell 3 failed with &lt;E&gt;" in page
+    assert "<td>name=c</td><td>c</td><td>new</td>" in page
+
+
+def test_filters(folder):
+    runs = read(folder, "grid: {count: [1, 2, 12], name: [ab, cd]}").runs
+    assert [run.name for run in select_runs(runs, ["count=1*", "name=a?"])] == [
+        "count=1,name=ab",
+        "count=12,name=ab",
+    ]
+    with pytest.raises(ValueError, match="filter: wanted NAME=PATTERN with one of count, name, got 'colour=red'"):
+        select_runs(runs, ["colour=red"])
+    with pytest.raises(ValueError, match="filter: no run of the batch passes count=7"):
+        select_runs(runs, ["count=7"])
+
+
+def test_a_dry_run_prints_the_runs_and_writes_nothing(folder, capsys):
+    made = read(folder, "grid: {count: [1, 2]}\noutput: out")
+    finish(made.runs[1])
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["batch", str(folder / "some.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["new     count=1", "done    count=2"]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", sorted(BATCHES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_files_are_without_fault(path, monkeypatch):
+    monkeypatch.setenv("OPTICAM_IMAGENET", "images")
+    made = read_batch(path.stem)
+    assert made.runs
+    assert ("imagenet" in path.stem) == (made.runs[0].parameters.get("dataset") == "imagenet")
+    if "imagenet" in path.stem:
+        assert all(run.parameters["root"].endswith("/images") for run in made.runs)
+    assert yaml.safe_load(path.read_text())["notebook"]
+    assert json.dumps(made.runs[0].parameters)
