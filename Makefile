@@ -27,6 +27,7 @@ bench: setup
 	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/curves.py
+	$(BIN)/python benchmarks/batches.py
 
 test: setup
 	$(BIN)/ruff check .

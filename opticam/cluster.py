@@ -28,11 +28,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from opticam.batch import Run, read_record, write_record
 from opticam.results import code_digest
 from opticam.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
 
+_PATIENCE = 10.0  # seconds for a scheduler to answer
 _SECONDS = 0.5  # between two looks at a run
 _LINES = 60.0  # seconds between two lines about a run where nobody watches
 _ONE_AT_A_TIME = threading.Lock()  # kernels inherit the environment, and that belongs to the process
@@ -114,6 +116,7 @@ def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
     os.environ |= dict.fromkeys(_THREADS, threads)  # Dask's workers set 1
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's is for workers that hold data, and slows the kernel down
     parameters = {**places_beside(run.output, notebook_parameters(run.notebook)), **run.parameters}
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and stays behind where one is killed
     start, error = time.perf_counter(), None
     try:
         run_notebook(run.notebook, run.output, parameters, progress=progress)
@@ -175,35 +178,38 @@ def _execute_all(
         future = client.submit(execute, run, topic, key=f"{topic}-{run.name}-{run.key[:12]}", resources=resources)
         at_work[future.key] = run, future
         future.add_done_callback(ended.put)
-    while at_work:
-        try:
-            future = ended.get(timeout=_SECONDS)
-        except queue.Empty:
-            watch()
-            continue
-        run, _ = at_work.pop(future.key)
-        if future.status == "finished":
-            yield run, future.result()
-        elif future.status == "error":
-            yield run, write_record(run, "failed", 0, f"its worker failed: {future.exception()}")
-        else:
-            raise ConnectionError("scheduler: the connection was lost; the same command goes on with what is not done")
+    try:
+        while at_work:
+            try:
+                future = ended.get(timeout=_SECONDS)
+            except queue.Empty:
+                watch()
+                continue
+            run, _ = at_work.pop(future.key)
+            if future.status == "finished":
+                yield run, future.result()
+            elif future.status == "error":
+                yield run, write_record(run, "failed", 0, f"its worker failed: {future.exception()}")
+            else:
+                raise ConnectionError("scheduler: the connection was lost; the same command goes on where it was")
+    finally:  # interrupted: the workers end their kernels
+        client.cancel([future for _, future in at_work.values()])
 
 
 @contextmanager
 def _connected(scheduler: str | None, runs: Sequence[Run], jobs: int | None) -> Iterator[Client]:
-    # what matters is in the records
-    dask.config.set({"logging": {"distributed": "critical"}, "distributed.scheduler.worker-saturation": 1.0})
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is in the records
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # the workers' too
+    dask.config.set({"distributed.scheduler.worker-saturation": 1.0})  # no run waits behind a long one
     with ExitStack() as stack:
         try:
             if scheduler is None:
                 cluster = stack.enter_context(_local_cluster(runs, jobs))
                 client = Client(cluster)
             elif Path(scheduler).is_file():
-                client = Client(scheduler_file=scheduler, timeout=10)
+                client = Client(scheduler_file=scheduler, timeout=_PATIENCE)
             else:
-                client = Client(scheduler, timeout=10)
+                client = Client(scheduler, timeout=_PATIENCE)
         except (OSError, TimeoutError, ValueError, KeyError) as error:
             if scheduler is None:
                 raise

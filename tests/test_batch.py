@@ -127,7 +127,7 @@ def test_a_file_of_another_kind_is_refused(folder, text):
     (folder / "some.yaml").write_text(text)
     with pytest.raises(ValueError, match="the file: wanted the fields notebook"):
         read_batch(folder / "some.yaml")
-    with pytest.raises(FileNotFoundError, match="batch: wanted a YAML file or one of .*demo"):
+    with pytest.raises(FileNotFoundError, match=r"batch: wanted a YAML file or one of .*demo"):
         read_batch("nothing")
 
 

@@ -151,6 +151,16 @@ def test_list(capsys):
     assert "limit: int = 0" in printed
 
 
+def test_help_of_a_notebook_shows_its_parameters(capsys):
+    assert cli.main(["run", "03", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("03_faithfulness\n")
+    assert "num_steps: int = 100  optimisation steps of Opti-CAM" in printed
+    assert "01_opti_cam" not in printed
+    assert cli.main(["run", "--help"]) == 0
+    assert "usage: opticam run" in capsys.readouterr().out
+
+
 def test_no_words_and_unknown_words_end_with_two(capsys):
     for words in ([], ["explian"]):
         with pytest.raises(SystemExit) as stopped:
