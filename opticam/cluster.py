@@ -15,10 +15,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import dask
 import psutil
@@ -69,11 +69,8 @@ def run_batch(
     waiting = [run for run in runs if records[run.name]["status"] not in settled]
     if waiting:
         topic = f"opticam-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
-        skipped = [records[run.name] for run in runs if run not in waiting]
-        with (
-            _connected(scheduler, waiting, jobs) as client,
-            _Board(client, topic, len(runs), skipped) as board,
-        ):
+        board = _Board(len(runs), [record for record in records.values() if record["status"] in settled])
+        with _connected(scheduler, waiting, jobs) as client, board.shown(client, topic):
             for run, record in _execute_all(client, waiting, topic, board.watch):
                 if record["status"] == "unwritable":
                     raise OSError(f"output: cannot write in {str(folder)!r} ({record['error']})")
@@ -248,32 +245,33 @@ def _devices() -> list[str]:
 class _Board:
     """What a person sees meanwhile: a table in a terminal, else a line a run that ends and a line a minute."""
 
-    def __init__(self, client: Client, topic: str, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self.start = self.told = time.monotonic()
         self.total = total
         self.counts = Counter(record["status"] for record in skipped)
-        self.ended = 0
+        self.over: set[str] = set()
         self.bars: dict[str, str] = {}
         self.console.print(f"{total} runs, {self.counts['done']} done before, {self.counts['failed']} failed before")
+
+    @contextmanager
+    def shown(self, client: Client, topic: str) -> Iterator[None]:
+        """Follow what the workers tell."""
         self.console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
-        client.subscribe_topic(topic, lambda event: self.bars.update({event[1]["name"]: event[1]["bar"]}))
+        client.subscribe_topic(topic, self._told)
+        with self.live or nullcontext():
+            yield
 
-    def __enter__(self) -> Self:
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
+    def _told(self, event: tuple[float, Mapping[str, str]]) -> None:
+        if event[1]["name"] not in self.over:  # what was told last may come after the result
+            self.bars[event[1]["name"]] = event[1]["bar"]
 
     def end(self, run: Run, record: Mapping[str, Any]) -> None:
         """A run has ended."""
+        self.over.add(run.name)
         self.bars.pop(run.name, None)
         self.counts[record["status"]] += 1
-        self.ended += 1
         if self.live is None:
             seconds = f"{record.get('seconds', 0):.1f} s"
             text = f"[{self.counts.total()}/{self.total}] {record['status']} {run.name} {seconds}; {self._left()}"
@@ -294,13 +292,13 @@ class _Board:
         counts = {**{status: self.counts[status] for status in ("done", "failed")}, "running": len(bars)}
         counts["waiting"] = self.total - sum(counts.values())
         title = ", ".join(f"{number} {status}" for status, number in counts.items())
-        table = Table("running", "progress", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, show_header=False)
         for name, bar in bars[: max(1, self.console.height - 4)]:
             table.add_row(*(Text(text, overflow="ellipsis", no_wrap=True) for text in (name, bar)))
         return Group(Text(f"{title}; {self._left()}", style="bold"), table)
 
     def _left(self) -> str:
         passed, left = time.monotonic() - self.start, self.total - self.counts.total()
-        if not self.ended or not left:
+        if not self.over or not left:
             return f"{timedelta(seconds=round(passed))} passed"
-        return f"about {timedelta(seconds=round(passed / self.ended * left))} left"
+        return f"about {timedelta(seconds=round(passed / len(self.over) * left))} left"
