@@ -14,7 +14,7 @@ from opticam.methods.ascent import SCHEDULES
 def main() -> None:
     """Explain the same photos in each precision; scores are taken in float64 for all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="photos; float64 is slow on a CPU")
     parser.add_argument("--batch-size", type=int, default=5)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

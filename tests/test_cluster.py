@@ -1,11 +1,14 @@
 """Batches with real processes: workers and drivers that are killed, a scheduler started by hand, a full disk."""
 
+import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -95,7 +98,7 @@ def log_of(folder):
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -208,15 +211,29 @@ def test_nobody_answers(folder, capsys, monkeypatch):
     )
 
 
-def test_each_run_has_its_own_gpu_and_its_share_of_the_cores(folder, monkeypatch, capfd):
+def test_each_run_has_its_own_gpu_and_its_share_of_the_cores_and_waits_for_its_lock(folder, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8")
     path = write(folder, range(3), 1.0, "resources: {GPU: 1}")
-    _, printed, _ = finish(path, capfd, "--jobs", "2")
+    (folder / "out").mkdir()
+    early = []
+
+    def release():
+        wait_for(lambda: sum(line[0] == "end" for line in log_of(folder)) == 2)
+        early.extend(line for line in log_of(folder) if line[1] == "0")
+        lock.close()
+
+    with (folder / "out" / ".number=0.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as if it were at work elsewhere
+        thread = threading.Thread(target=release)
+        thread.start()
+        _, printed, _ = finish(path, capfd, "--jobs", "2")
+        thread.join()
+    assert not early, "a run that is at work elsewhere was started"
     assert "3 done, 0 failed" in printed
-    texts = [json.dumps(nbformat.read(run.output, as_version=4)) for run in read_batch(path).runs]
     cores = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert all(f" {cores} 5\\n" in text or f" {cores} 7\\n" in text for text in texts)
-    assert len({next(d for d in "578" if f" {cores} {d}\\n" in text) for text in texts}) == 2
+    texts = [json.dumps(nbformat.read(run.output, as_version=4)) for run in read_batch(path).runs]
+    devices = [re.search(rf" {cores} (\d)\\n", text).group(1) for text in texts]
+    assert set(devices) == {"5", "7"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     path = write(folder, [9], 0, "resources: {GPU: 2}")
     code, _, errors = finish(path, capfd)
