@@ -8,7 +8,6 @@ import html
 import io
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -186,7 +185,7 @@ def _png(picture: np.ndarray | Figure) -> bytes:
 
 
 def _picture(width: int) -> widgets.Image:
-    return widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", height="auto"))
+    return widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", height="auto", flex="0 0 auto"))
 
 
 def _titled(title: str, content: widgets.Widget) -> widgets.VBox:
@@ -249,13 +248,13 @@ class Explorer:
     def _build(self, photos: list[tuple[str, Path]]) -> None:
         labels = [(METHOD_LABELS.get(name, name), name) for name in METHODS]
         self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
-        self.upload = widgets.FileUpload(accept="image/*", description="Upload a photo")
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout=widgets.Layout(width="148px"))
         self.model_choice = widgets.Dropdown(options=list(MODELS), description="network")
         self.method_choice = widgets.Dropdown(options=labels, description="method")
-        self.steps = widgets.BoundedIntText(min=0, max=1000, description="steps")
+        self.steps = widgets.BoundedIntText(min=0, max=1000, description="steps", layout=widgets.Layout(width="180px"))
         self.class_choice = widgets.Dropdown(description="class")
         self.class_search = widgets.Combobox(placeholder="or any: name or number", continuous_update=False)
-        self.compared = widgets.SelectMultiple(options=labels, rows=len(labels))
+        self.compared = widgets.SelectMultiple(options=labels, rows=len(labels), layout=widgets.Layout(width="170px"))
         self.explain_button = widgets.Button(description="Explain", button_style="primary", icon="search")
         self.compare_button = widgets.Button(description="Compare", icon="th")
         self.stop_button = widgets.Button(description="Stop", button_style="danger", icon="stop", disabled=True)
@@ -266,7 +265,8 @@ class Explorer:
             options=[("0", 0)], description="after step", disabled=True, layout=widgets.Layout(width="500px")
         )
         self.step_outcome = widgets.HTML()
-        self.bars, self.curve = _picture(460), _picture(400)
+        self.bars, self.curve = _picture(440), _picture(440)
+        self.grid_title = widgets.HTML()
         self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap"))
         self.upload.observe(lambda change: self.start(self._take_upload), "value")
         self.step.observe(lambda change: self._show_step(), "value")
@@ -275,7 +275,8 @@ class Explorer:
         self.stop_button.on_click(lambda button: self._stop.set())
         maps = [_titled("map over the photo", self.map), _titled("masked photo", self.masked)]
         below = [widgets.HBox([self.step, self.step_outcome]), widgets.HBox([self.bars, self.curve])]
-        self._results = [*maps, *below, self.grid]
+        grid = widgets.VBox([self.grid_title, self.grid])
+        self._results, self._compared = [*maps, *below], [grid]
         self.page = widgets.VBox(
             [
                 widgets.HBox([self.photo_choice, self.upload]),
@@ -285,7 +286,7 @@ class Explorer:
                 self.status,
                 widgets.HBox([_titled("photo, as the network sees it", self.photo), *maps]),
                 *below,
-                widgets.HBox([_titled("to compare (several: Ctrl)", self.compared), self.grid]),
+                widgets.HBox([_titled("to compare (several: Ctrl)", self.compared), grid]),
             ]
         )
 
@@ -304,14 +305,14 @@ class Explorer:
 
     def wait(self) -> None:
         """Until the work under way, if any, has ended."""
-        with suppress(RuntimeError):  # never started
+        if self._thread.is_alive():
             self._thread.join()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Stopped:
-            self._say(f"Stopped after {self._reached}. The network is as it was; what is shown is from before.")
+            self._say(f"Stopped after {self._reached}. The network is as it was; what was finished before is shown.")
         except REFUSALS as error:
             self._say(str(error) or "not enough memory", color="#b00020")
         finally:
@@ -366,7 +367,7 @@ class Explorer:
         self.class_search.options = model.class_names
         self.photo.value = _png(to_picture(self.image))
         self.explanation, self.comparison = None, {}
-        self._show(False)
+        self._show([*self._results, *self._compared], False)
         self._say("Press Explain for a map by the chosen method, Compare for several.")
 
     def _wanted(self) -> tuple:
@@ -413,29 +414,32 @@ class Explorer:
         self.step.options = [(str(step), step) for step in found.maps]
         self.step.value = found.step
         self._show_step()
-        self._show(True)
+        self._show(self._results, True)
         self._say(describe(found, self.model.class_names))
 
     def compare(self) -> None:
         """Explain the chosen class by each of the methods to compare, side by side."""
         class_idx = self._chosen_class()
+        name = self.model.class_names[class_idx]
         self.comparison, tiles = {}, []
+        self.grid_title.value = html.escape(f"Probability of {name} when masked by the map of each method:")
+        self.grid.children = ()
+        self._show(self._compared, True)
         for method in self.compared.value:
-            label, picture = METHOD_LABELS.get(method, method), _picture(180)
+            label, picture = METHOD_LABELS.get(method, method), _picture(156)
             try:
-                self.comparison[method] = found = self._explain(method, class_idx)
-                caption = f"{label}: {100 * found.masked_prob[found.step]:.1f} %"
+                found = self.comparison[method] = self._explain(method, class_idx)
+                label = f"{label}: {100 * found.masked_prob[found.step]:.1f} %"
                 picture.value = _png(overlay(found.image, found.saliency))
             except REFUSALS as error:  # the others may well apply
-                caption, picture = label, widgets.HTML(html.escape(str(error)), layout=widgets.Layout(width="180px"))
-            tiles.append(_titled(caption, picture))
+                picture = widgets.HTML(html.escape(str(error)), layout=widgets.Layout(width="156px"))
+            tiles.append(_titled(label, picture))
             self.grid.children = tiles
-            self.grid.layout.display = None
-        self._say(f"Beside each method: the probability of {self.model.class_names[class_idx]} when masked by its map.")
+        self._say(f"{len(self.comparison)} methods compared for {name}.")
 
-    def _show(self, visible: bool) -> None:
-        for result in self._results:
-            result.layout.display = None if visible else "none"
+    def _show(self, parts: Sequence[widgets.Widget], visible: bool) -> None:
+        for part in parts:
+            part.layout.display = None if visible else "none"
 
     def _show_step(self) -> None:
         found, step = self.explanation, self.step.value
@@ -444,8 +448,10 @@ class Explorer:
         saliency = found.maps[step]
         self.map.value = _png(overlay(found.image, saliency))
         self.masked.value = _png(to_picture(apply_mask(found.image[None], saliency[None])[0]))
-        at = step if len(found.objective) > 1 else 0
-        self.step_outcome.value = f"logit {found.objective[at]:.2f}, probability {100 * found.masked_prob[at]:.1f} %"
-        if len(found.objective) > 1:
+        self.step_outcome.value = (
+            f"logit {found.objective[step]:.2f}, probability {100 * found.masked_prob[step]:.1f} %"
+        )
+        followed = len(found.objective) > 1
+        self._show([self.curve], followed)
+        if followed:
             self.curve.value = _png(objective_curve(found.objective, found.logits[found.class_idx].item(), step))
-        self.curve.layout.display = None if len(found.objective) > 1 else "none"
