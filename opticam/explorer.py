@@ -28,6 +28,7 @@ from opticam.plotting import METHOD_LABELS, objective_curve, overlay, probabilit
 from opticam.saliency import apply_mask, min_max
 
 KEPT = 50  # maps on the way of Opti-CAM, at most, besides the first and the best
+MOST_STEPS = 1000
 UPLOAD = "upload"  # stands for a path among the photos
 REFUSALS = (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)  # what bad input ends in
 
@@ -228,7 +229,10 @@ class Explorer:
         if not 0 <= photo < len(photos):
             raise ValueError(f"photo: wanted a number in 0..{len(photos) - 1}, got {photo}")
         for name in (method, *compared):
-            find_method(name)
+            if name not in METHODS:
+                raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {name!r}")
+        if not 0 <= num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps: wanted a number in 0..{MOST_STEPS}, got {num_steps}")
         self.device = device
         self.model: Classifier = load_model(model, device=device)
         self.explanation: Explanation | None = None

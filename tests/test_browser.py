@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,20 @@ pytest.importorskip("jupyterlab", reason="no JupyterLab; it comes with the extra
 pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+QUIET = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync"""
 FIELDS = {"search": "input[list]", "steps": "input[type=number]"}
 SHOWN = "img => img.complete && img.naturalWidth > 0 && img.offsetWidth > 0"
+
+
+@pytest.fixture
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        if CHROMIUM is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no Chromium: neither the system's nor playwright's own")
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
@@ -78,20 +90,13 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page(lab, tmp_path):
+def page(browser, lab, tmp_path):
     """JupyterLab in a browser; what it showed in the end is in `tmp_path`."""
-    with sync_api.sync_playwright() as playwright:
-        if CHROMIUM is None and not os.path.exists(playwright.chromium.executable_path):  # noqa: PTH110
-            pytest.skip("no Chromium: neither a system's nor playwright's own")
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-sync", *QUIET.split()]
-        )
-        page = browser.new_page(viewport={"width": 1500, "height": 1500})
-        page.set_default_timeout(90_000)
-        page.goto(lab)
-        yield page
-        page.screenshot(path=tmp_path / "end.png")
-        browser.close()
+    page = browser.new_page(viewport={"width": 1500, "height": 1500})
+    page.set_default_timeout(90_000)
+    page.goto(lab)
+    yield page
+    page.screenshot(path=tmp_path / "end.png")
 
 
 @pytest.mark.browser

@@ -254,5 +254,7 @@ def test_unknown_words_of_a_notebook_are_refused_at_once():
         Explorer(photo=20)
     with pytest.raises(ValueError, match="method: wanted one of"):
         Explorer(compared=["grad_cam", "magic"])
+    with pytest.raises(ValueError, match=r"num_steps: wanted a number in 0\.\.1000, got 2000"):
+        Explorer(num_steps=2000)
     with pytest.raises(ValueError, match="model: wanted one of"):
         Explorer(model="magic")
