@@ -273,6 +273,20 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
         yield passes
 
 
+@contextmanager
+def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Calls `call(module)`, while it is open, whenever a module of the network has run; what it raises ends the pass.
+
+    Args:
+        model: any network. Its modules are reported one by one, itself last, also in passes of its parts.
+        call: what to do; its result is not used.
+    """
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(_hooked(module, lambda module, args, output: call(module)))
+        yield
+
+
 def usable(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -1,6 +1,7 @@
 """Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -146,6 +147,64 @@ def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: 
         The figure, not shown.
     """
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
+
+
+def probability_bars(
+    probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int, num_classes: int = 5
+) -> Figure:
+    """Probabilities for the photo and for the masked photo: the class explained, then those that matter most in either.
+
+    Args:
+        probs: (C,) in [0,1], of the photo.
+        masked_probs: (C,) in [0,1], of the masked photo.
+        class_names: C names.
+        class_idx: the class explained.
+        num_classes: bars, with the class explained.
+
+    Returns:
+        The figure, unknown to pyplot, so that a thread may draw it.
+    """
+    largest = torch.maximum(probs, masked_probs).topk(min(num_classes, len(probs))).indices.tolist()
+    shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
+    figure = Figure(figsize=(5.2, 0.5 * len(shown) + 1))
+    ax = figure.subplots()
+    for shift, color, label, values in (
+        (-0.2, "0.65", "photo", probs),
+        (0.2, _COLORS[0], "masked photo", masked_probs),
+    ):
+        percent = [100 * values[index].item() for index in shown]
+        places = [place + shift for place in range(len(shown))]
+        ax.barh(places, percent, height=0.38, color=color, label=label)
+        for value, place in zip(percent, places, strict=True):
+            ax.annotate(f"{value:.1f}", (value + 1.5, place), va="center", fontsize=9)
+    ax.set_yticks(range(len(shown)), [textwrap.shorten(class_names[index], 24, placeholder=" …") for index in shown])
+    ax.get_yticklabels()[0].set_fontweight("bold")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
+    """How the logit of the masked photo rose over the steps, beside that of the photo itself.
+
+    Args:
+        objective: (T+1,), before the first step and after each.
+        reference: the logit of the photo.
+        step: the one to mark, in 0..T.
+
+    Returns:
+        The figure, unknown to pyplot, so that a thread may draw it.
+    """
+    figure = Figure(figsize=(5.2, 3.5))
+    ax = figure.subplots()
+    ax.plot(objective.tolist(), color=_COLORS[0], lw=2, label="masked photo")
+    ax.axhline(reference, color="0.4", ls="--", label="photo")
+    ax.plot(step, objective[step].item(), "o", color=_COLORS[3], ms=8, label=f"step {step}")
+    ax.set(xlabel="step", ylabel="logit of the class")
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+    return figure
 
 
 def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:

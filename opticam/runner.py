@@ -58,7 +58,7 @@ def find_notebook(name: str | Path) -> Path:
     if path.suffix == ".ipynb" and path.is_file():
         return path
     for known in list_notebooks():
-        if str(name) in (known.name, known.stem, known.stem[:2], known.stem[:2].lstrip("0")):
+        if str(name) in (known.name, known.stem, known.stem[:2], known.stem[:2].removeprefix("0")):
             return known
     raise ValueError(
         f"notebook: wanted one of {', '.join(path.stem for path in list_notebooks())}, or a path, got {str(name)!r}"
@@ -286,7 +286,7 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
     """The notebook as text without anything that differs between two equal runs.
 
     Cells keep source, outputs and tags; ids count the cells; timestamps, papermill's metadata and injected parameters,
-    and the interpreter's version go.
+    the interpreter's version and references to widgets, which live only as long as their kernel, go.
 
     Args:
         notebook: executed.
@@ -301,6 +301,8 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
         cell["metadata"] = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell["outputs"] = _joined_streams(cell.outputs)
+            for output in cell["outputs"]:
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     content = {
         "cells": kept,
         "metadata": {

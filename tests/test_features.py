@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from opticam.features import check_inputs, feature_maps, features_and_gradients, frozen, resolve_layer
+from opticam.features import check_inputs, feature_maps, features_and_gradients, frozen, resolve_layer, watched
 
 
 class Tokens(nn.Module):
@@ -126,6 +126,19 @@ def test_no_hook_is_left_when_forward_raises(tiny, images, class_idx):
     with pytest.raises(ZeroDivisionError):
         features_and_gradients(tiny, images, class_idx, "features")
     assert [len(module._forward_hooks) for module in tiny.modules()] == hooks
+
+
+def test_watched_reports_every_module_in_order_and_leaves_no_hook(tiny, images):
+    seen = []
+    with watched(tiny, seen.append):
+        tiny(images)
+    first, second, third, fourth = tiny.features
+    assert seen == [first, second, third, fourth, tiny.features, tiny.fc, tiny]
+    with pytest.raises(KeyError), watched(tiny, {}.__getitem__):
+        tiny(images)
+    tiny(images)
+    assert len(seen) == 7
+    assert not any(module._forward_hooks for module in tiny.modules())
 
 
 def test_resolve_layer(tiny):

@@ -9,6 +9,7 @@ import pytest
 from opticam.runner import list_notebooks, notebook_parameters, run_notebook
 
 TINY = {
+    "00": {"num_steps": 2},
     "01": {"num_steps": 2},
     "02": {"num_steps": 2, "limit": 2},
     "03": {"num_steps": 2, "limit": 2, "slow_methods": []},

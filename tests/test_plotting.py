@@ -13,7 +13,9 @@ from opticam.plotting import (
     interval_table,
     metric_bars,
     metric_values,
+    objective_curve,
     overlay,
+    probability_bars,
     save_figure,
     show_boxes,
     use_style,
@@ -96,3 +98,22 @@ def test_metric_values_shows_the_metric_and_the_images():
     assert values[0, 0] == values[199, 0] == pytest.approx(0.0025)  # p grows to the right only
     assert values[0, 199] == pytest.approx(0.9975)
     assert ax.collections[0].get_offsets().tolist() == [[0.2, 0.6], [0.9, 0.3]]
+
+
+def test_probability_bars_begin_with_the_class_explained():
+    probs, masked_probs = torch.tensor([0.1, 0.6, 0.3, 0.0]), torch.tensor([0.2, 0.1, 0.25, 0.45])
+    figure = probability_bars(probs, masked_probs, ["ant", "bee", "cat", "dog"], 2, num_classes=3)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "bee", "dog"]  # of bee 0.6, of dog 0.45
+    before, after = ([round(bar.get_width(), 4) for bar in bars] for bars in ax.containers)
+    assert (before, after) == ([30, 60, 0], [25, 10, 45])
+    assert not mpl.pyplot.get_fignums()
+
+
+def test_the_objective_curve_marks_its_step_and_the_photos_logit():
+    (ax,) = objective_curve(torch.tensor([1.0, 3.0, 2.0]), 1.5, 1).axes
+    curve, reference, mark = ax.lines
+    assert curve.get_ydata().tolist() == [1, 3, 2]
+    assert set(reference.get_ydata()) == {1.5}
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (1, 3)
+    assert not mpl.pyplot.get_fignums()

@@ -45,7 +45,7 @@ def outputs(path):
 
 def test_the_numbered_notebooks_are_found_by_number_name_and_path():
     paths = list_notebooks()
-    assert [path.stem[:2] for path in paths] == ["01", "02", "03", "04"]
+    assert [path.stem[:2] for path in paths] == ["00", "01", "02", "03", "04"]
     for path in paths:
         assert (
             find_notebook(path.stem[:2])
@@ -54,7 +54,7 @@ def test_the_numbered_notebooks_are_found_by_number_name_and_path():
             == find_notebook(path)
             == path
         )
-    with pytest.raises(ValueError, match=r"notebook: wanted one of 01_opti_cam_step_by_step, .* got '99'"):
+    with pytest.raises(ValueError, match=r"notebook: wanted one of 00_explorer, 01_opti_cam_step_by_step, .* got '99'"):
         find_notebook("99")
 
 
@@ -164,6 +164,23 @@ def test_two_renders_are_byte_identical(notebook, tmp_path):
     assert b"papermill" not in first
     assert b"iopub" not in first
     nbformat.validate(nbformat.reads(first.decode(), as_version=4))
+
+
+PAGE = """
+import ipywidgets
+from IPython.display import display
+box = ipywidgets.VBox([ipywidgets.IntSlider(value=count)])
+display({"text/plain": "a page", **{k: v for k, v in box._repr_mimebundle_().items() if k != "text/plain"}}, raw=True)
+"""
+
+
+def test_of_widgets_only_the_text_is_rendered(notebook):
+    path = notebook(PAGE)
+    first = render_notebook(path, progress=False).read_bytes()
+    assert render_notebook(path, progress=False).read_bytes() == first
+    (output,) = json.loads(first)["cells"][2]["outputs"]
+    assert output["data"] == {"text/plain": ["a page"]}
+    assert b"widget-view" not in first
 
 
 def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):

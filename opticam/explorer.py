@@ -1,0 +1,461 @@
+"""A page to explore one decision in a notebook: photo, network, method and class chosen by hand.
+
+What is computed is in `explain`, which needs no page. `Explorer` is the page: its work runs in a thread, so that the
+kernel answers, and ends between two modules of the network when someone presses Stop.
+"""
+
+import html
+import io
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from opticam.datasets import demo, read_image, to_input
+from opticam.features import count_passes, frozen, watched
+from opticam.methods import METHODS, class_logit, find_method
+from opticam.metrics import METRICS, class_probability
+from opticam.models import MODELS, Classifier, class_index, load_model
+from opticam.plotting import METHOD_LABELS, objective_curve, overlay, probability_bars, to_picture
+from opticam.saliency import apply_mask, min_max
+
+KEPT = 50  # maps on the way of Opti-CAM, at most, besides the first and the best
+MOST_STEPS = 1000
+UPLOAD = "upload"  # stands for a path among the photos
+REFUSALS = (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)  # what bad input ends in
+
+
+class Stopped(Exception):  # noqa: N818  (somebody's wish, no error)
+    """The work was stopped on demand."""
+
+
+class Explanation(NamedTuple):
+    """One decision explained. T is 0 for all methods but Opti-CAM.
+
+    Attributes:
+        method: name in `METHODS`.
+        class_idx: the class explained.
+        image: (3,H,W) in [0,1].
+        logits: (C,), of the image.
+        masked_logits: (C,), of the image masked by the map.
+        saliency: (1,H,W) in [0,1], the map.
+        step: after how many steps it was reached.
+        maps: step -> (1,H,W) in [0,1], some on the way and the map itself.
+        objective: (T+1,), the class logit of the masked image before the first step and after each.
+        masked_prob: (T+1,), the probability of the class, likewise.
+    """
+
+    method: str
+    class_idx: int
+    image: Tensor
+    logits: Tensor
+    masked_logits: Tensor
+    saliency: Tensor
+    step: int
+    maps: dict[int, Tensor]
+    objective: Tensor
+    masked_prob: Tensor
+
+
+class _Recorder:
+    """Follows Opti-CAM by two functions that are its own, `normalize` and `objective`, and what they saw.
+
+    Nothing changes for the optimisation: the values are those of `min_max` and `class_logit`.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.every = max(1, -(-num_steps // KEPT))
+        self.maps: dict[int, Tensor] = {}
+        self.logits: list[Tensor] = []
+        self.probs: list[Tensor] = []
+
+    def normalize(self, maps: Tensor) -> Tensor:
+        self.latest = min_max(maps)
+        return self.latest
+
+    def objective(self, masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+        if len(self.logits) % self.every == 0:
+            self.maps[len(self.logits)] = self.latest[0].detach()
+        value = class_logit(masked_logits, logits, class_idx)
+        self.logits.append(value[0].detach())
+        self.probs.append(class_probability(masked_logits.detach(), class_idx)[0])
+        return value
+
+
+def explain(
+    model: nn.Module,
+    image: Tensor,
+    class_idx: int,
+    method: str = "opti_cam",
+    *,
+    num_steps: int = 100,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda passes: None,
+) -> Explanation:
+    """One decision explained by one method, with the way there if it is Opti-CAM.
+
+    Args:
+        model: takes images (B,3,H,W) and returns logits (B,C). Left as found, also when stopped.
+        image: (3,H,W) float in [0,1].
+        class_idx: the class to explain.
+        method: a name in `METHODS`.
+        num_steps: T, of Opti-CAM.
+        stopped: asked after every module of the network that has run; True ends the work.
+        progress: told how many images have passed through the network, after every pass.
+
+    Returns:
+        An `Explanation`, on the device of the image.
+
+    Raises:
+        Stopped: `stopped` said so.
+        ValueError: unknown method, one that does not apply to the model, or an argument out of range.
+    """
+    images, target = image[None], torch.tensor([class_idx], device=image.device)
+    recorder = _Recorder(num_steps)
+    recorded = {"num_steps": num_steps, "normalize": recorder.normalize, "objective": recorder.objective}
+
+    def watch(module: nn.Module) -> None:
+        if stopped():
+            raise Stopped
+        if module is model:
+            progress(passes[0])
+
+    with count_passes(model) as passes, watched(model, watch):
+        saliency = find_method(method)(model, images, target, **(recorded if method == "opti_cam" else {}))
+        with frozen(model), torch.no_grad():
+            logits, masked_logits = model(images), model(apply_mask(images, saliency))
+    if recorder.logits:
+        objective, masked_prob = torch.stack(recorder.logits), torch.stack(recorder.probs)
+    else:
+        objective = class_logit(masked_logits, logits, target)
+        masked_prob = class_probability(masked_logits, target)
+    step = int(objective.argmax())
+    maps = dict(sorted({**recorder.maps, step: saliency[0]}.items()))
+    return Explanation(
+        method, class_idx, image, logits[0], masked_logits[0], saliency[0], step, maps, objective, masked_prob
+    )
+
+
+def describe(found: Explanation, class_names: Sequence[str]) -> str:
+    """The outcome in one line: what masking does to the class, with Average Drop and Average Gain of this photo."""
+    p, o = (found_logits.double().softmax(0)[[found.class_idx]] for found_logits in (found.logits, found.masked_logits))
+    drop, gain = (100 * METRICS[name](p, o).item() for name in ("average_drop", "average_gain"))
+    label = METHOD_LABELS.get(found.method, found.method)
+    line = (
+        f"{label} for {class_names[found.class_idx]}: probability {100 * p.item():.1f} % -> {100 * o.item():.1f} % "
+        f"when masked (drop {drop:.1f} %, gain {gain:.1f} % of what was possible)"
+    )
+    return f"{line}. The map is constant: nothing is found." if found.saliency.amax() == found.saliency.amin() else line
+
+
+def read_upload(name: str, content: bytes) -> Image.Image:
+    """A photo from the bytes of its file, as `read_image` reads it.
+
+    Args:
+        name: of the file, for the message.
+        content: of the file.
+
+    Raises:
+        OSError: no image, or damaged.
+        ValueError: the pixels are floating-point numbers.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "upload"
+        path.write_bytes(content)
+        try:
+            return read_image(path)
+        except (OSError, ValueError) as error:
+            raise type(error)(str(error).replace(str(path), name)) from error
+
+
+def _png(picture: np.ndarray | Figure) -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png")
+    else:
+        Image.fromarray((255 * picture).round().astype(np.uint8)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _picture(width: int) -> widgets.Image:
+    return widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", height="auto", flex="0 0 auto"))
+
+
+def _titled(title: str, content: widgets.Widget) -> widgets.VBox:
+    return widgets.VBox([widgets.HTML(html.escape(title)), content], layout=widgets.Layout(margin="0 12px 8px 0"))
+
+
+class Explorer:
+    """The page. Display it in a notebook; everything on it can also be set and called from code.
+
+    Attributes:
+        model: the network at work.
+        image: (3,H,W), the photo as the network sees it.
+        explanation: the latest of this photo, None before the first.
+        comparison: method -> explanation, the latest of this photo; methods that were refused are left out.
+    """
+
+    def __init__(
+        self,
+        photo: int = 0,
+        model: str = "efficientnet_lite0",
+        method: str = "opti_cam",
+        num_steps: int = 100,
+        compared: Sequence[str] = ("equal_weights", "grad_cam", "layer_cam", "opti_cam"),
+        device: str = "cpu",
+    ) -> None:
+        """Load the network and look at the photo.
+
+        Args:
+            photo: number of a demo photo.
+            model: a name in `MODELS`.
+            method: a name in `METHODS`.
+            num_steps: of Opti-CAM.
+            compared: names in `METHODS`, for the button Compare.
+            device: where to compute.
+
+        Raises:
+            ValueError: an unknown name or number.
+        """
+        photos = demo()
+        if not 0 <= photo < len(photos):
+            raise ValueError(f"photo: wanted a number in 0..{len(photos) - 1}, got {photo}")
+        for name in (method, *compared):
+            if name not in METHODS:
+                raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {name!r}")
+        if not 0 <= num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps: wanted a number in 0..{MOST_STEPS}, got {num_steps}")
+        self.device = device
+        self.model: Classifier = load_model(model, device=device)
+        self.explanation: Explanation | None = None
+        self.comparison: dict[str, Explanation] = {}
+        self._uploaded: Image.Image | None = None
+        self._seen: tuple = ()
+        self._reached = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread()
+        self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.photos)])
+        self.photo_choice.index, self.model_choice.value = photo, model
+        self.method_choice.value, self.steps.value, self.compared.value = method, num_steps, tuple(compared)
+        self._look()
+        for choice in (self.photo_choice, self.model_choice):
+            choice.observe(lambda change: self.start(self._look), "value")
+
+    def _build(self, photos: list[tuple[str, Path]]) -> None:
+        labels = [(METHOD_LABELS.get(name, name), name) for name in METHODS]
+        self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout=widgets.Layout(width="148px"))
+        self.model_choice = widgets.Dropdown(options=list(MODELS), description="network")
+        self.method_choice = widgets.Dropdown(options=labels, description="method")
+        self.steps = widgets.BoundedIntText(min=0, max=1000, description="steps", layout=widgets.Layout(width="180px"))
+        self.class_choice = widgets.Dropdown(description="class")
+        self.class_search = widgets.Combobox(placeholder="or any: name or number", continuous_update=False)
+        self.compared = widgets.SelectMultiple(options=labels, rows=len(labels), layout=widgets.Layout(width="170px"))
+        self.explain_button = widgets.Button(description="Explain", button_style="primary", icon="search")
+        self.compare_button = widgets.Button(description="Compare", icon="th")
+        self.stop_button = widgets.Button(description="Stop", button_style="danger", icon="stop", disabled=True)
+        self.progress = widgets.FloatProgress(max=1, layout=widgets.Layout(width="200px"))
+        self.status = widgets.HTML()
+        self.photo, self.map, self.masked = (_picture(256) for _ in range(3))
+        self.step = widgets.SelectionSlider(
+            options=[("0", 0)], description="after step", disabled=True, layout=widgets.Layout(width="500px")
+        )
+        self.step_outcome = widgets.HTML()
+        self.bars, self.curve = _picture(440), _picture(440)
+        self.grid_title = widgets.HTML()
+        self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap"))
+        self.upload.observe(lambda change: self.start(self._take_upload), "value")
+        self.step.observe(lambda change: self._show_step(), "value")
+        self.explain_button.on_click(lambda button: self.start(self.explain))
+        self.compare_button.on_click(lambda button: self.start(self.compare))
+        self.stop_button.on_click(lambda button: self._stop.set())
+        maps = [_titled("map over the photo", self.map), _titled("masked photo", self.masked)]
+        below = [widgets.HBox([self.step, self.step_outcome]), widgets.HBox([self.bars, self.curve])]
+        grid = widgets.VBox([self.grid_title, self.grid])
+        self._results, self._compared = [*maps, *below], [grid]
+        self.page = widgets.VBox(
+            [
+                widgets.HBox([self.photo_choice, self.upload]),
+                widgets.HBox([self.class_choice, self.class_search]),
+                widgets.HBox([self.model_choice, self.method_choice, self.steps]),
+                widgets.HBox([self.explain_button, self.compare_button, self.stop_button, self.progress]),
+                self.status,
+                widgets.HBox([_titled("photo, as the network sees it", self.photo), *maps]),
+                *below,
+                widgets.HBox([_titled("to compare (several: Ctrl)", self.compared), grid]),
+            ]
+        )
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        page = self.page._repr_mimebundle_(**options)
+        return {**page, "text/plain": "The page is alive only in a running notebook: Run, Run All Cells."}
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin work of this page in a thread, unless some is under way; what it ends in is said on the page."""
+        if self._thread.is_alive():
+            return
+        self._stop.clear()
+        self._lock(True)
+        self._thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the work under way, if any, has ended."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Stopped:
+            self._say(f"Stopped after {self._reached}. The network is as it was; what was finished before is shown.")
+        except REFUSALS as error:
+            self._say(str(error) or "not enough memory", color="#b00020")
+        finally:
+            self._lock(False)
+
+    def _lock(self, busy: bool) -> None:
+        for control in (
+            self.photo_choice,
+            self.upload,
+            self.model_choice,
+            self.method_choice,
+            self.steps,
+            self.class_choice,
+            self.class_search,
+            self.compared,
+            self.explain_button,
+            self.compare_button,
+        ):
+            control.disabled = busy
+        self.stop_button.disabled = not busy
+        self.progress.value = 0
+
+    def _say(self, text: str, color: str = "inherit") -> None:
+        self.status.value = f'<span style="color:{color}">{html.escape(text)}</span>'
+
+    def _take_upload(self) -> None:
+        if self.upload.value:
+            (file,) = self.upload.value
+            self._uploaded = read_upload(file["name"], bytes(file["content"]))
+            self.photo_choice.value = UPLOAD
+            self._look()
+
+    def _look(self) -> None:
+        """Bring photo and network together: load both, show the photo and offer its five likeliest classes."""
+        path, uploaded, name = wanted = self._wanted()
+        photo = uploaded if path == UPLOAD else read_image(path)
+        if photo is None:
+            raise ValueError("photo: nothing is uploaded yet")
+        if self.model.name != name:
+            self._say(f"Loading {name} ...")
+            self.model = load_model(name, device=self.device)
+        model = self.model
+        self.image = to_input(photo, model.input_size, model.resize).to(self.device)
+        with torch.no_grad():
+            top = model(self.image[None]).double().softmax(1)[0].topk(min(5, len(model.class_names)))
+        self.class_choice.options = [
+            (f"{model.class_names[index]} ({100 * prob:.1f} %)", index)
+            for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
+        self.class_choice.index = 0
+        self._seen = wanted
+        self.class_search.options = model.class_names
+        self.photo.value = _png(to_picture(self.image))
+        self.explanation, self.comparison = None, {}
+        self._show([*self._results, *self._compared], False)
+        self._say("Press Explain for a map by the chosen method, Compare for several.")
+
+    def _wanted(self) -> tuple:
+        path = self.photo_choice.value
+        return path, self._uploaded if path == UPLOAD else None, self.model_choice.value
+
+    def _chosen_class(self) -> int:
+        """Load what was chosen, unless it is loaded; the class of the search field, or else of the list."""
+        if self._seen != self._wanted():
+            self._look()
+        words = self.class_search.value.strip()
+        return class_index(words, self.model.class_names) if words else self.class_choice.value
+
+    def _explain(self, method: str, class_idx: int) -> Explanation:
+        num_steps, label = self.steps.value, METHOD_LABELS.get(method, method)
+
+        def progress(passes: int) -> None:
+            if method == "opti_cam":  # one pass for the feature maps and two at the end are no steps
+                step = min(max(passes - 2, 0), num_steps)
+                self._reached, self.progress.value = f"{step} of {num_steps} steps", step / max(num_steps, 1)
+            else:
+                self._reached = f"{passes} passes of the network"
+            self._say(f"{label}: {self._reached}")
+
+        self._reached, self.progress.value = "0 passes of the network", 0
+        return explain(
+            self.model,
+            self.image,
+            class_idx,
+            method,
+            num_steps=num_steps,
+            stopped=self._stop.is_set,
+            progress=progress,
+        )
+
+    def explain(self) -> None:
+        """Explain the chosen class by the chosen method and show it."""
+        class_idx = self._chosen_class()
+        found = self._explain(self.method_choice.value, class_idx)
+        self.explanation = found
+        probs, masked_probs = (logits.double().softmax(0).cpu() for logits in (found.logits, found.masked_logits))
+        self.bars.value = _png(probability_bars(probs, masked_probs, self.model.class_names, class_idx))
+        self.step.disabled = len(found.maps) == 1
+        self.step.options = [(str(step), step) for step in found.maps]
+        self.step.value = found.step
+        self._show_step()
+        self._show(self._results, True)
+        self._say(describe(found, self.model.class_names))
+
+    def compare(self) -> None:
+        """Explain the chosen class by each of the methods to compare, side by side."""
+        class_idx = self._chosen_class()
+        name = self.model.class_names[class_idx]
+        self.comparison, tiles = {}, []
+        self.grid_title.value = html.escape(f"Probability of {name} when masked by the map of each method:")
+        self.grid.children = ()
+        self._show(self._compared, True)
+        for method in self.compared.value:
+            label, picture = METHOD_LABELS.get(method, method), _picture(156)
+            try:
+                found = self.comparison[method] = self._explain(method, class_idx)
+                label = f"{label}: {100 * found.masked_prob[found.step]:.1f} %"
+                picture.value = _png(overlay(found.image, found.saliency))
+            except REFUSALS as error:  # the others may well apply
+                picture = widgets.HTML(html.escape(str(error)), layout=widgets.Layout(width="156px"))
+            tiles.append(_titled(label, picture))
+            self.grid.children = tiles
+        self._say(f"{len(self.comparison)} methods compared for {name}.")
+
+    def _show(self, parts: Sequence[widgets.Widget], visible: bool) -> None:
+        for part in parts:
+            part.layout.display = None if visible else "none"
+
+    def _show_step(self) -> None:
+        found, step = self.explanation, self.step.value
+        if found is None or step not in found.maps:  # between two explanations
+            return
+        saliency = found.maps[step]
+        self.map.value = _png(overlay(found.image, saliency))
+        self.masked.value = _png(to_picture(apply_mask(found.image[None], saliency[None])[0]))
+        self.step_outcome.value = (
+            f"logit {found.objective[step]:.2f}, probability {100 * found.masked_prob[step]:.1f} %"
+        )
+        followed = len(found.objective) > 1
+        self._show([self.curve], followed)
+        if followed:
+            self.curve.value = _png(objective_curve(found.objective, found.logits[found.class_idx].item(), step))
