@@ -92,9 +92,10 @@ def write_arrays(
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
-    provenance = {_KEY.decode(): np.array(json.dumps(_provenance(parameters, device)))}
+    provenance = np.array(json.dumps(_provenance(parameters, device)))
+    contents: dict[str, Any] = {**arrays, _KEY.decode(): provenance}
     with _replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays, **provenance)
+        np.savez_compressed(file, **contents)
     return Path(path)
 
 
