@@ -1,8 +1,13 @@
-"""Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
+"""Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure."""
 
+import math
 import os
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -52,6 +57,8 @@ METHOD_COLORS = {
     "gradient_rollout": _PALE[6],
     "opti_cam": _COLORS[3],
 }
+_MARKERS = "osD^vPX<>*"
+_WIDTH = 5.6  # inches: in a column of 85 mm, text of 10 points still has 6
 METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
@@ -62,11 +69,12 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     mpl.rcParams |= {
         "figure.dpi": 100,
-        "savefig.dpi": 150,
+        "savefig.dpi": 200,
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.hashsalt": "opticam",
+        "pdf.fonttype": 42,  # TrueType, which journals ask for
     }
 
 
@@ -123,7 +131,7 @@ def image_grid(
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
             if captions:
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=9)
+                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=10)
             if i == 0 and j < len(column_titles):
                 ax.set_title(column_titles[j], fontsize=11)
             if j == 0 and i < len(row_titles):
@@ -148,6 +156,115 @@ def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: 
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
+def gallery(
+    photos: Tensor,
+    names: Sequence[str],
+    probs: Sequence[float],
+    saliency: Mapping[str, Tensor],
+    masked_probs: Mapping[str, Sequence[float]],
+    boxes: Sequence[Tensor] = (),
+) -> Figure:
+    """Photos and, a row a method, their maps, with the probability of the class before (p) and after masking (o).
+
+    Args:
+        photos: (n,3,H,W) in [0,1].
+        names: of the class of each photo.
+        probs: p of each photo.
+        saliency: method -> (m,1,H,W) in [0,1], of all photos or of the first m.
+        masked_probs: method -> o of each photo that it has a map of.
+        boxes: (k,4) of each photo, drawn over it.
+
+    Returns:
+        The figure, not shown.
+    """
+    rows: list[list[Tensor | np.ndarray]] = [list(photos)]
+    captions = [[f"p = {p:.3f}" for p in probs]]
+    for method, maps in saliency.items():
+        some = [overlay(x, S) for x, S in zip(photos, maps, strict=False)]
+        missing = len(photos) - len(some)
+        rows.append([*some, *[torch.ones_like(photos[0])] * missing])
+        captions.append([*(f"o = {o:.3f}" for o in masked_probs[method]), *["not run"] * missing])
+    figure = image_grid(
+        rows,
+        column_titles=[textwrap.fill(name, 10) for name in names],
+        row_titles=["photo", *(METHOD_LABELS.get(method, method).replace(" ", "\n") for method in saliency)],
+        captions=captions,
+        size=_WIDTH / 6,
+    )
+    for some_boxes, ax in zip(boxes, figure.axes, strict=False):
+        show_boxes(ax, some_boxes)
+    return figure
+
+
+def overview(
+    photo: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    saliency: Tensor,
+    logits: Sequence[float],
+    references: Mapping[str, float],
+    name: str,
+    start: float,
+) -> Figure:
+    """Opti-CAM in one picture: photo, feature maps, their weights, map, masked photo; the logit while they move.
+
+    Args:
+        photo: (3,H,W) in [0,1].
+        features: (n,h,w) non-negative, some of the feature maps.
+        weights: (n,) of these, after the optimisation.
+        saliency: (1,H,W) in [0,1].
+        logits: (T+1,) of the masked photo.
+        references: label -> another logit of the class, drawn as a level line.
+        name: of the class.
+        start: what all weights were before the first step.
+
+    Returns:
+        The figure, not shown.
+    """
+    figure = plt.figure(figsize=(_WIDTH, 3.7))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.5)).flat
+    axes, curve = above.subplots(1, 5), below.subplots()
+    axes[0].imshow(to_picture(photo))
+    axes[1].imshow(_tiles(features))
+    axes[2].bar(range(len(weights)), 100 * weights.numpy(), color=METHOD_COLORS["opti_cam"])
+    axes[2].axhline(100 * start, color="0.3", ls="--", lw=1)
+    axes[3].imshow(overlay(photo, saliency))
+    axes[4].imshow(to_picture(photo * saliency))
+    symbols = "$x$", "$A_k$", "$w_k$, %", "$S$", "$x \\odot S$"
+    kinds = "photo", "feature maps", "weights", "map", "masked photo"
+    for ax, symbol, kind in zip(axes, symbols, kinds, strict=True):
+        ax.set_title(symbol, fontsize=11)
+        ax.set_xlabel(kind, fontsize=10)
+        ax.set(xticks=[], box_aspect=1)
+        if ax is not axes[2]:
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+    last = len(logits) - 1
+    curve.plot(range(len(logits)), logits, lw=2.5, color=METHOD_COLORS["opti_cam"])
+    levels = sorted((level, label) for label, level in {**references, "Opti-CAM": max(logits)}.items())
+    gap, place = (max(levels)[0] - min(levels)[0]) / 8, -math.inf
+    for level, label in levels:
+        if label in references:
+            curve.plot([0, last], [level, level], color="0.4", lw=1, ls="--")
+        place = max(level, place + gap)  # labels keep their distance
+        curve.text(1.02 * last, place, f"{label}: {level:.2f}", va="center", fontsize=11)
+    curve.set_xlabel("step of Adam", x=0.5 / 1.45)
+    curve.set(ylabel=f"logit of\n{name}", xlim=(0, 1.45 * last), xticks=[0, last // 2, last])
+    curve.spines["bottom"].set_bounds(0, last)
+    return figure
+
+
+def _tiles(maps: Tensor) -> np.ndarray:
+    """Maps (n,h,w) side by side in a square, each on a scale from 0 to its maximum, as a picture."""
+    side = math.isqrt(len(maps) - 1) + 1
+    height, width = (length + 1 for length in maps.shape[1:])
+    picture = np.ones((side * height - 1, side * width - 1, 3))
+    for k, values in enumerate(maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-9)):
+        row, column = k // side * height, k % side * width
+        picture[row : row + height - 1, column : column + width - 1] = SALIENCY_CMAP(values.numpy())[..., :3]
+    return picture
+
+
 def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
@@ -159,20 +276,20 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     Returns:
         The figure, not shown.
     """
-    size = (3.2 * len(columns) + 1, 0.36 * len(summary) + 1.2)
+    size = (_WIDTH / 4 * (len(columns) + 1), 0.27 * len(summary) + 1.1)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [METHOD_LABELS.get(method, method) for method in summary.index]
     colors = [METHOD_COLORS.get(method, _COLORS[7]) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean = summary[column].to_numpy()
         error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
-        ax.barh(names, mean, xerr=error, color=colors, capsize=3, error_kw={"lw": 1.2})
+        ax.barh(names, mean, xerr=error, color=colors, capsize=2, error_kw={"lw": 1})
         for position, (value, high) in enumerate(zip(mean, error[1], strict=True)):
-            ax.annotate(f"{value:.1f}", (value + high + 3, position), va="center", fontsize=9)
+            ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=10)
         ax.set_title(title)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set(xlim=(0, 122), xticks=range(0, 101, 25))
-    figure.supxlabel(f"%, mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
+    axes[0, 0].set(xlim=(0, 150), xticks=(0, 50, 100))
+    figure.supxlabel(f"%, mean over {num_images} images, 95 % bootstrap interval", fontsize=11)
     return figure
 
 
@@ -188,12 +305,14 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     Returns:
         The figure, not shown.
     """
-    figure, ax = plt.subplots(figsize=(6.4, 4.6))
-    for name, row in summary.iterrows():
+    figure, ax = plt.subplots(figsize=(_WIDTH, 3.2))
+    for marker, (name, row) in zip(cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
-        style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="o", ms=8, capsize=3, lw=1.2, **style)
+        # hollow: methods may share a place
+        style: dict[str, Any] = {"fmt": marker, "ms": 9, "mfc": "none", "mew": 1.8, "elinewidth": 1}
+        style |= {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], **style)
     ax.set(xlabel=labels[x], ylabel=labels[y])
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -211,18 +330,21 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics), 3.9), squeeze=False, sharey=True)
+    size = (_WIDTH / 3 * len(metrics), 2.6)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
     for ax, (metric_name, metric) in zip(axes[0], metrics.items(), strict=True):
         # not to black: the points have to stay visible
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
-        for method, group in rows.groupby("method", sort=False):
+        for marker, (method, group) in zip("osD^v", rows.groupby("method", sort=False), strict=False):
             name = str(method)
             style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
-            ax.scatter(group["prob"], group["masked_prob"], s=32, lw=0.5, edgecolor="w", **style)
+            ax.scatter(group["prob"], group["masked_prob"], s=22, lw=0.5, edgecolor="w", marker=marker, **style)
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")
-        ax.set_title(f"{METRIC_LABELS.get(metric_name, metric_name)} (white 0, dark 1)")
-    axes[0, 0].set_ylabel("$o$, for the masked image")
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="$p$, photo")
+        ax.set_xticklabels(["0", "0.5", "1"])
+        ax.set_title(METRIC_LABELS.get(metric_name, metric_name))
+    axes[0, 0].set_ylabel("$o$, masked photo")
+    figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
@@ -247,6 +369,20 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
         for column, heading in columns.items()
     }
     return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
+
+
+def latex_table(table: pd.DataFrame) -> str:
+    r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
+
+    Args:
+        table: from `interval_table`.
+
+    Returns:
+        A `tabular`, ending in a newline.
+    """
+    text = str(table.to_markdown(tablefmt="latex_booktabs", disable_numparse=True))
+    text = re.sub(r" (\[[^][]+, [^][]+\])", r" {\\scriptsize \1}", text)
+    return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
 
 
 def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:
