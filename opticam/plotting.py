@@ -1,11 +1,11 @@
 """Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure."""
 
+import itertools
 import math
 import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,8 @@ def gallery(
     saliency: Mapping[str, Tensor],
     masked_probs: Mapping[str, Sequence[float]],
     boxes: Sequence[Tensor] = (),
+    *,
+    size: float = _WIDTH / 6,
 ) -> Figure:
     """Photos and, a row a method, their maps, with the probability of the class before (p) and after masking (o).
 
@@ -173,6 +175,7 @@ def gallery(
         saliency: method -> (m,1,H,W) in [0,1], of all photos or of the first m.
         masked_probs: method -> o of each photo that it has a map of.
         boxes: (k,4) of each photo, drawn over it.
+        size: width and height of one picture in inches.
 
     Returns:
         The figure, not shown.
@@ -189,7 +192,7 @@ def gallery(
         column_titles=[textwrap.fill(name, 10) for name in names],
         row_titles=["photo", *(METHOD_LABELS.get(method, method).replace(" ", "\n") for method in saliency)],
         captions=captions,
-        size=_WIDTH / 6,
+        size=size,
     )
     for some_boxes, ax in zip(boxes, figure.axes, strict=False):
         show_boxes(ax, some_boxes)
@@ -306,7 +309,7 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
         The figure, not shown.
     """
     figure, ax = plt.subplots(figsize=(_WIDTH, 3.2))
-    for marker, (name, row) in zip(cycle(_MARKERS), summary.iterrows(), strict=False):
+    for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
         # hollow: methods may share a place
@@ -350,8 +353,87 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     return figure
 
 
+def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
+
+    Filled where the interval excludes 0, hollow where it does not.
+
+    Args:
+        differences: index (group, variant); per column `column`, `column_low`, `column_high`, from
+            `summary.summarize_differences`. NaN leaves the place empty.
+        columns: column -> title of its panel.
+
+    Returns:
+        The figure, not shown.
+    """
+    groups = list(dict.fromkeys(differences.index.get_level_values(0)))
+    places, labels, position = [], [], 0.0
+    for group in groups:
+        labels.append((position, group, True))
+        for variant in differences.loc[[group]].index.get_level_values(1):
+            position += 1
+            places.append(position)
+            labels.append((position, variant, False))
+        position += 1.4
+    size = (3.0 * len(columns) + 2.2, 0.25 * position + 0.9)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
+    for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
+        ax.axvline(0, color="0.6", lw=1)
+        for place, (mean, low, high) in zip(
+            places, differences[[column, f"{column}_low", f"{column}_high"]].to_numpy(), strict=True
+        ):
+            clear = low > 0 or high < 0
+            color = _COLORS[0] if clear else "0.45"
+            ax.plot([low, high], [place, place], color=color, lw=1.5)
+            ax.plot(mean, place, "o", ms=6, color=color, mfc=color if clear else "w")
+        ax.set_title(title, fontsize=12)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_yticks([place for place, *_ in labels], [label for _, label, _ in labels], fontsize=10)
+    for text, (_, _, heading) in zip(axes[0, 0].get_yticklabels(), labels, strict=True):
+        text.set_fontweight("bold" if heading else "normal")
+    axes[0, 0].set_ylim(position - 0.6, -0.8)
+    return figure
+
+
+def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
+    """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
+
+    Args:
+        curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
+        columns: similarity -> label of its axis, one row of panels each.
+        orders: order -> title, one column of panels each.
+
+    Returns:
+        The figure, not shown.
+    """
+    size = (4.6 * len(orders), 2.9 * len(columns) + 0.6)
+    figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
+    methods = list(dict.fromkeys(curves.index.get_level_values("method")))
+    for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
+        ax, panel = axes[i, j], curves.loc[order]
+        ax.axhline(0, color="0.6", lw=1)
+        for k, method in enumerate(methods):
+            curve = panel.xs(method, level="method")
+            mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
+            x = np.arange(len(curve)) + 0.08 * (
+                k - (len(methods) - 1) / 2
+            )  # side by side, or intervals hide each other
+            error = np.stack([mean - low, high - mean]).clip(min=0)
+            style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+            ax.errorbar(x, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
+        stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
+        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
+        if i == 0:
+            ax.set_title(orders[order], fontsize=12)
+        if j == 0:
+            ax.set_ylabel(columns[column])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
+    return figure
+
+
 def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
-    """The summary as people read it: "mean [low, high]", one row a method.
+    """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
 
     Args:
         summary: from `summary.summarize`.
@@ -363,7 +445,7 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     """
     cells = {
         heading: [
-            f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
             for mean, low, high in summary[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
         ]
         for column, heading in columns.items()
