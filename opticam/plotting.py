@@ -489,7 +489,11 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     kind = path.suffix.lstrip(".") or "png"
-    stamps = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    stamps = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        "svg": {"Date": None, "Creator": None},
+    }
     try:
         figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=stamps.get(kind))
         temporary.replace(path)

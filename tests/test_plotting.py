@@ -61,6 +61,7 @@ def test_saved_figures_are_byte_identical_and_whole(tmp_path):
             written.append(save_figure(figure, tmp_path / "deep" / f"{name}.{suffix}").read_bytes())
         assert written[0] == written[1]
         assert len(written[0]) > 1000
+        assert mpl.__version__.encode() not in written[0]
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
 
 
