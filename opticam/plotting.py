@@ -7,7 +7,6 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -312,10 +311,10 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
+        color, label = METHOD_COLORS.get(method, _COLORS[7]), METHOD_LABELS.get(method, method)
+        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="none", color=color, elinewidth=1)
         # hollow: methods may share a place
-        style: dict[str, Any] = {"fmt": marker, "ms": 9, "mfc": "none", "mew": 1.8, "elinewidth": 1}
-        style |= {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], **style)
+        ax.plot(row[x], row[y], marker, ms=8, mfc="none", mew=1.8, color=color, label=label)
     ax.set(xlabel=labels[x], ylabel=labels[y])
     figure.legend(loc="outside right center", frameon=False)
     return figure
