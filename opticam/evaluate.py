@@ -152,12 +152,37 @@ def _box_experiment(batch: Explained) -> dict[str, Any]:
     }
 
 
+def _saliency(batch: Explained) -> dict[str, Any]:
+    return {"saliency": [maps.mul(255).round().byte().cpu().numpy().tobytes() for maps in batch.saliency]}
+
+
+def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
+    """The maps that the score "saliency" put into the rows, with 8 bits a pixel: rounded by at most 1/510.
+
+    Args:
+        rows: n of them, from `evaluate` or `results.read_shards`.
+        size: (H,W) of the images.
+
+    Returns:
+        (n,1,H,W) float32 in [0,1].
+
+    Raises:
+        ValueError: a row without a map, or of another size.
+    """
+    for name, data in zip(rows["image"], rows["saliency"], strict=True):
+        if not isinstance(data, bytes) or len(data) != math.prod(size):
+            raise ValueError(f"rows: wanted a map of {size[0]}x{size[1]} for every image; {name} has none")
+    stacked = np.stack([np.frombuffer(data, np.uint8).reshape(1, *size) for data in rows["saliency"]])
+    return torch.from_numpy(stacked).float() / 255
+
+
 SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
     "curves": _curves,
     "road": _road,
     "adcc": _adcc,
     "localization": _localization,
     "box_experiment": _box_experiment,
+    "saliency": _saliency,
 }
 
 

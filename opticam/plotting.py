@@ -1,6 +1,9 @@
-"""Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
+"""Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure."""
 
+import itertools
+import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +56,8 @@ METHOD_COLORS = {
     "gradient_rollout": _PALE[6],
     "opti_cam": _COLORS[3],
 }
+_MARKERS = "osD^vPX<>*"
+_WIDTH = 5.6  # inches: in a column of 85 mm, text of 10 points still has 6
 METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
@@ -63,11 +68,12 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     mpl.rcParams |= {
         "figure.dpi": 100,
-        "savefig.dpi": 150,
+        "savefig.dpi": 200,
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.hashsalt": "opticam",
+        "pdf.fonttype": 42,  # TrueType, which journals ask for
     }
 
 
@@ -124,7 +130,7 @@ def image_grid(
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
             if captions:
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=9)
+                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=10)
             if i == 0 and j < len(column_titles):
                 ax.set_title(column_titles[j], fontsize=11)
             if j == 0 and i < len(row_titles):
@@ -207,6 +213,118 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     return figure
 
 
+def gallery(
+    photos: Tensor,
+    names: Sequence[str],
+    probs: Sequence[float],
+    saliency: Mapping[str, Tensor],
+    masked_probs: Mapping[str, Sequence[float]],
+    boxes: Sequence[Tensor] = (),
+    *,
+    size: float = _WIDTH / 6,
+) -> Figure:
+    """Photos and, a row a method, their maps, with the probability of the class before (p) and after masking (o).
+
+    Args:
+        photos: (n,3,H,W) in [0,1].
+        names: of the class of each photo.
+        probs: p of each photo.
+        saliency: method -> (m,1,H,W) in [0,1], of all photos or of the first m.
+        masked_probs: method -> o of each photo that it has a map of.
+        boxes: (k,4) of each photo, drawn over it.
+        size: width and height of one picture in inches.
+
+    Returns:
+        The figure, not shown.
+    """
+    rows: list[list[Tensor | np.ndarray]] = [list(photos)]
+    captions = [[f"p = {p:.3f}" for p in probs]]
+    for method, maps in saliency.items():
+        some = [overlay(x, S) for x, S in zip(photos, maps, strict=False)]
+        missing = len(photos) - len(some)
+        rows.append([*some, *[torch.ones_like(photos[0])] * missing])
+        captions.append([*(f"o = {o:.3f}" for o in masked_probs[method]), *["not run"] * missing])
+    figure = image_grid(
+        rows,
+        column_titles=[textwrap.fill(name, 10) for name in names],
+        row_titles=["photo", *(METHOD_LABELS.get(method, method).replace(" ", "\n") for method in saliency)],
+        captions=captions,
+        size=size,
+    )
+    for some_boxes, ax in zip(boxes, figure.axes, strict=False):
+        show_boxes(ax, some_boxes)
+    return figure
+
+
+def overview(
+    photo: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    saliency: Tensor,
+    logits: Sequence[float],
+    references: Mapping[str, float],
+    name: str,
+    start: float,
+) -> Figure:
+    """Opti-CAM in one picture: photo, feature maps, their weights, map, masked photo; the logit while they move.
+
+    Args:
+        photo: (3,H,W) in [0,1].
+        features: (n,h,w) non-negative, some of the feature maps.
+        weights: (n,) of these, after the optimisation.
+        saliency: (1,H,W) in [0,1].
+        logits: (T+1,) of the masked photo.
+        references: label -> another logit of the class, drawn as a level line.
+        name: of the class.
+        start: what all weights were before the first step.
+
+    Returns:
+        The figure, not shown.
+    """
+    figure = plt.figure(figsize=(_WIDTH, 3.7))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.5)).flat
+    axes, curve = above.subplots(1, 5), below.subplots()
+    axes[0].imshow(to_picture(photo))
+    axes[1].imshow(_tiles(features))
+    axes[2].bar(range(len(weights)), 100 * weights.numpy(), color=METHOD_COLORS["opti_cam"])
+    axes[2].axhline(100 * start, color="0.3", ls="--", lw=1)
+    axes[3].imshow(overlay(photo, saliency))
+    axes[4].imshow(to_picture(photo * saliency))
+    symbols = "$x$", "$A_k$", "$w_k$, %", "$S$", "$x \\odot S$"
+    kinds = "photo", "feature maps", "weights", "map", "masked photo"
+    for ax, symbol, kind in zip(axes, symbols, kinds, strict=True):
+        ax.set_title(symbol, fontsize=11)
+        ax.set_xlabel(kind, fontsize=10)
+        ax.set(xticks=[], box_aspect=1)
+        if ax is not axes[2]:
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+    last = len(logits) - 1
+    curve.plot(range(len(logits)), logits, lw=2.5, color=METHOD_COLORS["opti_cam"])
+    levels = sorted((level, label) for label, level in {**references, "Opti-CAM": max(logits)}.items())
+    gap, place = (max(levels)[0] - min(levels)[0]) / 8, -math.inf
+    for level, label in levels:
+        if label in references:
+            curve.plot([0, last], [level, level], color="0.4", lw=1, ls="--")
+        place = max(level, place + gap)  # labels keep their distance
+        curve.text(1.02 * last, place, f"{label}: {level:.2f}", va="center", fontsize=11)
+    curve.set_xlabel("step of Adam", x=0.5 / 1.45)
+    curve.set(ylabel=f"logit of\n{name}", xlim=(0, 1.45 * last), xticks=[0, last // 2, last])
+    curve.spines["bottom"].set_bounds(0, last)
+    return figure
+
+
+def _tiles(maps: Tensor) -> np.ndarray:
+    """Maps (n,h,w) side by side in a square, each on a scale from 0 to its maximum, as a picture."""
+    side = math.isqrt(len(maps) - 1) + 1
+    height, width = (length + 1 for length in maps.shape[1:])
+    picture = np.ones((side * height - 1, side * width - 1, 3))
+    for k, values in enumerate(maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-9)):
+        row, column = k // side * height, k % side * width
+        picture[row : row + height - 1, column : column + width - 1] = SALIENCY_CMAP(values.numpy())[..., :3]
+    return picture
+
+
 def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
@@ -218,20 +336,20 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     Returns:
         The figure, not shown.
     """
-    size = (3.2 * len(columns) + 1, 0.36 * len(summary) + 1.2)
+    size = (_WIDTH / 4 * (len(columns) + 1), 0.27 * len(summary) + 1.1)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [METHOD_LABELS.get(method, method) for method in summary.index]
     colors = [METHOD_COLORS.get(method, _COLORS[7]) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean = summary[column].to_numpy()
         error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
-        ax.barh(names, mean, xerr=error, color=colors, capsize=3, error_kw={"lw": 1.2})
+        ax.barh(names, mean, xerr=error, color=colors, capsize=2, error_kw={"lw": 1})
         for position, (value, high) in enumerate(zip(mean, error[1], strict=True)):
-            ax.annotate(f"{value:.1f}", (value + high + 3, position), va="center", fontsize=9)
+            ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=10)
         ax.set_title(title)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set(xlim=(0, 122), xticks=range(0, 101, 25))
-    figure.supxlabel(f"%, mean and 95 % bootstrap interval over {num_images} images", fontsize=10)
+    axes[0, 0].set(xlim=(0, 150), xticks=(0, 50, 100))
+    figure.supxlabel(f"%, mean over {num_images} images, 95 % bootstrap interval", fontsize=11)
     return figure
 
 
@@ -247,12 +365,14 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     Returns:
         The figure, not shown.
     """
-    figure, ax = plt.subplots(figsize=(6.4, 4.6))
-    for name, row in summary.iterrows():
+    figure, ax = plt.subplots(figsize=(_WIDTH, 3.2))
+    for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
-        style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="o", ms=8, capsize=3, lw=1.2, **style)
+        color, label = METHOD_COLORS.get(method, _COLORS[7]), METHOD_LABELS.get(method, method)
+        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="none", color=color, elinewidth=1)
+        # hollow: methods may share a place
+        ax.plot(row[x], row[y], marker, ms=8, mfc="none", mew=1.8, color=color, label=label)
     ax.set(xlabel=labels[x], ylabel=labels[y])
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -270,25 +390,104 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics), 3.9), squeeze=False, sharey=True)
+    size = (_WIDTH / 3 * len(metrics), 2.6)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
     for ax, (metric_name, metric) in zip(axes[0], metrics.items(), strict=True):
         # not to black: the points have to stay visible
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
-        for method, group in rows.groupby("method", sort=False):
+        for marker, (method, group) in zip("osD^v", rows.groupby("method", sort=False), strict=False):
             name = str(method)
             style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
-            ax.scatter(group["prob"], group["masked_prob"], s=32, lw=0.5, edgecolor="w", **style)
+            ax.scatter(group["prob"], group["masked_prob"], s=22, lw=0.5, edgecolor="w", marker=marker, **style)
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="$p$, probability for the image")
-        ax.set_title(f"{METRIC_LABELS.get(metric_name, metric_name)} (white 0, dark 1)")
-    axes[0, 0].set_ylabel("$o$, for the masked image")
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="$p$, photo")
+        ax.set_xticklabels(["0", "0.5", "1"])
+        ax.set_title(METRIC_LABELS.get(metric_name, metric_name))
+    axes[0, 0].set_ylabel("$o$, masked photo")
+    figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 
+def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
+
+    Filled where the interval excludes 0, hollow where it does not.
+
+    Args:
+        differences: index (group, variant); per column `column`, `column_low`, `column_high`, from
+            `summary.summarize_differences`. NaN leaves the place empty.
+        columns: column -> title of its panel.
+
+    Returns:
+        The figure, not shown.
+    """
+    groups = list(dict.fromkeys(differences.index.get_level_values(0)))
+    places, labels, position = [], [], 0.0
+    for group in groups:
+        labels.append((position, group, True))
+        for variant in differences.loc[[group]].index.get_level_values(1):
+            position += 1
+            places.append(position)
+            labels.append((position, variant, False))
+        position += 1.4
+    size = (3.2 * len(columns) + 3.0, 0.24 * position + 0.9)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
+    for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
+        ax.axvline(0, color="0.6", lw=1)
+        values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
+        for place, (mean, low, high) in zip(places, values, strict=True):
+            clear = low > 0 or high < 0
+            color = _COLORS[0] if clear else "0.45"
+            ax.plot([low, high], [place, place], color=color, lw=1.5)
+            ax.plot(mean, place, "o", ms=6, color=color, mfc=color if clear else "w")
+        ax.set_title(title, fontsize=12)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_yticks([place for place, *_ in labels], [label for _, label, _ in labels], fontsize=10)
+    for text, (_, _, heading) in zip(axes[0, 0].get_yticklabels(), labels, strict=True):
+        text.set_fontweight("bold" if heading else "normal")
+    axes[0, 0].set_ylim(position - 0.6, -0.8)
+    return figure
+
+
+def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
+    """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
+
+    Args:
+        curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
+        columns: similarity -> label of its axis, one row of panels each.
+        orders: order -> title, one column of panels each.
+
+    Returns:
+        The figure, not shown.
+    """
+    size = (4.6 * len(orders), 2.9 * len(columns) + 0.6)
+    figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
+    methods = list(dict.fromkeys(curves.index.get_level_values("method")))
+    for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
+        ax, panel = axes[i, j], curves.loc[order]
+        ax.axhline(0, color="0.6", lw=1)
+        for k, method in enumerate(methods):
+            curve = panel.xs(method, level="method")
+            mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
+            beside = 0.08 * (k - (len(methods) - 1) / 2)  # else intervals hide each other
+            error = np.stack([mean - low, high - mean]).clip(min=0)
+            style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+            ax.errorbar(np.arange(len(mean)) + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
+        stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
+        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
+        if i == 0:
+            ax.set_title(orders[order], fontsize=12)
+        if j == 0:
+            ax.set_ylabel(columns[column])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
+    return figure
+
+
 def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
-    """The summary as people read it: "mean [low, high]", one row a method.
+    """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
 
     Args:
         summary: from `summary.summarize`.
@@ -300,12 +499,26 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     """
     cells = {
         heading: [
-            f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
             for mean, low, high in summary[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
         ]
         for column, heading in columns.items()
     }
     return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
+
+
+def latex_table(table: pd.DataFrame) -> str:
+    r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
+
+    Args:
+        table: from `interval_table`.
+
+    Returns:
+        A `tabular`, ending in a newline.
+    """
+    text = str(table.to_markdown(tablefmt="latex_booktabs", disable_numparse=True))
+    text = re.sub(r" (\[[^][]+, [^][]+\])", r" {\\scriptsize \1}", text)
+    return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
 
 
 def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:
@@ -330,7 +543,11 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     kind = path.suffix.lstrip(".") or "png"
-    stamps = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    stamps = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        "svg": {"Date": None, "Creator": None},
+    }
     try:
         figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=stamps.get(kind))
         temporary.replace(path)

@@ -1,15 +1,19 @@
-"""Tables on disk: one Parquet file, written whole or not at all, that knows how it came about."""
+"""Tables and arrays on disk: one file each, written whole or not at all, that knows how it came about."""
 
 import hashlib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,25 +39,12 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     Raises:
         OSError: the place cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {
-        "parameters": dict(parameters),
-        "package": version("opticam"),
-        "code": code_digest(),
-        "commit": _commit(),
-        "device": device,
-        "torch": torch.__version__,
-    }
     table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    provenance = json.dumps(_provenance(parameters, device)).encode()
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: provenance})
+    with _replacing(Path(path)) as temporary:
         pq.write_table(table, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -69,9 +60,7 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         OSError: no such file.
         ValueError: a file without provenance of this package, or no Parquet at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"results: no file at {path}")
+    path = _existing(Path(path))
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
@@ -80,6 +69,58 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if _KEY not in metadata:
         raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
     return table.to_pandas(), json.loads(metadata[_KEY])
+
+
+def write_arrays(
+    arrays: Mapping[str, np.ndarray], path: str | Path, parameters: Mapping[str, Any], device: str = "cpu"
+) -> Path:
+    """Write what is no table, such as photos and maps, with its provenance; see `write_rows`.
+
+    Args:
+        arrays: name -> array of numbers or text.
+        path: where, `.npz`; folders are made.
+        parameters: what the arrays were computed with; JSON.
+        device: where they were computed.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: the place cannot be written.
+        ValueError: an array of objects, which would be read by running code.
+    """
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
+    provenance = np.array(json.dumps(_provenance(parameters, device)))
+    contents: dict[str, Any] = {**arrays, _KEY.decode(): provenance}
+    with _replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **contents)
+    return Path(path)
+
+
+def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays that `write_arrays` wrote, and their provenance.
+
+    Args:
+        path: the `.npz` file.
+
+    Returns:
+        Name -> array, and the provenance as in `read_rows`.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file without provenance of this package, or one that is no archive of plain arrays.
+    """
+    path = _existing(Path(path))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"results: {path} is not an archive of plain arrays") from error
+    if _KEY.decode() not in arrays:
+        raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
+    return arrays, json.loads(str(arrays.pop(_KEY.decode())))
 
 
 def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
@@ -121,6 +162,37 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if len(twice):
         raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row an image and method")
     return rows, provenances[0]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        number = re.match(r"\d\d(?=_)", path.name)
+        source = f"; notebook {number[0]} writes it: opticam run {number[0]}" if number else ""
+        raise FileNotFoundError(f"results: no file at {path}{source}")
+    return path
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write under; what is there in the end gets the name `path`, in one step, unless writing failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:
+    return {
+        "parameters": dict(parameters),
+        "package": version("opticam"),
+        "code": code_digest(),
+        "commit": _commit(),
+        "device": device,
+        "torch": torch.__version__,
+    }
 
 
 @cache

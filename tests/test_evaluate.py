@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from opticam import METHODS, evaluate, load_model, metrics, results, score
 from opticam.datasets import Sample, Skipped, demo
-from opticam.evaluate import SCORES, stream
+from opticam.evaluate import SCORES, stored_saliency, stream
 from opticam.results import read_shards
 from opticam.summary import summarize
 
@@ -70,6 +70,20 @@ def test_evaluate_does_not_depend_on_the_batch(tiny, samples):
 def test_constant_maps_are_counted_as_degenerate(tiny, samples):
     rows = evaluate(tiny, samples, {"ones": lambda model, images, class_idx: torch.ones(len(images), 1, 24, 32)})
     assert (rows["status"] == "degenerate").all()
+
+
+def test_maps_are_kept_where_asked_for(tiny, samples):
+    tiny.layer = "features"
+    method = METHODS["grad_cam"]
+    torn = Skipped("torn.png", 2, "torn")
+    rows = evaluate(tiny, [*samples, torn], {"grad_cam": method}, scores=["saliency"], batch_size=2)
+    wanted = torch.cat([method(tiny, s.image[None], torch.tensor([s.label])) for s in samples])
+    assert (stored_saliency(rows[:5], (24, 32)) - wanted).abs().max() <= 1 / 510 + 1e-6
+    assert "saliency" not in evaluate(tiny, samples, {"grad_cam": method})
+    with pytest.raises(ValueError, match=r"wanted a map of 24x32 for every image; torn\.png has none"):
+        stored_saliency(rows, (24, 32))
+    with pytest.raises(ValueError, match="wanted a map of 12x12"):
+        stored_saliency(rows[:5], (12, 12))
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -9,12 +9,15 @@ from opticam.plotting import (
     METHOD_COLORS,
     METHOD_LABELS,
     explanation_figure,
+    gallery,
     image_grid,
     interval_table,
+    latex_table,
     metric_bars,
     metric_values,
     objective_curve,
     overlay,
+    overview,
     probability_bars,
     save_figure,
     show_boxes,
@@ -60,6 +63,7 @@ def test_saved_figures_are_byte_identical_and_whole(tmp_path):
             written.append(save_figure(figure, tmp_path / "deep" / f"{name}.{suffix}").read_bytes())
         assert written[0] == written[1]
         assert len(written[0]) > 1000
+        assert mpl.__version__.encode() not in written[0]
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
 
 
@@ -117,3 +121,61 @@ def test_the_objective_curve_marks_its_step_and_the_photos_logit():
     assert set(reference.get_ydata()) == {1.5}
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (1, 3)
     assert not mpl.pyplot.get_fignums()
+
+
+def test_gallery_puts_each_map_over_its_photo_and_says_what_was_not_run():
+    photos, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    figure = gallery(
+        photos,
+        ["a", "African hunting dog"],
+        [0.25, 0.5],
+        {"grad_cam": maps, "rise": maps[:1]},
+        {"grad_cam": [0.125, 1], "rise": [0.75]},
+        [torch.tensor([[2.0, 3.0, 4.0, 6.0]]), torch.zeros(0, 4)],
+    )
+    assert [ax.texts[0].get_text() for ax in figure.axes] == [
+        *("p = 0.250", "p = 0.500"),
+        *("o = 0.125", "o = 1.000"),
+        *("o = 0.750", "not run"),
+    ]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["a", "African\nhunting\ndog"]
+    assert [len(ax.patches) for ax in figure.axes] == [1, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(figure.axes[3].images[0].get_array(), overlay(photos[1], maps[1]), atol=1e-6)
+
+
+def test_overview_shows_the_feature_maps_the_curve_and_its_references():
+    features = torch.zeros(5, 2, 2)
+    features[3, 0, 1] = 7  # the fourth of nine places: second row, first column
+    figure = overview(
+        torch.rand(3, 8, 8),
+        features,
+        torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1]),
+        torch.rand(1, 8, 8),
+        [2.0, 3.0, 5.0],
+        {"photo": 1.0, "Grad-CAM": 1.01},
+        "dog",
+        0.001,
+    )
+    maps, weights, curve = figure.axes[1], figure.axes[2], figure.axes[5]
+    tiles = maps.images[0].get_array()
+    assert tiles.shape == (8, 8, 3)
+    bright = tiles.sum(-1) * (tiles.min(-1) < 1)  # without the white between them
+    assert np.unravel_index(bright.argmax(), bright.shape) == (3, 1)
+    assert [bar.get_height() for bar in weights.patches] == pytest.approx([50, 20, 10, 10, 10])
+    assert curve.lines[0].get_ydata().tolist() == [2, 3, 5]
+    assert [text.get_text() for text in curve.texts] == ["photo: 1.00", "Grad-CAM: 1.01", "Opti-CAM: 5.00"]
+    assert curve.texts[1].get_position()[1] - curve.texts[0].get_position()[1] == pytest.approx(0.5)  # (5 - 1) / 8
+
+
+def test_latex_table():
+    table = pd.DataFrame({"AD % ↓": ["0.3 [0.0, 0.8]"], "n": ["5"]}, index=pd.Index(["Opti-CAM"], name="method"))
+    lines = latex_table(table).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        r"\begin{tabular}{lll}",
+        r"\toprule",
+        r"method & AD \% $\downarrow$ & n \\",
+        r"\midrule",
+        r"Opti-CAM & 0.3 {\scriptsize [0.0, 0.8]} & 5 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]

@@ -11,6 +11,7 @@ import yaml
 
 from opticam import METHODS
 from opticam.datasets import REPOSITORY
+from opticam.runner import list_notebooks
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
@@ -72,9 +73,19 @@ def test_the_schedules_of_the_readme_are_the_measured_ones():
 def test_links_in_markdown_resolve():
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for page in (REPOSITORY / name for name in tracked.stdout.split()):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)[)\"]", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_gallery_of_notebooks_repeats_their_answers():
+    page = (REPOSITORY / "notebooks" / "README.md").read_text()
+    for path in list_notebooks():
+        (row,) = re.findall(rf"^\| \[{path.stem[:2]}\]\({re.escape(path.name)}\) \|.+", page, re.M)
+        question, answer = re.search(r"\*\*(.+?)\*\*(.+?)\|", row).groups()
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert first.startswith(f"# {question}\n")
+        assert set(re.findall(r"\d+\.\d+", answer)) <= set(re.findall(r"\d+\.\d+", first))
 
 
 def test_import_needs_no_network_and_leaves_random_state_alone():

@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -39,3 +40,35 @@ def test_what_is_not_ours_is_refused(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="has no provenance"):
         results.read_rows(tmp_path / "other.parquet")
+
+
+def test_arrays_come_back_with_their_provenance(tmp_path):
+    arrays = {"maps": np.arange(6, dtype=np.uint8).reshape(2, 3), "names": np.array(["a", "bc"])}
+    path = results.write_arrays(arrays, tmp_path / "deep" / "maps.npz", {"model": "m"}, "cuda")
+    read, provenance = results.read_arrays(path)
+    assert sorted(read) == ["maps", "names"]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array, strict=True)
+    assert (provenance["parameters"], provenance["device"]) == ({"model": "m"}, "cuda")
+    assert [file.name for file in path.parent.iterdir()] == ["maps.npz"]
+    with pytest.raises(ValueError, match="arrays: wanted numbers or text, objects holds objects"):
+        results.write_arrays({"objects": np.array([{}])}, path, {})
+    assert sorted(results.read_arrays(path)[0]) == ["maps", "names"]
+    assert [file.name for file in path.parent.iterdir()] == ["maps.npz"]
+
+
+def test_arrays_of_others_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}]))
+    np.savez(tmp_path / "other.npz", a=np.zeros(2))
+    for name in ("text", "objects"):
+        with pytest.raises(ValueError, match="is not an archive of plain arrays"):
+            results.read_arrays(tmp_path / f"{name}.npz")
+    with pytest.raises(ValueError, match="has no provenance"):
+        results.read_arrays(tmp_path / "other.npz")
+
+
+def test_a_missing_result_names_the_notebook_that_writes_it(tmp_path):
+    for read in (results.read_rows, results.read_arrays):
+        with pytest.raises(FileNotFoundError, match=r"no file at .*; notebook 05 writes it: opticam run 05$"):
+            read(tmp_path / "05_ablations.parquet")
