@@ -1,5 +1,6 @@
 """Pictures: overlays, grids of images, bars with intervals; one style for all figures; save_figure."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -225,6 +226,82 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     axes[0, 0].set_ylabel("$o$, for the masked image")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
+
+    Filled where the interval excludes 0, hollow where it does not.
+
+    Args:
+        differences: index (group, variant); per column `column`, `column_low`, `column_high`, from
+            `summary.summarize_differences`. NaN leaves the place empty.
+        columns: column -> title of its panel.
+
+    Returns:
+        The figure, not shown.
+    """
+    groups = list(dict.fromkeys(differences.index.get_level_values(0)))
+    places, labels, position = [], [], 0.0
+    for group in groups:
+        labels.append((position, group, True))
+        for variant in differences.loc[[group]].index.get_level_values(1):
+            position += 1
+            places.append(position)
+            labels.append((position, variant, False))
+        position += 1.4
+    size = (3.0 * len(columns) + 2.2, 0.25 * position + 0.9)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
+    for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
+        ax.axvline(0, color="0.6", lw=1)
+        for place, (mean, low, high) in zip(
+            places, differences[[column, f"{column}_low", f"{column}_high"]].to_numpy(), strict=True
+        ):
+            clear = low > 0 or high < 0
+            color = _COLORS[0] if clear else "0.45"
+            ax.plot([low, high], [place, place], color=color, lw=1.5)
+            ax.plot(mean, place, "o", ms=6, color=color, mfc=color if clear else "w")
+        ax.set_title(title, fontsize=12)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_yticks([place for place, *_ in labels], [label for _, label, _ in labels], fontsize=10)
+    for text, (_, _, heading) in zip(axes[0, 0].get_yticklabels(), labels, strict=True):
+        text.set_fontweight("bold" if heading else "normal")
+    axes[0, 0].set_ylim(position - 0.6, -0.8)
+    return figure
+
+
+def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
+    """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
+
+    Args:
+        curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
+        columns: similarity -> label of its axis, one row of panels each.
+        orders: order -> title, one column of panels each.
+
+    Returns:
+        The figure, not shown.
+    """
+    size = (4.6 * len(orders), 2.9 * len(columns) + 0.6)
+    figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey=True)
+    methods = list(dict.fromkeys(curves.index.get_level_values("method")))
+    for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
+        ax, panel = axes[i, j], curves.loc[order]
+        ax.axhline(0, color="0.6", lw=1)
+        for k, method in enumerate(methods):
+            curve = panel.xs(method, level="method")
+            x = np.arange(len(curve)) + 0.08 * (k - (len(methods) - 1) / 2)  # side by side, or intervals hide each other
+            error = np.stack([curve[column] - curve[f"{column}_low"], curve[f"{column}_high"] - curve[column]])
+            style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+            ax.errorbar(x, curve[column], yerr=error.clip(min=0), fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
+        stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
+        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
+        if i == 0:
+            ax.set_title(orders[order], fontsize=12)
+        if j == 0:
+            ax.set_ylabel(columns[column])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 

@@ -74,6 +74,34 @@ def summarize(rows: pd.DataFrame, columns: Mapping[str, float]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
 
+def summarize_differences(rows: pd.DataFrame, columns: Mapping[str, float], reference: str) -> pd.DataFrame:
+    """Mean differences to one method, image by image, with 95 % bootstrap intervals, per other method.
+
+    All methods see the same images, so what an image adds to both sides falls out, and the interval is narrower than
+    those of the two means. Images that lack one of the two values do not count.
+
+    Args:
+        rows: as `summarize`, with the column `image`; one row per image and method.
+        columns: column -> factor to multiply with, 100 for a percentage.
+        reference: the method to subtract.
+
+    Returns:
+        As `summarize`, without the reference: positive where the method has more of the column.
+
+    Raises:
+        ValueError: no row of the reference, or an image has two rows of the same method.
+    """
+    if reference not in set(rows["method"]):
+        raise ValueError(f"reference: wanted one of {', '.join(rows['method'].unique())}, got {reference!r}")
+    order = [method for method in rows["method"].unique() if method != reference]
+    wide = {column: rows.pivot(index="image", columns="method", values=column) for column in columns}
+    parts = [
+        pd.DataFrame({column: values[method] - values[reference] for column, values in wide.items()}).assign(method=method)
+        for method in order
+    ]
+    return summarize(pd.concat(parts), columns) if parts else pd.DataFrame()
+
+
 def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman rank correlation along an axis, ties sharing their mean rank: a statistic for `bootstrap_interval`.
 
