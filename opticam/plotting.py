@@ -283,17 +283,20 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
         The figure, not shown.
     """
     size = (4.6 * len(orders), 2.9 * len(columns) + 0.6)
-    figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey=True)
+    figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
     methods = list(dict.fromkeys(curves.index.get_level_values("method")))
     for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
         ax, panel = axes[i, j], curves.loc[order]
         ax.axhline(0, color="0.6", lw=1)
         for k, method in enumerate(methods):
             curve = panel.xs(method, level="method")
-            x = np.arange(len(curve)) + 0.08 * (k - (len(methods) - 1) / 2)  # side by side, or intervals hide each other
-            error = np.stack([curve[column] - curve[f"{column}_low"], curve[f"{column}_high"] - curve[column]])
+            mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
+            x = np.arange(len(curve)) + 0.08 * (
+                k - (len(methods) - 1) / 2
+            )  # side by side, or intervals hide each other
+            error = np.stack([mean - low, high - mean]).clip(min=0)
             style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-            ax.errorbar(x, curve[column], yerr=error.clip(min=0), fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
+            ax.errorbar(x, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
         stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
         if i == 0:
@@ -306,7 +309,7 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
 
 
 def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
-    """The summary as people read it: "mean [low, high]", one row a method.
+    """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
 
     Args:
         summary: from `summary.summarize`.
@@ -318,7 +321,7 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     """
     cells = {
         heading: [
-            f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
             for mean, low, high in summary[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
         ]
         for column, heading in columns.items()

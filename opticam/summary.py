@@ -96,7 +96,9 @@ def summarize_differences(rows: pd.DataFrame, columns: Mapping[str, float], refe
     order = [method for method in rows["method"].unique() if method != reference]
     wide = {column: rows.pivot(index="image", columns="method", values=column) for column in columns}
     parts = [
-        pd.DataFrame({column: values[method] - values[reference] for column, values in wide.items()}).assign(method=method)
+        pd.DataFrame({column: values[method] - values[reference] for column, values in wide.items()}).assign(
+            method=method
+        )
         for method in order
     ]
     return summarize(pd.concat(parts), columns) if parts else pd.DataFrame()
