@@ -255,9 +255,8 @@ def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Fi
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=1)
-        for place, (mean, low, high) in zip(
-            places, differences[[column, f"{column}_low", f"{column}_high"]].to_numpy(), strict=True
-        ):
+        values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
+        for place, (mean, low, high) in zip(places, values, strict=True):
             clear = low > 0 or high < 0
             color = _COLORS[0] if clear else "0.45"
             ax.plot([low, high], [place, place], color=color, lw=1.5)
@@ -291,12 +290,10 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
         for k, method in enumerate(methods):
             curve = panel.xs(method, level="method")
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
-            x = np.arange(len(curve)) + 0.08 * (
-                k - (len(methods) - 1) / 2
-            )  # side by side, or intervals hide each other
+            beside = 0.08 * (k - (len(methods) - 1) / 2)  # else intervals hide each other
             error = np.stack([mean - low, high - mean]).clip(min=0)
             style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-            ax.errorbar(x, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
+            ax.errorbar(np.arange(len(mean)) + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
         stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
         if i == 0:

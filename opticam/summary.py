@@ -77,8 +77,8 @@ def summarize(rows: pd.DataFrame, columns: Mapping[str, float]) -> pd.DataFrame:
 def summarize_differences(rows: pd.DataFrame, columns: Mapping[str, float], reference: str) -> pd.DataFrame:
     """Mean differences to one method, image by image, with 95 % bootstrap intervals, per other method.
 
-    All methods see the same images, so what an image adds to both sides falls out, and the interval is narrower than
-    those of the two means. Images that lack one of the two values do not count.
+    All methods see the same images, so what an image adds to both sides falls out. Images that lack one of the two
+    values do not count.
 
     Args:
         rows: as `summarize`, with the column `image`; one row per image and method.
@@ -94,14 +94,11 @@ def summarize_differences(rows: pd.DataFrame, columns: Mapping[str, float], refe
     if reference not in set(rows["method"]):
         raise ValueError(f"reference: wanted one of {', '.join(rows['method'].unique())}, got {reference!r}")
     order = [method for method in rows["method"].unique() if method != reference]
-    wide = {column: rows.pivot(index="image", columns="method", values=column) for column in columns}
-    parts = [
-        pd.DataFrame({column: values[method] - values[reference] for column, values in wide.items()}).assign(
-            method=method
-        )
-        for method in order
-    ]
-    return summarize(pd.concat(parts), columns) if parts else pd.DataFrame()
+    differences = {}
+    for column in columns:
+        wide = rows.pivot(index="image", columns="method", values=column)
+        differences[column] = wide.sub(wide[reference], axis=0)[order].unstack()
+    return summarize(pd.DataFrame(differences).reset_index(), columns)
 
 
 def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -13,8 +13,8 @@ TINY = {
     "02": {"num_steps": 2, "limit": 2},
     "03": {"num_steps": 2, "limit": 2, "slow_methods": []},
     "04": {"num_steps": 2},
-    "05": {"num_steps": 1, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"], "paper_steps": 2},
-    "07": {"num_steps": 1, "limit": 2, "explained": ["conv_stem", "classifier"]},
+    "05": {"num_steps": 1, "paper_steps": 2, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"]},
+    "07": {"num_steps": 1, "limit": 2, "explained": ["classifier", "conv_stem"]},
 }
 READS = {"04": "03"}  # whose results a notebook reads
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
