@@ -251,7 +251,7 @@ def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Fi
             places.append(position)
             labels.append((position, variant, False))
         position += 1.4
-    size = (3.0 * len(columns) + 2.2, 0.25 * position + 0.9)
+    size = (3.2 * len(columns) + 3.0, 0.24 * position + 0.9)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=1)
