@@ -14,6 +14,8 @@ TINY = {
     "02": {"num_steps": 2, "limit": 2},
     "03": {"num_steps": 2, "limit": 2, "slow_methods": []},
     "04": {},
+    "05": {"num_steps": 1, "paper_steps": 2, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"]},
+    "07": {"num_steps": 1, "limit": 2, "explained": ["classifier", "conv_stem"]},
     "09": {},
 }
 READS = {"04": ["03"], "09": ["01", "02", "03", "05", "07"]}  # whose results a notebook reads

@@ -8,6 +8,7 @@ from opticam.methods import METHODS
 from opticam.plotting import (
     METHOD_COLORS,
     METHOD_LABELS,
+    difference_dots,
     explanation_figure,
     gallery,
     image_grid,
@@ -21,6 +22,7 @@ from opticam.plotting import (
     probability_bars,
     save_figure,
     show_boxes,
+    similarity_curves,
     use_style,
 )
 
@@ -80,6 +82,7 @@ def test_bars_and_table_show_the_summary():
     )
     table = interval_table(summary, {"average_gain": "AG"})
     assert table.loc["Opti-CAM", "AG"] == "75.0 [66.0, 83.0]"
+    assert interval_table(summary * np.nan, {"average_gain": "AG"}).loc["Opti-CAM", "AG"] == ""
     (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
     assert [bar.get_width() for bar in ax.patches] == [10, 75.04]
 
@@ -179,3 +182,34 @@ def test_latex_table():
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_dots_are_filled_where_the_interval_excludes_0_and_empty_where_there_is_no_value():
+    index = pd.MultiIndex.from_tuples([("layer", "early"), ("layer", "late"), ("start", "random")])
+    differences = pd.DataFrame(
+        {"logit": [1.0, -2.0, np.nan], "logit_low": [-1.0, -3.0, np.nan], "logit_high": [2.0, -1.0, np.nan]},
+        index=index,
+    )
+    (ax,) = difference_dots(differences, {"logit": "logit"}).axes
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots[:2]] == [1, -2]
+    assert [dot.get_markerfacecolor() == "w" for dot in dots[:2]] == [True, False]
+    assert np.isnan(dots[2].get_xdata()[0])
+    labels = {text.get_text(): text.get_position()[1] for text in ax.get_yticklabels()}
+    assert [*labels] == ["layer", "early", "late", "start", "random"]
+    assert [dot.get_ydata()[0] for dot in dots] == [labels["early"], labels["late"], labels["random"]]
+    assert ax.yaxis_inverted()
+
+
+def test_curves_show_similarity_by_stage_in_the_order_given():
+    index = pd.MultiIndex.from_tuples(
+        [("cascading", 1, "top", "grad_cam"), ("cascading", 2, "bottom", "grad_cam")],
+        names=["order", "position", "stage", "method"],
+    )
+    curves = pd.DataFrame({"ssim": [0.8, 0.3], "ssim_low": [0.7, 0.1], "ssim_high": [0.9, 0.4]}, index=index)
+    (ax,) = similarity_curves(curves, {"ssim": "SSIM"}, {"cascading": "from the logits down"}).axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["top", "bottom"]
+    (container,) = ax.containers
+    np.testing.assert_allclose(container.lines[0].get_ydata(), [0.8, 0.3])
+    ends = [segment[:, 1] for segment in container.lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [[0.7, 0.9], [0.1, 0.4]])

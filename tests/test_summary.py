@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from opticam.summary import bootstrap_interval, box_accuracies, spearman, summarize
+from opticam.summary import bootstrap_interval, box_accuracies, spearman, summarize, summarize_differences
 
 
 def test_bootstrap_interval_is_the_percentile_bootstrap():
@@ -45,6 +45,31 @@ def test_summarize_counts_only_what_is_defined():
     summary = summarize(rows, {"soft_f1": 10})
     assert summary.loc["a"].tolist() == pytest.approx([3, 2, 4])  # of 2 and 4; the interval of two values is both
     assert summary.loc["b"].isna().all()
+
+
+def test_summarize_differences_pairs_by_image():
+    """b - a by hand: i 0.3 - 0.1, ii 0.5 - 0.4; iii has no b. The bootstrap of two values reaches both."""
+    rows = pd.DataFrame(
+        [("i", "a", 0.1), ("ii", "a", 0.4), ("iii", "a", 9.0), ("ii", "b", 0.5), ("i", "b", 0.3), ("i", "c", 0.1)],
+        columns=["image", "method", "average_gain"],
+    )
+    found = summarize_differences(rows, {"average_gain": 100}, "a")
+    assert list(found.index) == ["b", "c"]
+    assert found.loc["b"].tolist() == pytest.approx([15, 10, 20])
+    assert found.loc["c"].tolist() == pytest.approx([0, 0, 0])
+    assert summarize_differences(rows, {"average_gain": 100}, "b").loc["a"].tolist() == pytest.approx([-15, -20, -10])
+    with pytest.raises(ValueError, match="reference: wanted one of a, b, c, got 'd'"):
+        summarize_differences(rows, {"average_gain": 100}, "d")
+    with pytest.raises(ValueError, match="duplicate"):
+        summarize_differences(pd.concat([rows, rows]), {"average_gain": 100}, "a")
+
+
+def test_summarize_differences_is_the_bootstrap_of_the_differences():
+    a, b = np.random.default_rng(2).normal(0, 5, (2, 30))
+    rows = pd.DataFrame({"image": [*range(30)] * 2, "method": ["a"] * 30 + ["b"] * 30, "value": [*a, *b]})
+    shuffled = rows.iloc[np.r_[0, np.random.default_rng(3).permutation(np.arange(1, 60))]]
+    expected = [(b - a).mean(), *bootstrap_interval(b - a)]
+    assert summarize_differences(shuffled, {"value": 1}, "a").loc["b"].tolist() == pytest.approx(expected)
 
 
 def test_spearman_is_scipys_for_every_row():
