@@ -307,7 +307,9 @@ def maps_to_input(
         places = here[:2] + (centres - there[:2]) * (here[2:] - here[:2]) / (there[2:] - there[:2])
         x, y = (2 * places / made[0] - 1).unbind(1)
         grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), 2))
-    return F.grid_sample(saliency, torch.stack(grids).to(saliency), padding_mode="border", align_corners=False)
+    moved = F.grid_sample(saliency, torch.stack(grids).to(saliency), padding_mode="border", align_corners=False)
+    low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
+    return torch.clamp(moved, low, high)  # rounding would leave [0,1]
 
 
 def load_dataset(

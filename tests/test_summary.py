@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from opticam.summary import bootstrap_interval, box_accuracies, spearman, summarize
+from opticam.summary import bootstrap_interval, box_accuracies, ratio_of_means, spearman, summarize
 
 
 def test_bootstrap_interval_is_the_percentile_bootstrap():
@@ -45,6 +45,13 @@ def test_summarize_counts_only_what_is_defined():
     summary = summarize(rows, {"soft_f1": 10})
     assert summary.loc["a"].tolist() == pytest.approx([3, 2, 4])  # of 2 and 4; the interval of two values is both
     assert summary.loc["b"].isna().all()
+
+
+def test_ratio_of_means_by_hand():
+    a, b = np.array([[1.0, 2.0], [3.0, 1.0]]), np.array([[4.0, 2.0], [0.0, 0.0]])
+    assert ratio_of_means(a, b).tolist() == [0.5, 0.0]  # 1.5/3; nothing to keep
+    assert ratio_of_means(a, b, axis=0).tolist() == [1.0, 1.5]  # 2/2, 1.5/1
+    assert bootstrap_interval(a[0], 2 * a[0], statistic=ratio_of_means) == (0.5, 0.5)
 
 
 def test_spearman_is_scipys_for_every_row():
