@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -270,6 +271,45 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     corner = torch.tensor([round((side - input_size) / 2) for side in resized.tolist()])  # and rounds
     scale = resized / torch.tensor([width, height])
     return boxes.float().reshape(-1, 4) * scale.repeat(2) - corner.repeat(2)
+
+
+def maps_to_input(
+    saliency: Tensor, photo_sizes: Sequence[tuple[int, int]], made: tuple[int, int], wanted: tuple[int, int]
+) -> Tensor:
+    """Maps made in one network's frame, on the same places of the photo in the frame of another.
+
+    The photo joins the two: by the resize and crop of `to_input`, pixel x of the wanted frame shows the place of the
+    photo that the frame of the maps shows at `left + (x - left') width / width'`, with `left` and `width` of the whole
+    photo there. Bilinear between the centres of pixels; beyond the frame of the maps their border is repeated. The
+    values are not normalised again.
+
+    Args:
+        saliency: (B,1,S,S), in the frame `made`.
+        photo_sizes: (width, height) of each photo.
+        made: (input_size, resize) that the maps were made with.
+        wanted: (input_size, resize) of the other network.
+
+    Returns:
+        (B,1,S',S') of the dtype and device of the maps, within the range of each.
+
+    Raises:
+        ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
+    """
+    if saliency.shape != (len(photo_sizes), 1, made[0], made[0]):
+        raise ValueError(
+            f"saliency: wanted shape {(len(photo_sizes), 1, made[0], made[0])}, got {tuple(saliency.shape)}"
+        )
+    centres = (torch.arange(wanted[0], dtype=torch.float64) + 0.5)[:, None]
+    grids = []
+    for width, height in photo_sizes:
+        photo = torch.tensor([[0, 0, width, height]])
+        here, there = (boxes_to_input(photo, (width, height), *frame)[0].double() for frame in (made, wanted))
+        places = here[:2] + (centres - there[:2]) * (here[2:] - here[:2]) / (there[2:] - there[:2])
+        x, y = (2 * places / made[0] - 1).unbind(1)
+        grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), 2))
+    moved = F.grid_sample(saliency, torch.stack(grids).to(saliency), padding_mode="border", align_corners=False)
+    low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
+    return torch.clamp(moved, low, high)  # rounding would leave [0,1]
 
 
 def load_dataset(

@@ -71,7 +71,13 @@ class Explained(NamedTuple):
 
 
 def score(
-    model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, logits: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    logits: Tensor | None = None,
+    *,
+    baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
 ) -> pd.DataFrame:
     """What masking by given maps does to the class: one row per image.
 
@@ -81,6 +87,8 @@ def score(
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
         logits: (B,C) of the images, where they are known.
+        baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
+            in `BASELINES`; None for black, as published.
 
     Returns:
         Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o), and `average_drop`, `average_gain`,
@@ -95,7 +103,7 @@ def score(
     with frozen(model), torch.no_grad():
         logits = model(images) if logits is None else logits
         check_class_range(class_idx, logits.shape[1])
-        masked_logits = model(apply_mask(images, saliency))
+        masked_logits = model(apply_mask(images, saliency, baseline(images) if callable(baseline) else baseline))
     p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
     columns = {
         "logit": logits.gather(1, class_idx[:, None])[:, 0],

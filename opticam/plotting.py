@@ -378,6 +378,36 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     return figure
 
 
+def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: str, label: str) -> Figure:
+    """Means with their intervals under several conditions: one panel a title, in it one group of points a condition.
+
+    Args:
+        panels: title -> condition -> summary, from `summary.summarize`, each with the same methods.
+        column: of the summaries.
+        label: of the axis up, which all panels share.
+
+    Returns:
+        The figure, not shown.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.6), squeeze=False, sharey=True)
+    for ax, (title, conditions) in zip(axes[0], panels.items(), strict=True):
+        together = pd.concat(dict(conditions), names=["condition"])
+        for i, (method, group) in enumerate(together.groupby("method", sort=False)):
+            name = str(method)
+            mean = group[column].to_numpy()
+            error = np.stack([mean - group[f"{column}_low"], group[f"{column}_high"] - mean]).clip(min=0)
+            count = together.index.get_level_values("method").nunique()
+            places = np.arange(len(mean)) + 0.6 * ((i + 0.5) / count - 0.5)
+            style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
+            ax.errorbar(places, mean, yerr=error, fmt="o", ms=6, capsize=2.5, lw=1.2, **style)
+        ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5))
+        ax.set_xticklabels(conditions, fontsize=10)
+    axes[0, 0].set_ylabel(label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return figure
+
+
 def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     """What each metric gives for every pair of p and o, as shades of gray, and where the images lie, by method.
 

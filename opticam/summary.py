@@ -101,6 +101,21 @@ def summarize_differences(rows: pd.DataFrame, columns: Mapping[str, float], refe
     return summarize(pd.DataFrame(differences).reset_index(), columns)
 
 
+def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+    """`mean(a) / mean(b)` along an axis, the share of b that is left in a: a statistic for `bootstrap_interval`.
+
+    Args:
+        a: (..., n).
+        b: (..., n), of the same images, non-negative.
+        axis: of the n values.
+
+    Returns:
+        (...), unbounded; 0 where the mean of b is 0 (**ours**: nothing to keep).
+    """
+    over, under = a.mean(axis), b.mean(axis)
+    return over * (under > 0) / np.where(under > 0, under, 1)
+
+
 def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman rank correlation along an axis, ties sharing their mean rank: a statistic for `bootstrap_interval`.
 

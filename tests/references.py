@@ -31,6 +31,24 @@ def upsample(grid: Array, height: int, width: int) -> Array:
     return out
 
 
+def same_place(grid: Array, photo: tuple[int, int], made: tuple[int, int], wanted: tuple[int, int]) -> Array:
+    """From pixel to photo to pixel: each centre of the wanted frame, undone crop and resize, and done again."""
+
+    def at(line: Array, where: float) -> float:
+        where = min(max(where - 0.5, 0), len(line) - 1)
+        low = min(int(where), len(line) - 2)
+        return line[low] + (where - low) * (line[low + 1] - line[low])
+
+    places = []
+    for side in photo:
+        (size, shorter), (other_size, other_shorter) = made, wanted
+        length, other_length = int(shorter * side / min(photo)), int(other_shorter * side / min(photo))
+        crop, other_crop = round((length - size) / 2), round((other_length - other_size) / 2)
+        on_photo = [(j + 0.5 + other_crop) * side / other_length for j in range(other_size)]
+        places.append([place * length / side - crop for place in on_photo])
+    return np.array([[at(np.array([at(row, x) for row in grid]), y) for x in places[0]] for y in places[1]])
+
+
 def min_max(grid: Array) -> Array:
     low, high = min(grid.flat), max(grid.flat)
     if high == low:

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import references
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from opticam.datasets import (
     imagenet,
     imagenette,
     load_dataset,
+    maps_to_input,
     read_image,
     select,
     to_input,
@@ -126,6 +128,37 @@ def test_boxes_worked_example():
     expected = [[-80, -16, 383 - 80, 240], [512 * 383 / 1024 - 80, -16, 600 * 383 / 1024 - 80, 2560 / 683 - 16]]
     np.testing.assert_allclose(moved, expected, atol=1e-4)
     assert boxes_to_input(torch.zeros(0, 4), (10, 20)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(101, 67), (60, 91), (40, 40)])
+@pytest.mark.parametrize("wanted", [(26, 30), (20, 29)])
+def test_maps_move_as_the_loop_says(size, wanted):
+    made = (22, 25)
+    saliency = torch.rand(2, 1, 22, 22, dtype=torch.float64)
+    moved = maps_to_input(saliency, [size, size], made, wanted)
+    for grid, found in zip(saliency, moved, strict=True):
+        np.testing.assert_allclose(found[0], references.same_place(grid[0].numpy(), size, made, wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(512, 384), (375, 500), (299, 301)])
+def test_maps_move_as_the_photo_does(size):
+    """A smooth photo as its own map: what one network sees, moved, is what the other sees; one pixel off is not."""
+    x, y = (np.arange(side) / side for side in size)
+    wave = 0.5 + 0.5 * np.sin(9 * x[None, :] + 3) * np.cos(7 * y[:, None])
+    photo = Image.fromarray(np.repeat((255 * wave).astype(np.uint8)[..., None], 3, 2))
+    made, wanted = (224, 256), (260, 297)
+    before, expected = (to_input(photo, *frame)[None, :1] for frame in (made, wanted))
+    moved = maps_to_input(before, [size], made, wanted)
+    error = (moved - expected).abs().mean()
+    assert error < 0.004  # 1/255: rounding to 8 bits
+    assert (moved[..., 1:] - expected[..., :-1]).abs().mean() > 3 * error
+    assert (moved[..., 1:, :] - expected[..., :-1, :]).abs().mean() > 3 * error
+    torch.testing.assert_close(maps_to_input(before, [size], made, made), before, atol=1e-4, rtol=0)
+
+
+def test_maps_of_another_frame_are_refused():
+    with pytest.raises(ValueError, match=r"saliency: wanted shape \(1, 1, 224, 224\), got \(1, 1, 240, 240\)"):
+        maps_to_input(torch.zeros(1, 1, 240, 240), [(300, 300)], (224, 256), (240, 274))
 
 
 def test_to_input_is_the_usual_pipeline():

@@ -16,6 +16,7 @@ from opticam import METHODS, evaluate, load_model, metrics, results, score
 from opticam.datasets import Sample, Skipped, demo
 from opticam.evaluate import SCORES, stored_saliency, stream
 from opticam.results import read_shards
+from opticam.saliency import BASELINES
 from opticam.summary import summarize
 
 
@@ -37,6 +38,16 @@ def test_score_by_hand(tiny, images, class_idx):
         expected = [y[c], z[c], p, o, *(getattr(references, name)(p, o) for name in table.columns[4:])]
         np.testing.assert_allclose(table.loc[b], expected, atol=1e-12)
     assert list(table.columns[4:]) == ["average_drop", "average_gain", "average_increase"]
+
+
+def test_score_over_a_baseline(tiny, images, class_idx):
+    saliency = torch.rand(5, 1, 24, 32, dtype=torch.float64)
+    color = images.mean((2, 3), keepdim=True)
+    expected = score(tiny, images * saliency + color * (1 - saliency), class_idx, torch.ones_like(saliency))
+    for baseline in (color, BASELINES["mean"]):
+        table = score(tiny, images, class_idx, saliency, baseline=baseline)
+        np.testing.assert_allclose(table[["masked_logit", "masked_prob"]], expected[["logit", "prob"]], atol=1e-12)
+        assert table.logit.equals(score(tiny, images, class_idx, saliency).logit)
 
 
 def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):

@@ -8,6 +8,7 @@ from opticam.methods import METHODS
 from opticam.plotting import (
     METHOD_COLORS,
     METHOD_LABELS,
+    condition_panels,
     difference_dots,
     explanation_figure,
     gallery,
@@ -85,6 +86,20 @@ def test_bars_and_table_show_the_summary():
     assert interval_table(summary * np.nan, {"average_gain": "AG"}).loc["Opti-CAM", "AG"] == ""
     (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
     assert [bar.get_width() for bar in ax.patches] == [10, 75.04]
+
+
+def test_conditions_are_groups_of_points():
+    summary = pd.DataFrame(
+        {"road": [1.0, 5.0], "road_low": [0.0, 4.0], "road_high": [3.0, 7.0]},
+        index=pd.Index(["grad_cam", "opti_cam"], name="method"),
+    )
+    figure = condition_panels({"one": {"a": summary, "b": summary + 1}, "two": {"a": summary}}, "road", "ROAD")
+    first, second = figure.axes
+    assert [text.get_text() for text in first.get_xticklabels()] == ["a", "b"]
+    assert [points[0].get_ydata().tolist() for points in first.containers] == [[1, 2], [5, 6]]
+    assert [points[0].get_ydata().tolist() for points in second.containers] == [[1], [5]]
+    (bars,) = second.containers[0][2]
+    assert bars.get_segments()[0][:, 1].tolist() == [0, 3]
 
 
 def test_boxes_are_drawn_in_x_and_y():

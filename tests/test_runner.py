@@ -45,7 +45,7 @@ def outputs(path):
 
 def test_the_numbered_notebooks_are_found_by_number_name_and_path():
     paths = list_notebooks()
-    assert [path.stem[:2] for path in paths] == ["00", "01", "02", "03", "04", "05", "07", "09"]
+    assert [path.stem[:2] for path in paths] == [f"{number:02d}" for number in range(10)]
     for path in paths:
         assert (
             find_notebook(path.stem[:2])

@@ -3,7 +3,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from opticam.summary import bootstrap_interval, box_accuracies, spearman, summarize, summarize_differences
+from opticam.summary import (
+    bootstrap_interval,
+    box_accuracies,
+    ratio_of_means,
+    spearman,
+    summarize,
+    summarize_differences,
+)
 
 
 def test_bootstrap_interval_is_the_percentile_bootstrap():
@@ -70,6 +77,13 @@ def test_summarize_differences_is_the_bootstrap_of_the_differences():
     shuffled = rows.iloc[np.r_[0, np.random.default_rng(3).permutation(np.arange(1, 60))]]
     expected = [(b - a).mean(), *bootstrap_interval(b - a)]
     assert summarize_differences(shuffled, {"value": 1}, "a").loc["b"].tolist() == pytest.approx(expected)
+
+
+def test_ratio_of_means_by_hand():
+    a, b = np.array([[1.0, 2.0], [3.0, 1.0]]), np.array([[4.0, 2.0], [0.0, 0.0]])
+    assert ratio_of_means(a, b).tolist() == [0.5, 0.0]  # 1.5/3; nothing to keep
+    assert ratio_of_means(a, b, axis=0).tolist() == [1.0, 1.5]  # 2/2, 1.5/1
+    assert bootstrap_interval(a[0], 2 * a[0], statistic=ratio_of_means) == (0.5, 0.5)
 
 
 def test_spearman_is_scipys_for_every_row():
