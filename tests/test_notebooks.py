@@ -14,7 +14,7 @@ TINY = {
     "03": {"num_steps": 2, "limit": 2, "slow_methods": []},
     "04": {"num_steps": 2},
     "06": {"train_steps": 10, "num_steps": 2, "limit": 3},
-    "08": {"limit": 2, "judges": ["efficientnet_lite1"], "methods": ["grad_cam", "opti_cam"]},
+    "08": {"limit": 1, "judges": ["efficientnet_lite1"], "methods": ["grad_cam", "opti_cam"]},
 }
 READS = {"04": "03"}  # whose results a notebook reads
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
