@@ -57,7 +57,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         ended.set()
         thread.join()
-        inside = sum(_seconds_in_cells(run.output) for run in batch.runs) / options.runs
+        inside = sum(_seconds_of_papermill(run.output) for run in batch.runs) / options.runs
     assert all(record["status"] == "done" for record in records)
     each = seconds * options.workers / options.runs
     rows = [
@@ -65,21 +65,21 @@ def main() -> None:
         for share in (0.1, 0.25, 0.5, 0.75, 0.95)
         for done, driver, workers in [min(samples, key=lambda sample: abs(sample[0] - share * options.runs))]
     ]
-    print(f"{each:.2f} s a run on a worker, {inside:.2f} s of it in cells; {alone:.2f} s a run without a cluster")
+    print(f"{each:.2f} s a run on a worker, {inside:.2f} s of it papermill's, with start and end of the kernel; {alone:.2f} s a run without a cluster")
     report(
         "batches",
         rows,
         runs=options.runs,
         workers=options.workers,
         seconds_a_run=each,
-        seconds_in_cells=inside,
+        seconds_of_papermill=inside,
         seconds_a_run_alone=alone,
-        over_cells=each - inside,
+        over_papermill=each - inside,
         over_alone=each / alone,
     )
 
 
-def _seconds_in_cells(path: Path) -> float:
+def _seconds_of_papermill(path: Path) -> float:
     return nbformat.read(path, as_version=4).metadata.papermill.duration
 
 
