@@ -65,7 +65,7 @@ def main() -> None:
         for share in (0.1, 0.25, 0.5, 0.75, 0.95)
         for done, driver, workers in [min(samples, key=lambda sample: abs(sample[0] - share * options.runs))]
     ]
-    print(f"{each:.2f} s a run on a worker, {inside:.2f} s of it papermill's, with start and end of the kernel; {alone:.2f} s a run without a cluster")
+    print(f"{each:.2f} s a run on a worker, {inside:.2f} s of it papermill's; {alone:.2f} s a run without a cluster")
     report(
         "batches",
         rows,
