@@ -266,7 +266,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_counts(folder, capf
 
 def test_ctrl_c_ends_everything(folder):
     path = write(folder, range(2), 30.0)
-    driver = start(path, "--jobs", "2", start_new_session=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # what runs in the background may not
+    driver = start(path, "--jobs", "2", start_new_session=True, **heard)
     wait_for(lambda: len(log_of(folder)) == 2)
     os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=30)
