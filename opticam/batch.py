@@ -98,6 +98,9 @@ def read_batch(path: str | Path) -> Batch:
     try:
         text = path.read_text(encoding="utf-8")
         tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path.name}, line {line}: wanted YAML; {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: wanted YAML; {' '.join(str(error).split())}") from error
     lines: dict[Place, int] = {}
