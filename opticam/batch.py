@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from opticam.datasets import REPOSITORY
-from opticam.results import code_digest
+from opticam.results import code_digest, replacing
 from opticam.runner import PATHS, cast, find_notebook, notebook_parameters
 
 BATCHES = REPOSITORY / "notebooks" / "batches"
@@ -162,13 +162,8 @@ def write_record(run: Run, status: str, seconds: float, error: str | None = None
         "error": error,
         "parameters": run.parameters,
     }
-    path = run.folder / f"{run.name}.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(run.folder / f"{run.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return record
 
 
@@ -191,7 +186,8 @@ def write_index(batch: Batch) -> Path:
     heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("run", *names, "status", "seconds", "error"))
     page = _PAGE.format(name=html.escape(batch.name), heads=heads, rows="\n".join(rows))
     path = batch.folder / "index.html"
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

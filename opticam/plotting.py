@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from opticam.results import replacing
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -570,17 +571,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         The path written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     kind = path.suffix.lstrip(".") or "png"
     stamps = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
         "svg": {"Date": None, "Creator": None},
     }
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=stamps.get(kind))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -42,7 +42,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: provenance})
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         pq.write_table(table, temporary)
     return Path(path)
 
@@ -94,7 +94,7 @@ def write_arrays(
             raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
     provenance = np.array(json.dumps(_provenance(parameters, device)))
     contents: dict[str, Any] = {**arrays, _KEY.decode(): provenance}
-    with _replacing(Path(path)) as temporary, temporary.open("wb") as file:
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **contents)
     return Path(path)
 
@@ -173,8 +173,12 @@ def _existing(path: Path) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there in the end gets the name `path`, in one step, unless writing failed."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under; what is there in the end gets the name `path`, in one step, unless writing failed.
+
+    Args:
+        path: the name; folders are made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
