@@ -9,6 +9,7 @@ from common import report
 from opticam import load_model, opti_cam, score
 from opticam.datasets import demo
 from opticam.methods.ascent import SCHEDULES
+from opticam.metrics.randomization import rank_correlation
 
 
 def main() -> None:
@@ -26,13 +27,14 @@ def main() -> None:
     rows = []
     for schedule, settings in SCHEDULES.items():
         exact = None
-        for precision, network, x, autocast in (
-            ("float64", judge, images.double(), None),
-            ("float32", model, images, None),
-            ("bfloat16 autocast", model, images, torch.bfloat16),
+        for precision, network, x, autocast, in_flight in (
+            ("float64", judge, images.double(), None, options.batch_size),
+            ("float32", model, images, None, options.batch_size),
+            ("float32, one by one", model, images, None, 1),
+            ("bfloat16 autocast", model, images, torch.bfloat16, options.batch_size),
         ):
             start = time.perf_counter()
-            result = opti_cam(network, x, class_idx, autocast=autocast, batch_size=options.batch_size, **settings)
+            result = opti_cam(network, x, class_idx, autocast=autocast, batch_size=in_flight, **settings)
             seconds = time.perf_counter() - start
             saliency = result.saliency.double()
             exact = saliency if exact is None else exact
@@ -44,9 +46,10 @@ def main() -> None:
                     "precision": precision,
                     "mean |map - float64|": difference.mean().item(),
                     "largest of an image, mean": difference.amax((1, 2, 3)).mean().item(),
-                    "masked logit": table["masked_logit"].mean(),
-                    "AG %": 100 * table["average_gain"].mean(),
-                    "AI %": 100 * table["average_increase"].mean(),
+                    "rank correlation": rank_correlation(saliency, exact).mean().item(),
+                    "masked logit": float(table["masked_logit"].mean()),
+                    "AG %": 100 * float(table["average_gain"].mean()),
+                    "AI %": 100 * float(table["average_increase"].mean()),
                     "seconds": seconds,
                 }
             )

@@ -8,6 +8,7 @@ import hashlib
 import html
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ BATCHES = REPOSITORY / "notebooks" / "batches"
 OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
 _FIELDS = {"notebook": str, "parameters": dict, "grid": dict, "shards": int, "resources": dict, "output": str}
 _KINDS = {str: "text", dict: "names with values", int: "a whole number"}
+_MOST_RUNS = 100_000  # more is a slip of the keyboard, which would fill the memory before anything is said
 Place = tuple[str | int, ...]
 
 
@@ -225,23 +227,21 @@ def write_summary(batch: Batch) -> Path | None:
     flat = pa.schema(
         [field for field in schema if not (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))]
     )
-    path, text = batch.folder / "summary.parquet", batch.folder / "summary.csv"
-    parts = [place.with_name(f".{place.name}.{os.getpid()}") for place in (path, text)]
-    try:
-        with pq.ParquetWriter(parts[0], schema) as rows, pa.csv.CSVWriter(parts[1], flat) as lines:
-            for run in done:
-                table = _with_varied(pq.read_table(run.table), run)
-                missing = [field for field in schema if field.name not in table.column_names]
-                for field in missing:
-                    table = table.append_column(field.name, pa.nulls(len(table), field.type))
-                table = table.select(schema.names).cast(schema)
-                rows.write_table(table)
-                lines.write_table(table.select(flat.names))
-        for part, place in zip(parts, (path, text), strict=True):
-            part.replace(place)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    path = batch.folder / "summary.parquet"
+    with (
+        replacing(path) as whole,
+        replacing(path.with_suffix(".csv")) as plain,
+        pq.ParquetWriter(whole, schema) as rows,
+        pa.csv.CSVWriter(plain, flat) as lines,
+    ):
+        for run in done:
+            table = _with_varied(pq.read_table(run.table), run)
+            missing = [field for field in schema if field.name not in table.column_names]
+            for field in missing:
+                table = table.append_column(field.name, pa.nulls(len(table), field.type))
+            table = table.select(schema.names).cast(schema)
+            rows.write_table(table)
+            lines.write_table(table.select(flat.names))
     return path
 
 
@@ -285,7 +285,7 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[t
 def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run]:
     """All runs; what is wrong is added to `faults`, and then the runs mean nothing."""
     if not isinstance(content, dict):
-        faults.append(((), f"wanted the fields {', '.join(_FIELDS)}"))
+        faults.append(((), f"wanted names with values: notebook and, where needed, {', '.join(list(_FIELDS)[1:])}"))
         return []
     fields: dict[str, Any] = {"parameters": {}, "grid": {}, "shards": None, "resources": {}}
     for name, value in content.items():
@@ -298,8 +298,8 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
             fields[name] = value
     if "notebook" not in content:
         faults.append((("notebook",), "missing; wanted a number, a name or a path"))
-    if fields["shards"] is not None and fields["shards"] < 1:
-        faults.append((("shards",), f"wanted at least 1, got {fields['shards']}"))
+    if fields["shards"] is not None and not 1 <= fields["shards"] <= _MOST_RUNS:
+        faults.append((("shards",), f"wanted 1 to {_MOST_RUNS}, got {fields['shards']}"))
         fields["shards"] = None
     gpus = _gpus(fields["resources"], faults)
     if "notebook" not in fields:
@@ -312,6 +312,9 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
         faults.append((("notebook",), str(error).removeprefix("notebook: ")))
         return []
     fixed, grid = _checked(path, fields, known, faults)
+    number = math.prod(len(values) for values in grid.values())
+    if number > _MOST_RUNS:
+        faults.append((("grid",), f"wanted at most {_MOST_RUNS} runs, got {number}"))
     if faults:
         return []
     default = REPOSITORY / "data" / "results" / "batches" / path.stem

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if a notebook failed, 2 for bad input, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
+    if arguments is None:  # this process is ours: ended politely, by a cluster too, it clears up as after Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.command(options)
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError) as error:
-        print(f"opticam: {error or 'not enough memory'}", file=sys.stderr)
+        for line in (str(error) or "not enough memory").splitlines():
+            print(f"opticam: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("opticam: interrupted", file=sys.stderr)

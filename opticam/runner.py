@@ -30,10 +30,10 @@ from opticam.datasets import REPOSITORY
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
 _SECONDS = {True: 1.0, False: 60.0}  # between two looks at a kernel's progress, in a terminal and in a log
-# a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once
-_DIE_WITH_PARENT = (
-    ["--IPKernelApp.exec_lines=__import__('ctypes').CDLL(None).prctl(1, 9);"] if sys.platform == "linux" else []
-)
+_KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is told as an error
+if sys.platform == "linux":
+    # a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once
+    _KERNEL.append("--IPKernelApp.exec_lines=__import__('ctypes').CDLL(None).prctl(1, 9);")
 
 
 class NotebookError(RuntimeError):
@@ -189,7 +189,7 @@ def run_notebook(
                 start_timeout=300,  # many start at once on a busy machine
                 cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
                 progress_bar={"desc": source.stem, "unit": "cell", "leave": True, **place} if progress else False,
-                config=Config({"KernelManager": transport, "NotebookClient": {"extra_arguments": _DIE_WITH_PARENT}}),
+                config=Config({"KernelManager": transport, "NotebookClient": {"extra_arguments": _KERNEL}}),
             )
         for number, cell in enumerate(executed.cells):
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
@@ -326,6 +326,7 @@ def _joined_streams(outputs: list) -> list:
     return joined
 
 
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "words"}
 _READERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -344,7 +345,7 @@ def cast(name: str, value: Any, kind: str) -> Any:
     Raises:
         ValueError: it is not of the type; NaN and infinity are no numbers here.
     """
-    wanted = ValueError(f"parameter {name}: wanted {kind}, got {value!r}")
+    wanted = ValueError(f"parameter {name}: wanted {_WORDS.get(kind, kind)}, got {value!r}")
     if kind == "str" and isinstance(value, str):
         return value
     if kind == "list[str]":

@@ -82,13 +82,13 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ("notebook: 99", ["line 2: notebook: given twice", "line 2: notebook: wanted text, got 99"]),
         ("notebook: nothing", ["notebook: given twice", "line 2: notebook: wanted one of 0"]),
         ("parameters:\n  cuont: 1", ["line 3: parameters.cuont: unknown to the notebook; wanted one of count, rate"]),
-        ("parameters: {count: many}", ["line 2: parameters.count: wanted int, got 'many'"]),
-        ("parameters: {count: 1.5}", ["parameters.count: wanted int, got 1.5"]),
-        ("parameters: {name: no}", ["parameters.name: wanted str, got False"]),
-        ("parameters: {rate: .nan}", ["parameters.rate: wanted float, got nan"]),
-        ("parameters: {rate: .inf}", ["parameters.rate: wanted float, got inf"]),
+        ("parameters: {count: many}", ["line 2: parameters.count: wanted a whole number, got 'many'"]),
+        ("parameters: {count: 1.5}", ["parameters.count: wanted a whole number, got 1.5"]),
+        ("parameters: {name: no}", ["parameters.name: wanted text, got False"]),
+        ("parameters: {rate: .nan}", ["parameters.rate: wanted a number, got nan"]),
+        ("parameters: {rate: .inf}", ["parameters.rate: wanted a number, got inf"]),
         ("parameters: [1]", ["line 2: parameters: wanted names with values, got [1]"]),
-        ("grid:\n  count:\n  - 1\n  - x", ["line 5: grid.count[1]: wanted int, got 'x'"]),
+        ("grid:\n  count:\n  - 1\n  - x", ["line 5: grid.count[1]: wanted a whole number, got 'x'"]),
         ("grid: {count: []}", ["grid.count: wanted a list of at least one value, got []"]),
         ("grid: {count: 3}", ["grid.count: wanted a list of at least one value, got 3"]),
         ("grid: {count: [1, 2, 1]}", ["grid: two runs would write count=1"]),
@@ -97,7 +97,9 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ("parameters: {results: /etc}", ["parameters.results: set by the batch"]),
         ("grid: {figures: [../..]}", ["grid.figures: set by the batch"]),
         ("parameters: {shard: 0/2}\nshards: 2", ["parameters.shard: set by `shards`"]),
-        ("shards: 0", ["shards: wanted at least 1, got 0"]),
+        ("shards: 0", ["shards: wanted 1 to 100000, got 0"]),
+        ("shards: 100000000", ["shards: wanted 1 to 100000, got 100000000"]),
+        ("shards: 60000\ngrid: {count: [1, 2]}", ["grid: wanted at most 100000 runs, got 120000"]),
         ("shards: true", ["shards: wanted a whole number, got True"]),
         ("resources: {CPU: 1}", ["resources.CPU: unknown; wanted GPU"]),
         ("resources: {GPU: -1}", ["resources.GPU: wanted a whole number of at least 0, got -1"]),
@@ -119,14 +121,14 @@ def test_every_fault_is_told_at_once_with_its_place(folder, text, faults, capsys
     for line, fault in zip(str(told.value).splitlines(), faults, strict=True):
         assert fault in line
     assert cli.main(["batch", str(folder / "some.yaml")]) == 2
-    assert capsys.readouterr().err == f"opticam: {told.value}\n"
+    assert capsys.readouterr().err == "".join(f"opticam: {line}\n" for line in str(told.value).splitlines())
     assert sorted(path.name for path in folder.iterdir()) == ["10_tiny.ipynb", "some.yaml"]
 
 
 @pytest.mark.parametrize("text", ["", "- a", "text"])
 def test_a_file_of_another_kind_is_refused(folder, text):
     (folder / "some.yaml").write_text(text)
-    with pytest.raises(ValueError, match="the file: wanted the fields notebook"):
+    with pytest.raises(ValueError, match="the file: wanted names with values: notebook and"):
         read_batch(folder / "some.yaml")
     with pytest.raises(FileNotFoundError, match=r"batch: wanted a YAML file or one of .*demo"):
         read_batch("nothing")

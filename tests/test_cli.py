@@ -1,4 +1,8 @@
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -96,7 +100,7 @@ def test_bad_input_ends_in_one_sentence(words, sentence, capsys, folder):
     [
         (["run", "99"], "notebook: wanted one of"),
         (["run", "03", "-p", "limt=3"], "parameter limt: unknown to this notebook; wanted one of model"),
-        (["run", "03", "-p", "limit=three"], "parameter limit: wanted int, got 'three'"),
+        (["run", "03", "-p", "limit=three"], "parameter limit: wanted a whole number, got 'three'"),
         (["run", "03", "-p", "limit"], "parameter: wanted name=value, got 'limit'"),
         (["run", "-p", "limit=3"], "parameter: wanted exactly one notebook"),
         (["run", "01", "02", "-o", "x.ipynb"], "output: wanted exactly one notebook"),
@@ -166,3 +170,19 @@ def test_no_words_and_unknown_words_end_with_two(capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main(words)
         assert stopped.value.code == 2
+
+
+def test_a_run_that_is_told_to_end_clears_up(folder):
+    cells = [new_code_cell("import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "long.ipynb")
+    command = [str(Path(sys.executable).with_name("opticam")), "run", "long.ipynb", "-o", "out/long.ipynb"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("opticam: interrupted\n")
+    assert not list((folder / "out").iterdir())
