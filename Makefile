@@ -28,6 +28,7 @@ bench: setup
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/batches.py
+	$(BIN)/python benchmarks/allocator.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -77,6 +77,9 @@ def main() -> None:
             seconds = interleaved(
                 {
                     "ours": lambda m=model, x=images, c=class_idx: opti_cam(m, x, c, num_steps=options.steps),
+                    "ours, bfloat16": lambda m=model, x=images, c=class_idx: opti_cam(
+                        m, x, c, num_steps=options.steps, autocast=torch.bfloat16
+                    ),
                     "published": lambda m=plain, x=images, c=class_idx: published_loop(m, x, c, options.steps),
                     "floor": lambda m=model, x=images, c=class_idx: floor(m, x, c, options.steps),
                 },
@@ -88,6 +91,7 @@ def main() -> None:
                     "batch": batch,
                     "steps": options.steps,
                     "published / ours": median_ratio(seconds, "published", "ours"),
+                    "published / ours, bfloat16": median_ratio(seconds, "published", "ours, bfloat16"),
                     "ours / floor": median_ratio(seconds, "ours", "floor"),
                     "ms per image and step": 1e3
                     * sorted(seconds["ours"])[len(seconds["ours"]) // 2]

@@ -29,6 +29,9 @@ from opticam.datasets import REPOSITORY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
+# of a process that computes on a CPU: else glibc hands every large tensor back to the system, and fetches zeroed pages
+# for the next
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 _SECONDS = {True: 1.0, False: 60.0}  # between two looks at a kernel's progress, in a terminal and in a log
 _KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is told as an error
 if sys.platform == "linux":
@@ -175,9 +178,8 @@ def run_notebook(
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
     os.environ["TQDM_DISABLE"] = "1"  # for the kernel: a saved bar stays where it stood
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        # glibc would hand every large tensor back to the system, and fetch zeroed pages for the next
-        os.environ.setdefault(name, str(2**31))
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         with _bars(progress, sockets / "progress") as place:
