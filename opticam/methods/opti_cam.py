@@ -142,9 +142,10 @@ def opti_cam(
         tol: an image stops when its best objective grew by less than this share of its size in `patience` steps, and
             leaves the batch. 0 never stops, and needs no synchronisation with the device.
         patience: steps, see `tol`.
-        autocast: reduced precision of the network's passes, such as `torch.bfloat16`; map and weights stay float32.
+        autocast: reduced precision of the masked image's passes, such as `torch.bfloat16`; feature maps, weights and
+            map stay float32.
         batch_size: images in flight; None for all at once. Where a device runs out of memory, the images in flight are
-            halved, with a warning, until they fit.
+            halved until they fit, with one warning in the end.
 
     Returns:
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
@@ -173,8 +174,7 @@ def opti_cam(
         c = usable(class_idx[part])
         dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
         reduced = partial(torch.autocast, x.device.type, autocast, enabled=autocast is not None)
-        with reduced():
-            features, y = feature_maps(model, x, layer)
+        features, y = feature_maps(model, x, layer)
         check_class_range(c, y.shape[1])
         features = tuple(maps.to(dtype).relu() for maps in features)
         width = sum(maps.shape[1] for maps in features)
@@ -210,7 +210,8 @@ def opti_cam(
             return OptiCAMResult(saliency(best, features), space.weights(best, features), history, steps)
 
     with frozen(model):
-        parts, first, in_flight = [], 0, batch_size or len(images)
+        asked = in_flight = min(batch_size or len(images), len(images))
+        parts, first = [], 0
         while first < len(images):
             try:
                 parts.append(explain(slice(first, first + in_flight)))
@@ -219,5 +220,6 @@ def opti_cam(
                 if in_flight == 1:
                     raise
                 in_flight = (min(in_flight, len(images) - first) + 1) // 2
-                warnings.warn(f"out of memory: going on with {in_flight} images in flight", stacklevel=2)
+    if in_flight < asked:
+        warnings.warn(f"out of memory with {asked} images in flight: went on with {in_flight}", stacklevel=2)
     return OptiCAMResult(*map(torch.cat, zip(*parts, strict=True)))
