@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from opticam.datasets import Photos, Sample, Skipped
-from opticam.features import check_class_range, check_inputs, count_passes, frozen
+from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen
 from opticam.metrics import (
     METRICS,
     adcc,
@@ -39,8 +38,8 @@ from opticam.metrics import (
     saliency_metric,
     soft_f1,
 )
-from opticam.results import is_done, write_rows
-from opticam.saliency import apply_mask, check_saliency
+from opticam.results import describe, digest_of, is_done, write_rows
+from opticam.saliency import apply_mask, baseline_of, check_saliency
 
 Method = Callable[..., Tensor]
 Samples = Photos | Sequence[Sample | Skipped]
@@ -103,7 +102,7 @@ def score(
     with frozen(model), torch.no_grad():
         logits = model(images) if logits is None else logits
         check_class_range(class_idx, logits.shape[1])
-        masked_logits = model(apply_mask(images, saliency, baseline(images) if callable(baseline) else baseline))
+        masked_logits = model(apply_mask(images, saliency, baseline_of(images, baseline)))
     p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
     columns = {
         "logit": logits.gather(1, class_idx[:, None])[:, 0],
@@ -153,11 +152,13 @@ def _localization(batch: Explained) -> dict[str, Any]:
 
 def _box_experiment(batch: Explained) -> dict[str, Any]:
     masks = box_experiment_masks(batch.saliency, batch.boxes)
-    return {
-        f"masked_prob[{name}]": score(batch.model, batch.images, batch.class_idx, mask, batch.logits)["masked_prob"]
-        for name, mask in masks.items()
-        if name != "S"
-    }
+    with_box = np.array([len(boxes) > 0 for boxes in batch.boxes])
+    columns = {}
+    for name, mask in masks.items():
+        if name != "S":
+            table = score(batch.model, batch.images, batch.class_idx, mask, batch.logits)
+            columns[f"masked_prob[{name}]"] = table["masked_prob"].where(with_box)
+    return columns
 
 
 def _saliency(batch: Explained) -> dict[str, Any]:
@@ -250,8 +251,9 @@ def stream(
     """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
 
     Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
-    undisturbed run. Runs with other parameters, images, methods or weights have folders of their own inside `folder`; a
-    file counts as done if the code of this package has not changed since.
+    undisturbed run. Runs with other parameters, images, methods, layer or weights have folders of their own inside
+    `folder`; see `results.describe` for how methods are told apart. A file counts as done if the code of this package
+    has not changed since, nor the size of an image file of it, nor its boxes.
 
         rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
 
@@ -272,7 +274,7 @@ def stream(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: see `evaluate`.
+        ValueError: see `evaluate`; a method that `results.describe` cannot describe.
     """
     _check_work(model, dataset, methods, scores)
     if shard_size < 1:
@@ -280,11 +282,12 @@ def stream(
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     everything = {
         **parameters,
-        "methods": {name: _describe(method) for name, method in methods.items()},
+        "methods": {name: describe(method, model) for name, method in methods.items()},
+        "layer": _layer_name(model, getattr(model, "layer", None)),
         "scores": list(scores),
         "batch_size": batch_size,
-        "weights": _digest(model),
-        "images": hashlib.sha256(repr([frame, *zip(dataset.names, dataset.labels, strict=True)]).encode()).hexdigest(),
+        "weights": digest_of(*model.state_dict().items()),
+        "images": digest_of(frame, dataset.upright, *zip(dataset.names, dataset.labels, strict=True)),
         "shard_size": shard_size,
         "shards": number,
     }
@@ -295,14 +298,15 @@ def stream(
         raise OSError(f"folder: cannot write in {str(folder.parent)!r} ({error})") from error
     ranges = [range(len(dataset))[k * shard_size : (k + 1) * shard_size] for k in range(number)]
     paths = [folder / f"{k:05d}.parquet" for k in range(number)]
-    missing = [k for k in range(number) if not is_done(paths[k], {**everything, "shard": k})]
+    own = [{**everything, "shard": k, "files": _files(dataset, ranges[k])} for k in range(number)]
+    missing = [k for k in range(number) if not is_done(paths[k], own[k])]
     batches = [_batches(ranges[k], batch_size) for k in missing]
     total, left = (sum(len(ranges[k]) for k in chosen) * len(methods) for chosen in (range(number), missing))
     with _bar(total, progress, total - left) as bar:
         tables = _tables(model, dataset, [*chain.from_iterable(batches)], methods, scores, num_workers, bar)
         for k, some in zip(missing, batches, strict=True):
             rows = pd.concat([next(tables) for _ in some], ignore_index=True)
-            write_rows(rows, paths[k], {**everything, "shard": k}, str(_device(model)))
+            write_rows(rows, paths[k], own[k], str(_device(model)))
     return folder
 
 
@@ -372,7 +376,7 @@ def _rows_at_once(
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
     batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
     if batch:
-        images = torch.stack([sample.image for sample in batch.values()]).to(device)
+        images = torch.stack([sample.image for sample in batch.values()]).to(device, _dtype(model))
         with frozen(model), torch.no_grad():
             logits = model(images)
         known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]
@@ -428,7 +432,7 @@ def _scored(
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
     return table.assign(
-        layer=str(getattr(method, "keywords", {}).get("layer") or getattr(model, "layer", "")),
+        layer=_layer_name(model, getattr(method, "keywords", {}).get("layer") or getattr(model, "layer", None)),
         seconds=seconds / len(images),
         forward_passes=passes[0] / len(images),
         backward_passes=passes[1] / len(images),
@@ -458,24 +462,24 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _describe(value: Any) -> Any:
-    """A method and its options as JSON, the same in every process."""
-    if isinstance(value, partial):
-        return {"function": _describe(value.func), **{name: _describe(v) for name, v in value.keywords.items()}}
-    if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return value if isinstance(value, int | float | str | bool | None) else repr(value)
+def _layer_name(model: nn.Module, layer: Layer) -> str:
+    if isinstance(layer, nn.Module):
+        return next((name for name, module in model.named_modules() if module is layer), type(layer).__name__)
+    return str(layer or "")
 
 
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _files(dataset: Photos, indices: range) -> str:
+    """Tells whether something behind the names of these photos has changed."""
+    photos = [dataset.photos[i] for i in indices]
+    sizes = [photo.path.stat().st_size if photo.path.is_file() else None for photo in photos]
+    return digest_of(*sizes, *(photo[1:] for photo in photos))

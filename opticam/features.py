@@ -4,6 +4,7 @@ Whatever happens inside, the network is left as it was found: no hook, no change
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -158,10 +159,23 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
     return [_reached(place) for place in captured], logits
 
 
-def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
-    """Logits (B,C) of the network where `output` takes the place of what the layer puts out. Without gradients."""
-    with frozen(model), torch.no_grad(), _hooked(layer, lambda module, args, own: output.clone()):
+def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
+    """Logits (B,C) where `output` takes the place of what the layer puts out when called so often. No gradients."""
+    calls = itertools.count(1)
+
+    def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
+        return output.clone() if next(calls) == call else own
+
+    with frozen(model), torch.no_grad(), _hooked(layer, replace):
         return model(usable(images))
+
+
+def count_calls(model: nn.Module, images: Tensor, layer: nn.Module) -> int:
+    """How often one pass of the network calls the layer."""
+    calls: list[None] = []
+    with frozen(model), torch.no_grad(), _hooked(layer, lambda module, args, output: calls.append(None)):
+        model(usable(images))
+    return len(calls)
 
 
 def features_and_gradients(
@@ -176,7 +190,8 @@ def features_and_gradients(
         layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
 
     Returns:
-        features (B,K,h,w), gradients (B,K,h,w), logits (B,C); tokens as in `feature_maps`.
+        features (B,K,h,w), gradients (B,K,h,w), both at least float32, as sums of half-precision maps overflow; logits
+        (B,C). Tokens as in `feature_maps`.
 
     Raises:
         ValueError: as `feature_maps`; a class index out of range; logits that do not depend on the layer.
@@ -197,7 +212,9 @@ def features_and_gradients(
             (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError("layer: the logits do not depend on its output")
-    return as_grid(features.detach(), model, images), as_grid(gradients, model, images), logits.detach()
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    grids = (as_grid(maps.detach().to(dtype), model, images) for maps in (features, gradients))
+    return *grids, logits.detach()
 
 
 def attention_maps(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from opticam.features import Layer, frozen, layer_outputs, logits_with, resolve_layer
+from opticam.features import Layer, count_calls, frozen, layer_outputs, logits_with, resolve_layer
 
 Head = Callable[[Tensor, Tensor], Tensor]
 
@@ -15,7 +15,8 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
 
     The network is traced by torch.fx and cut after the layer; what else its second part needs of the first, such as the
     stream that a residual block adds to, is computed once. Where tracing fails, or the cut network's logits are not
-    those of the network, for its own output and for a changed one, the whole network is run with the output replaced.
+    those of the network, for its own output and for a changed one, the whole network is run with the output replaced;
+    of a layer that it calls several times, the last output.
 
     Args:
         model: takes `images` and returns logits (B,C). Left as found.
@@ -31,8 +32,10 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])
 
+    calls = 1
+
     def whole(changed: Tensor, rows: Tensor) -> Tensor:
-        return logits_with(model, images[rows], module, changed)
+        return logits_with(model, images[rows], module, changed, calls)
 
     rows = torch.arange(len(images), device=images.device)
     try:
@@ -46,6 +49,7 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NameError):
         pass  # whatever a tracer may choke on: the whole network is always right
+    calls = count_calls(model, images[:1], module)  # the output is that of the last
     return whole, output, logits
 
 

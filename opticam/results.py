@@ -1,6 +1,7 @@
 """Tables and arrays on disk: one file each, written whole or not at all, that knows how it came about."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -8,9 +9,10 @@ import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor, nn
 
 from opticam.datasets import REPOSITORY
 
@@ -155,7 +158,8 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     found = [other.get("shard") for other in parameters]
     if found != list(range(shards or 0)):
         raise ValueError(f"results: {folder} holds the shards {found}; wanted all of 0..{(shards or 0) - 1}")
-    if any(other | {"shard": 0} != parameters[0] for other in parameters):
+    alike = {"shard": None, "files": None}
+    if any(other | alike != parameters[0] | alike for other in parameters):
         raise ValueError(f"results: the shards in {folder} were written with different parameters; wanted one run's")
     rows: pd.DataFrame = pd.concat(tables, ignore_index=True)
     twice = rows[rows.duplicated(["image", "method"])]
@@ -170,6 +174,81 @@ def _existing(path: Path) -> Path:
         source = f"; notebook {number[0]} writes it: opticam run {number[0]}" if number else ""
         raise FileNotFoundError(f"results: no file at {path}{source}")
     return path
+
+
+def describe(value: Any, model: nn.Module) -> Any:
+    """A method, or an option of one, as JSON: the same in every process, and another where the method is another.
+
+    Functions of packages go by their name and code; of those written in a notebook or a script, what they read from
+    around them counts too. Layers go by their name in the model, tensors and other networks by their content.
+
+    Args:
+        value: a function, a `functools.partial` of one, or what is among its arguments.
+        model: that the method is to explain.
+
+    Raises:
+        ValueError: something that only this process can tell from others of its kind.
+    """
+    inner = partial(describe, model=model)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, int | float | str | bool | None):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor | np.ndarray):
+        return digest_of(value)
+    if isinstance(value, nn.Module):
+        names = [name for name, module in model.named_modules() if module is value]
+        return names[0] if names else digest_of(str(value), *value.state_dict().items())
+    if isinstance(value, Mapping):
+        return {str(name): inner(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [inner(item) for item in value]
+    if isinstance(value, partial):
+        return [inner(part) for part in (value.func, value.args, value.keywords)]
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    if inspect.isfunction(value):
+        if name.startswith("opticam."):  # see code_digest
+            return name
+        around = inspect.getclosurevars(value)
+        read = {**around.nonlocals, **(around.globals if value.__module__ == "__main__" else {})}
+        read = {word: item for word, item in read.items() if item is not value}
+        return [name, _code(value.__code__), inner(value.__defaults__), inner(value.__kwdefaults__), inner(read)]
+    if inspect.ismodule(value):
+        return value.__name__
+    if inspect.isclass(value) or inspect.isbuiltin(value):
+        return name
+    raise ValueError(
+        "methods: wanted functions whose options are numbers, text, tensors, layers or functions, so that rows are "
+        f"recognised when the run goes on; got {value!r} of {type(value).__name__}"
+    )
+
+
+def _code(code: CodeType) -> list[Any]:
+    def constant(item: object) -> Any:
+        if isinstance(item, CodeType):
+            return _code(item)
+        # the order of a set differs from process to process
+        return sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
+
+    return [code.co_code.hex(), list(code.co_names), [constant(item) for item in code.co_consts]]
+
+
+def digest_of(*values: Any) -> str:
+    """SHA-256 of values: tensors and arrays, alone or in tuples, by their content, others by their `repr`."""
+    digest = hashlib.sha256()
+    for value in values:
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, Tensor):
+                digest.update(repr((part.dtype, tuple(part.shape))).encode())
+                digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            elif isinstance(part, np.ndarray):
+                digest.update(repr((part.dtype, part.shape)).encode() + part.tobytes())
+            else:
+                digest.update(repr(part).encode())
+            digest.update(b";")
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+from opticam.features import usable
+
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`.
@@ -139,6 +141,33 @@ def check_saliency(images: Tensor, saliency: Tensor) -> None:
         raise ValueError(f"saliency: wanted on the device of the images, {images.device}, got {saliency.device}")
     if ((saliency < 0) | (saliency > 1)).any():
         raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+
+
+def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    """What shows where a map is 0, as `apply_mask` takes it.
+
+    Args:
+        images: (B,3,H,W).
+        baseline: a tensor that broadcasts to the images, a function from images to one, or None for black.
+
+    Returns:
+        (B,3,H,W) of the device and dtype of the images; None for None.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: wrong shape.
+    """
+    if baseline is None:
+        return None
+    found = baseline(images) if callable(baseline) else baseline
+    if not isinstance(found, Tensor):
+        raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {found!r}")
+    try:
+        return usable(found).to(images).expand(images.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"baseline: wanted a shape that broadcasts to {tuple(images.shape)}, got {tuple(found.shape)}"
+        ) from error
 
 
 def mean_color(images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from opticam import METHODS, evaluate, load_model, metrics, results, score
-from opticam.datasets import Sample, Skipped, demo
+from opticam.datasets import Photo, Sample, Skipped, demo
 from opticam.evaluate import SCORES, stored_saliency, stream
 from opticam.results import read_shards
 from opticam.saliency import BASELINES
@@ -100,11 +101,15 @@ def test_maps_are_kept_where_asked_for(tiny, samples):
 class Numbered(torch.utils.data.Dataset):
     """Samples that know their names, labels and frame, as `Photos` does."""
 
-    input_size, resize = 24, 32
+    input_size, resize, upright = 24, 32, True
 
-    def __init__(self, samples):
+    def __init__(self, samples, paths=None):
         self.samples = samples
         self.names, self.labels = [s.name for s in samples], [s.label for s in samples]
+        self.photos = [
+            Photo(path, s.name, s.label)
+            for s, path in zip(samples, paths or [Path(n) for n in self.names], strict=True)
+        ]
 
     def __len__(self):
         return len(self.samples)
@@ -278,7 +283,9 @@ def written(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
-@pytest.mark.parametrize("what", ["parameters", "weights", "images", "frame", "batch_size", "shard_size", "scores"])
+@pytest.mark.parametrize(
+    "what", ["parameters", "weights", "images", "frame", "batch_size", "shard_size", "scores", "layer"]
+)
 def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
     run_stream(tmp_path, tiny, samples)
@@ -290,6 +297,8 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
             tiny.fc.bias[0] += 1
     elif what == "images":
         samples[-1] = samples[-1]._replace(name="other.png")
+    elif what == "layer":
+        tiny.layer = "features.0"
     elif what == "frame":
         monkeypatch.setattr(Numbered, "input_size", 25)
     elif what == "scores":
@@ -317,6 +326,37 @@ def test_a_file_that_cannot_be_trusted_is_written_anew(tiny, samples, tmp_path, 
     after = written(tmp_path)
     assert after.keys() == before.keys()
     assert all(after[path] != before[path] for path in before)
+
+
+def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp_path):
+    paths = [tmp_path / sample.name for sample in samples]
+    for path in paths:
+        path.write_text("photo")
+    start = partial(stream, tmp_path, tiny, parameters={}, batch_size=2, shard_size=3)
+    ones = {"ones": METHODS["fake_cam"]}
+    folder = start(dataset=Numbered(samples, paths), methods=ones)
+    before = written(tmp_path)
+    paths[4].write_text("mended photo")
+    assert start(dataset=Numbered(samples, paths), methods=ones) == folder
+    after = written(tmp_path)
+    assert [after[path] == before[path] for path in sorted(before)] == [True, False]
+    assert len(read_shards(folder)[0]) == 5
+
+
+def test_a_half_precision_network(tiny, samples):
+    tiny.layer = "features"
+    exact = evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]})
+    half = evaluate(tiny.bfloat16(), samples, {"grad_cam": METHODS["grad_cam"]})
+    assert half.status.equals(exact.status)
+    np.testing.assert_allclose(half[["prob", "masked_prob"]], exact[["prob", "masked_prob"]], rtol=0.01)
+
+
+def test_without_a_box_there_is_no_box_experiment(tiny, samples):
+    samples[2] = samples[2]._replace(boxes=torch.tensor([[2.0, 2.0, 9.0, 9.0]]))
+    rows = evaluate(tiny, samples, {"fake_cam": METHODS["fake_cam"]}, scores=["box_experiment"])
+    columns = [f"masked_prob[{name}]" for name in ("B", "1-B", "S*B", "S*(1-B)")]
+    assert rows[columns].notna().all(axis=1).tolist() == [False, False, True, False, False]
+    assert rows[columns].isna().all(axis=1).tolist() == [True, True, False, True, True]
 
 
 def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, samples, tmp_path):

@@ -1,8 +1,17 @@
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch.nn import functional as F
 
-from opticam import results
+from opticam import METHODS, SCHEDULES, results
+from opticam.results import describe
 
 
 def test_rows_come_back_with_their_provenance(tmp_path):
@@ -72,3 +81,68 @@ def test_a_missing_result_names_the_notebook_that_writes_it(tmp_path):
     for read in (results.read_rows, results.read_arrays):
         with pytest.raises(FileNotFoundError, match=r"no file at .*; notebook 05 writes it: opticam run 05$"):
             read(tmp_path / "05_ablations.parquet")
+
+
+def scaled(factor):
+    return lambda model, images, class_idx: torch.full_like(images[:, :1], factor)
+
+
+def in_a_set(model, images, class_idx, kind="a"):
+    return images if kind in {"a", "b", "c", "d"} else None
+
+
+def test_methods_that_differ_are_described_differently(tiny):
+    grid = torch.zeros(1000)
+    options = [
+        {},
+        SCHEDULES["fast"],
+        {"layer": tiny.features[0]},
+        {"layer": tiny.features[2]},
+        {"u": grid},
+        {"u": grid.double()},
+        {"u": grid.index_fill(0, torch.tensor([500]), 1)},
+        {"normalize": torch.sigmoid},
+        {"normalize": F.relu},
+    ]
+    methods = [partial(METHODS["opti_cam"], **some) for some in options]
+    methods += [
+        METHODS["grad_cam"],
+        scaled(0.5),
+        scaled(0.25),
+        in_a_set,
+        partial(in_a_set, 1),
+        lambda *_: 1,
+        lambda *_: 2,
+    ]
+    described = [repr(describe(method, tiny)) for method in methods]
+    assert len(set(described)) == len(methods)
+    assert described == [repr(describe(method, tiny)) for method in methods]
+    assert describe(partial(METHODS["grad_cam"], layer=tiny.features[0]), tiny)[-1] == {"layer": "features.0"}
+
+
+def test_another_process_describes_alike():
+    # of its own module and of a script, with what the function reads around it
+    program = """
+from functools import partial
+from torch import nn
+from opticam import METHODS, SCHEDULES
+from opticam.results import describe
+from test_results import in_a_set
+SIZE = {}
+def own(model, images, class_idx):
+    return SIZE
+methods = [partial(METHODS["opti_cam"], **SCHEDULES["fast"]), in_a_set, own]
+print([describe(method, nn.Identity()) for method in methods])
+"""
+    told = []
+    for seed, size in ("1", 3), ("2", 3), ("3", 4):
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, "-c", program.format(size)]
+        told.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert told[0] == told[1]
+    assert told[0] != told[2]
+
+
+def test_what_no_other_process_would_recognise_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"methods: wanted functions whose options are numbers.* of object"):
+        describe(partial(METHODS["grad_cam"], layer=object()), tiny)

@@ -127,8 +127,9 @@ def ablation_cam(
     x = usable(images)
     head, output, logits = split_head(model, x, layer)
     check_class_range(class_idx, logits.shape[1])
-    y = logits.gather(1, class_idx[:, None])
-    features = as_grid(output, model, x)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision overflow
+    y = logits.to(dtype).gather(1, class_idx[:, None])
+    features = as_grid(output, model, x).to(dtype)
     lost = torch.empty_like(features[:, :, 0, 0])
     for rows, channels in _pairs(lost, batch_size):
         ablated = output[rows]

@@ -45,6 +45,7 @@ def captum_attribution(
     attribution = find_attribution(name)
     check_inputs(model, images, class_idx)
     with frozen(model):
+        known = [(module, set(vars(module))) for module in model.modules()]
         x = usable(images).detach().clone().requires_grad_()
         with torch.no_grad():
             check_class_range(class_idx, model(x[:1]).shape[1])
@@ -53,8 +54,14 @@ def captum_attribution(
             method = attribution(model, resolve_layer(model, layer)) if wants_layer else attribution(model)
             values = method.attribute(x, target=usable(class_idx), **DEFAULTS.get(name, {}) | options)
             values = values[0] if isinstance(values, tuple) else values
-        except (TypeError, AssertionError, AttributeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AssertionError, AttributeError, RuntimeError) as error:
             raise ValueError(f"method: captum cannot compute {name} here ({error})") from error
+        finally:
+            for module, names in known:
+                for left in vars(module).keys() - names:  # some of captum's leave activations in the modules
+                    delattr(module, left)
     grid = as_grid(values.detach(), model, images)
     return saliency_map(grid.sum(1, keepdim=True), images.shape[-2:])
 

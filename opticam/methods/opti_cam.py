@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
 from opticam.methods.ascent import Optimizer, Rows, Space, adam, maximise, weight_space
-from opticam.saliency import apply_mask, min_max, upsample
+from opticam.saliency import apply_mask, baseline_of, min_max, upsample
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -162,8 +162,7 @@ def opti_cam(
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name}: wanted a function, such as OBJECTIVES['class_logit'], got {function!r}")
-    if not (baseline is None or callable(baseline) or isinstance(baseline, Tensor)):
-        raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {baseline!r}")
+    shown = None if callable(baseline) else baseline_of(images, baseline)
     if not 0 < lr < torch.inf:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     if not tol >= 0:
@@ -178,8 +177,7 @@ def opti_cam(
         check_class_range(c, y.shape[1])
         features = tuple(maps.to(dtype).relu() for maps in features)
         width = sum(maps.shape[1] for maps in features)
-        b = baseline(x) if callable(baseline) else baseline
-        b = None if b is None else b.expand(images.shape)[part] if b is baseline else b.expand_as(x)
+        b = baseline_of(x, baseline) if callable(baseline) else None if shown is None else shown[part]
 
         def saliency(point: Tensor, features: Sequence[Tensor]) -> Tensor:
             sums = [upsample(maps, x.shape[-2:]) for maps in space.sums(point, features)]

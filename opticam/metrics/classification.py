@@ -231,13 +231,15 @@ def road(
         arXiv 2202.00449; the combination of both orders as in the library grad-cam.
     """
     _check(model, images, class_idx, saliency, batch_size)
-    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
-        raise ValueError(f"fractions: wanted at least one, each between 0 and 1, got {fractions}")
+    counts = [round(fraction * images[0, 0].numel()) for fraction in fractions]
+    if len(counts) == 0 or not all(0 < count < images[0, 0].numel() for count in counts):
+        raise ValueError(
+            f"fractions: wanted at least one, each between 0 and 1 and of one pixel or more, got {fractions}"
+        )
     x = usable(images.detach())
     generator = torch.Generator().manual_seed(seed)
     noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
     orders = [_rank(saliency, descending) for descending in (False, True)]
-    counts = [round(fraction * x[0, 0].numel()) for fraction in fractions]
     removed = torch.stack([rank < count for count in counts for rank in orders], 1)
     probs = _probabilities(model, class_idx, saliency, _imputed(x, removed, noise, batch_size))
     least_first, most_first = probs.unflatten(1, (len(counts), 2)).unbind(2)
@@ -358,7 +360,7 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
         raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
     if ((drop < 0) | (drop > 1)).any():
         raise ValueError("drop: wanted fractions in [0,1], not percent")
-    undefined = _constant(maps[0]) | _constant(maps[1])
+    undefined = (_constant(maps[0]) | _constant(maps[1])) & ~torch.stack(maps).isnan().any(2).any(0)
     coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
     terms = torch.stack([coherent, 1 - complexity(saliency), 1 - drop.double()])
     return 3 / (1 / terms).sum(0)

@@ -281,7 +281,8 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
     if num_thresholds < 1:
         raise ValueError(f"num_thresholds: wanted at least 1, got {num_thresholds}")
     hits = torch.zeros(len(saliency), 4, num_thresholds, dtype=torch.bool)
-    gray = (saliency[:, 0] * 255).nan_to_num().to(torch.uint8).cpu().numpy()
+    whole = torch.promote_types(saliency.dtype, torch.float32)  # half precision would round up what is truncated here
+    gray = (saliency[:, 0].to(whole) * 255).nan_to_num().to(torch.uint8).cpu().numpy()
     for i in (~_undefined(saliency, boxes)).nonzero()[:, 0].tolist():
         truth = _pixels(boxes[i])
         levels = (np.arange(num_thresholds) * (1 / num_thresholds) * gray[i].max()).astype(int)

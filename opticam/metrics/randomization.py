@@ -206,7 +206,9 @@ def _copy_own(source: nn.Module, target: nn.Module) -> None:
 def _per_pair(similarity: Callable[[np.ndarray, np.ndarray], float], a: Tensor, b: Tensor) -> Tensor:
     values = torch.zeros(len(a), dtype=torch.float64)
     for i, pair in enumerate(zip(a[:, 0].double().cpu().numpy(), b[:, 0].double().cpu().numpy(), strict=True)):
-        if all(grid.min() != grid.max() for grid in pair):
+        if np.isnan(pair).any():
+            values[i] = np.nan
+        elif all(grid.min() != grid.max() for grid in pair):
             values[i] = float(similarity(*pair))
     return values.to(a.device)
 

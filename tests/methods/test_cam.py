@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import references
 import torch
+from torch import nn
 
 from opticam import METHODS, fake_cam, grad_cam, load_model
 from opticam.datasets import demo
@@ -189,3 +190,42 @@ def test_agrees_with_captum(photos):
     raw = attribution.LayerGradCam(model, resolve_layer(model)).attribute(images, target=class_idx)
     torch.testing.assert_close(grad_cam(model, images, class_idx), saliency_map(raw, images.shape[-2:]))
     assert feature_maps(model, images)[0][0].shape[-2:] == raw.shape[-2:]
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "grad_cam_plus_plus", "x_grad_cam", "hires_cam", "layer_cam"])
+def test_sums_beyond_the_range_of_half_precision(name):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5))
+    with torch.no_grad():
+        network[0].weight.mul_(20)
+    x, c = torch.rand(1, 3, 224, 224), torch.tensor([1])
+    assert network[:2](x).sum((2, 3)).max() > torch.finfo(torch.float16).max
+    expected = METHODS[name](network, x, c, layer="1")
+    found = METHODS[name](network.half(), x.half(), c, layer="1")
+    assert (found - expected).abs().mean() < 1e-3
+
+
+def test_ablation_of_a_layer_called_twice_is_that_of_its_last_output(images, class_idx):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 6, 3, 4), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 5)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            early = self.relu(self.first(x))
+            return self.rest(early, self.relu(self.second(early)))
+
+        def rest(self, early, late):
+            return self.fc((early + late).mean((2, 3)))
+
+    torch.manual_seed(0)
+    network = Shared().double()
+    saliency = ablation_cam(network, images, class_idx, layer="relu")
+    early = network.first(images).relu()
+    late = network.second(early).relu()
+    for b in range(5):
+        head = partial(lambda b, features: network.rest(early[b : b + 1], features), b)
+        grid = references.ablation_cam(late[b].detach().numpy(), head, int(class_idx[b]))
+        np.testing.assert_allclose(saliency[b, 0], references.finish(grid, 24, 32), rtol=0, atol=1e-9)

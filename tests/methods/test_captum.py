@@ -1,7 +1,9 @@
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
+from torch import nn
 
 from opticam import grad_cam
 from opticam.methods import find_method
@@ -42,6 +44,21 @@ def test_attributions_of_a_layer(tiny, images, class_idx):
 def test_bad_names_and_what_captum_refuses(tiny, images, class_idx, name, message):
     with pytest.raises(ValueError, match=message):
         find_method(f"captum:{name}")(tiny, images, class_idx)
+
+
+@pytest.mark.parametrize("name", ["DeepLift", "LayerDeepLift", "LRP"])
+def test_captum_leaves_nothing_in_the_network(images, class_idx, name):
+    relu = nn.ReLU()
+    twice = [relu, nn.Conv2d(4, 4, 3), relu] if name == "DeepLift" else [relu]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *twice, nn.Flatten(), nn.LazyLinear(5)).double()
+    network(images)
+    before = [set(vars(module)) for module in network.modules()]
+    with suppress(ValueError):  # DeepLift refuses a ReLU called twice, after it has kept activations in it
+        find_method(f"captum:{name}")(network, images, class_idx, layer="0")
+    assert [set(vars(module)) for module in network.modules()] == before
+    if name == "DeepLift":
+        with pytest.raises(ValueError, match="captum cannot compute DeepLift here"):
+            find_method("captum:DeepLift")(network, images, class_idx)
 
 
 def test_without_captum(monkeypatch):

@@ -1,4 +1,5 @@
 import weakref
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -230,16 +231,29 @@ def test_a_network_that_returns_nan_gives_a_finite_map(tiny, images, class_idx, 
     assert result.saliency.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_networks(images, class_idx, dtype):
+def steep():
+    """A network whose logits have something to gain: 0.05 to 0.25 in 20 steps of learning rate 1."""
     torch.manual_seed(0)
-    model = TinyCNN().to(dtype)
-    result = opti_cam(model, images.to(dtype), class_idx, layer="features", num_steps=5)
+    model = TinyCNN()
+    with torch.no_grad():
+        model.fc.weight.mul_(50)
+    return model
+
+
+def gained(result):
+    return (result.objective - result.objective[:, :1]).double()
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 5e-3)])
+def test_lower_precision_networks(images, class_idx, dtype, atol):
+    model, settings = steep().to(dtype), {"layer": "features", "num_steps": 20, "lr": 1.0}
+    result = opti_cam(model, images.to(dtype), class_idx, **settings)
     assert result.saliency.dtype == result.weights.dtype == torch.float32
     assert result.saliency.amin() == 0
     assert result.saliency.amax() == 1
-    exact = opti_cam(model.double(), images, class_idx, layer="features", num_steps=5).objective
-    torch.testing.assert_close(result.objective.double(), exact, rtol=0, atol=10 * torch.finfo(dtype).eps)
+    exact = opti_cam(model.double(), images, class_idx, **settings)
+    assert gained(exact).max() > 5 * atol
+    torch.testing.assert_close(gained(result), gained(exact), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -360,15 +374,14 @@ def test_out_of_memory_for_a_single_image_is_the_callers(tiny, images, class_idx
 
 
 def test_autocast_reduces_the_passes_of_the_masked_image_only(images, class_idx):
-    torch.manual_seed(0)
-    model = TinyCNN()
+    model, settings = steep(), {"layer": "features", "num_steps": 20, "lr": 1.0}
     seen = []
     model.fc.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    result = opti_cam(model, images.float(), class_idx, layer="features", num_steps=5, autocast=torch.bfloat16)
-    exact = opti_cam(model, images.float(), class_idx, layer="features", num_steps=5)
-    assert seen == [torch.float32] + 6 * [torch.bfloat16] + 7 * [torch.float32]
+    result = opti_cam(model, images.float(), class_idx, autocast=torch.bfloat16, **settings)
+    exact = opti_cam(model, images.float(), class_idx, **settings)
+    assert seen == [torch.float32] + 21 * [torch.bfloat16] + 22 * [torch.float32]
     assert result.saliency.dtype == result.objective.dtype == torch.float32
-    torch.testing.assert_close(result.objective, exact.objective, rtol=0, atol=0.03)
+    torch.testing.assert_close(gained(result), gained(exact), rtol=0, atol=0.04)
 
 
 def test_memory_does_not_grow_with_the_steps(tiny, images, class_idx):
@@ -404,6 +417,23 @@ def test_own_optimizer(tiny, images, class_idx):
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
     with pytest.raises(ValueError, match=message):
         opti_cam(tiny, images, class_idx, **{"layer": "features", **change})
+
+
+def test_baselines_that_do_not_fit(tiny, images, class_idx):
+    run = partial(opti_cam, tiny, images, class_idx, layer="features", num_steps=2)
+    for wrong in (torch.rand(3), lambda x: torch.rand(3)):
+        with pytest.raises(
+            ValueError, match=r"baseline: wanted a shape that broadcasts to \(5, 3, 24, 32\), got \(3,\)"
+        ):
+            run(baseline=wrong)
+    with pytest.raises(TypeError, match=r"baseline: wanted a tensor or a function, .* got None"):
+        run(baseline=lambda x: None)
+    gray = torch.full((3, 1, 1), 0.5)
+    with torch.inference_mode():
+        inside = gray.clone()
+    expected = run(baseline=gray.double()).saliency
+    for other in (gray, inside, lambda x: gray):
+        assert torch.equal(run(baseline=other).saliency, expected)
 
 
 @pytest.mark.parametrize("name", ["objective", "normalize", "optimizer", "baseline"])

@@ -66,9 +66,11 @@ class _Contrast(Corner):
 def test_extremal_perturbation_agrees_with_the_loop_version(tiny):
     images = torch.rand(1, 3, 10, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     louder = nn.Sequential(tiny, _Times(50))
-    saliency = extremal_perturbation(louder, images, torch.tensor([3]), num_steps=4, area=0.3)
-    mask = references.extremal_perturbation(louder, images[0].numpy(), 3, 4, 0.3)
-    np.testing.assert_allclose(saliency[0, 0], references.min_max(mask), rtol=0, atol=1e-5)
+    # two steps, as the third makes the mask of so few cells zero
+    saliency = extremal_perturbation(louder, images, torch.tensor([3]), num_steps=2, area=0.225)
+    mask = references.extremal_perturbation(louder, images[0].numpy(), 3, 2, 0.225)
+    assert np.ptp(mask) > 0.01
+    np.testing.assert_allclose(saliency[0, 0], references.min_max(mask), rtol=0, atol=1e-6)
 
 
 class _Times(nn.Module):

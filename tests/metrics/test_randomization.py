@@ -236,6 +236,7 @@ def test_constant_map_has_similarity_0(similarity):
 def test_similarity_of_float32_nan_and_batches(similarity):
     a, b = (maps.float() for maps in random_pairs())
     a[4, 0, 7, 7] = math.nan
+    b[4] = 1  # constant, but a NaN is none of its values
     found = similarity(a, b)
     assert found.dtype == torch.float64
     assert found.isnan().tolist() == [False, False, False, False, True, False]
