@@ -172,6 +172,15 @@ def test_no_words_and_unknown_words_end_with_two(capsys):
         assert stopped.value.code == 2
 
 
+def test_without_an_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    assert cli.main(["explain", PHOTO, "--method", "captum:Saliency"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "opticam: method: captum is not installed; it is an extra, pip install -e '.[captum]'\n"
+    )
+
+
 def test_a_run_that_is_told_to_end_clears_up(folder):
     cells = [new_code_cell("import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}

@@ -71,7 +71,7 @@ def find_attribution(name: str) -> Any:
     try:
         known = importlib.import_module("captum.attr")
     except ImportError as error:
-        raise ImportError("method: captum is not installed; wanted `pip install 'opticam[captum]'`") from error
+        raise ImportError("method: captum is not installed; it is an extra, pip install -e '.[captum]'") from error
     found = getattr(known, name, None)
     if not (inspect.isclass(found) and issubclass(found, known.Attribution) and hasattr(found, "attribute")):
         names = [key for key, value in vars(known).items() if inspect.isclass(value) and hasattr(value, "attribute")]
