@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from opticam.datasets import REPOSITORY
+from opticam.datasets import REPOSITORY, demo
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright; it comes with the extra 'test'")
 pytest.importorskip("jupyterlab", reason="no JupyterLab; it comes with the extra 'notebooks'")
@@ -143,3 +143,10 @@ def test_the_page_explains_goes_back_a_step_refuses_and_stops(page, tmp_path):
     shows("Stopped after [0-9]{1,3} of 1000 steps")
     explain(steps="2")
     shows("Opti-CAM for kite: probability 13.1 % -> ")
+
+    with page.expect_file_chooser() as chooser:
+        view.get_by_role("button", name="Upload").click()
+    chooser.value.set_files(demo().paths[1])
+    shows("Press Explain for a map")
+    explain(search="folding chair")
+    shows("Opti-CAM for folding chair: probability ")
