@@ -108,7 +108,7 @@ def read_batch(path: str | Path) -> Batch:
     lines: dict[Place, int] = {}
     faults: list[tuple[Place, str]] = []
     if tree is not None:
-        _walk(tree, (), lines, faults)
+        _walk(tree, (), lines, faults, set())
     runs = _runs(path, content, faults)
     if faults:
         told = {f"{_dotted(place)}: {text}": lines.get(place) or lines.get(place[:-1]) or 1 for place, text in faults}
@@ -267,18 +267,23 @@ def _dotted(place: Place) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the file"
 
 
-def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]]) -> None:
+def _walk(
+    node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]], seen: set[int]
+) -> None:
     """Notes the line of every place, and names that are given twice, which YAML's reader passes over."""
     lines[place] = node.start_mark.line + 1
+    if id(node) in seen:  # an alias may stand for what it is in
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            _walk(item, (*place, number), lines, faults)
+            _walk(item, (*place, number), lines, faults, seen)
     elif isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             inner = (*place, str(name.value))
             if inner in lines:
                 faults.append((inner, "given twice"))
-            _walk(value, inner, lines, faults)
+            _walk(value, inner, lines, faults, seen)
             lines[inner] = name.start_mark.line + 1
 
 
@@ -323,6 +328,8 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
     first: dict[str, Run] = {}
     for run in runs:
         other = first.setdefault(run.name.casefold(), run)
+        if run.output.resolve() == notebook.resolve():
+            faults.append((("output",), f"the run would overwrite {notebook.name}; wanted another folder"))
         if other is not run:
             faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))
     return runs

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if arguments is None:  # this process is ours: ended politely, by a cluster too, it clears up as after Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(ending, signal.default_int_handler)
     try:
         return options.command(options)
     except BrokenPipeError:  # whoever read the output has had enough
@@ -97,7 +99,10 @@ def explain(options: argparse.Namespace) -> int:
     use_style()
     titles = [f"{name}: {p:.1f} %", label, f"masked: {o:.1f} %"]
     figure = explanation_figure(images[0], saliency[0], apply_mask(images, saliency)[0], titles)
-    print(f"wrote {save_figure(figure, output)}")
+    try:
+        print(f"wrote {save_figure(figure, output)}")
+    except OSError as error:
+        raise OSError(f"output: cannot write {output} ({error.strerror or error})") from error
     return 0
 
 

@@ -120,6 +120,7 @@ def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
     except (NotebookError, ValueError) as reason:
         error = str(reason)
     if gone.is_set():
+        run.output.with_suffix(".failed.ipynb").unlink(missing_ok=True)  # it did not fail, it was stopped
         raise _Gone
     return write_record(run, "failed" if error else "done", time.perf_counter() - start, error)
 

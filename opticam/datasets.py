@@ -188,7 +188,8 @@ def select(
         chosen = [chosen[index] for index in sorted(order[:sample].tolist())]
     chosen = chosen[:limit]
     if shard is not None:
-        parts = re.fullmatch(r"(\d+)/(\d+)", shard if isinstance(shard, str) else "/".join(map(str, shard)))
+        words = "/".join(map(str, shard)) if isinstance(shard, tuple | list) else str(shard)
+        parts = re.fullmatch(r"(\d+)/(\d+)", words)
         first, count = map(int, parts.groups()) if parts else (0, 0)
         if not first < count:
             raise ValueError(f"shard: wanted k/n with k in 0..n-1, got {shard!r}")
@@ -211,7 +212,7 @@ def read_image(path: str | Path, *, upright: bool = True) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"image: no file at {path}")
+        raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     try:
         with Image.open(path) as opened:
             opened.load()
@@ -246,6 +247,10 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
         ValueError: `resize` is smaller than `input_size`.
     """
     _check_frame(input_size, resize)
+    # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
+    spare = [max(0, side - 100 * min(photo.size)) // 2 for side in photo.size]
+    if any(spare):
+        photo = photo.crop((spare[0], spare[1], photo.width - spare[0], photo.height - spare[1]))
     return TF.to_tensor(TF.center_crop(TF.resize(photo, [resize]), [input_size]))
 
 

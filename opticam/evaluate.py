@@ -38,7 +38,7 @@ from opticam.metrics import (
     saliency_metric,
     soft_f1,
 )
-from opticam.results import describe, digest_of, is_done, write_rows
+from opticam.results import describe, digest_of, is_done, network_digest, write_rows
 from opticam.saliency import apply_mask, baseline_of, check_saliency
 
 Method = Callable[..., Tensor]
@@ -260,9 +260,9 @@ def stream(
     Args:
         folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
         model: see `evaluate`.
-        dataset: see `evaluate`.
+        dataset: as `datasets.load_dataset` gives it.
         methods: see `evaluate`.
-        parameters: stored with the rows; JSON.
+        parameters: stored with the rows, by names that `stream` has not itself; JSON.
         scores: see `evaluate`.
         batch_size: see `evaluate`.
         shard_size: images a file.
@@ -277,21 +277,30 @@ def stream(
         ValueError: see `evaluate`; a method that `results.describe` cannot describe.
     """
     _check_work(model, dataset, methods, scores)
+    if not hasattr(dataset, "photos"):
+        raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
     if shard_size < 1:
         raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
-    everything = {
-        **parameters,
+    computed = {
         "methods": {name: describe(method, model) for name, method in methods.items()},
         "layer": _layer_name(model, getattr(model, "layer", None)),
         "scores": list(scores),
         "batch_size": batch_size,
-        "weights": digest_of(*model.state_dict().items()),
+        "weights": network_digest(model),
         "images": digest_of(frame, dataset.upright, *zip(dataset.names, dataset.labels, strict=True)),
         "shard_size": shard_size,
         "shards": number,
     }
-    folder = Path(folder) / hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
+    taken = [name for name in parameters if name in {*computed, "shard", "files"}]
+    if taken:
+        raise ValueError(f"parameters: {', '.join(taken)} are stored by stream itself; wanted other names")
+    everything = {**parameters, **computed}
+    try:
+        key = json.dumps(everything, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"parameters: wanted what JSON can hold ({error})") from error
+    folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:12]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -321,6 +330,8 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     own, other = (getattr(side, "class_names", None) for side in (model, dataset))
     if own and other and len(own) != len(other):
         raise ValueError(f"dataset: its labels are {len(other)} classes; wanted the {len(own)} of the model")
+    if own and other and list(own) != list(other) and sorted(own) == sorted(other):
+        raise ValueError("dataset: its classes are in another order than the model's; wanted the same order")
 
 
 def _tables(
@@ -336,6 +347,9 @@ def _tables(
         num_workers = 0 if _device(model).type == "cpu" else 8
     loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)
     for samples in loader:
+        for sample in samples:
+            if not isinstance(sample, Sample | Skipped):
+                raise ValueError(f"dataset: wanted items of type Sample, got {type(sample).__name__}")
         yield _rows(model, samples, methods, scores)
         bar.update(len(samples) * len(methods))
 
@@ -389,7 +403,7 @@ def _rows_at_once(
         if batch:
             class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
             boxes = [sample.boxes for sample in batch.values()]
-            table = _scored(model, images, class_idx, boxes, logits, method, scores)
+            table = _scored(model, images, class_idx, boxes, logits, name, method, scores)
             tables.append(table.set_axis(list(batch)).assign(method=name))
     rows = pd.concat([table for table in tables if len(table)]).sort_index(kind="stable")
     rows["image"] = [samples[i].name for i in rows.index]
@@ -413,6 +427,7 @@ def _scored(
     class_idx: Tensor,
     boxes: Sequence[Tensor],
     logits: Tensor,
+    name: str,
     method: Method,
     scores: Sequence[str],
 ) -> pd.DataFrame:
@@ -421,14 +436,18 @@ def _scored(
     with count_passes(model) as passes:
         saliency = method(model, images, class_idx)
     seconds = _now(images.device) - start
+    wanted = (len(images), 1, *images.shape[-2:])
+    if not isinstance(saliency, Tensor) or saliency.shape != wanted:
+        got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
+        raise ValueError(f"methods: {name} returned {got}; wanted a tensor {wanted}, as the functions in METHODS do")
     finite = (saliency.isfinite().flatten(1).all(1) & logits.isfinite().all(1)).cpu().numpy()
     constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
     saliency = saliency.nan_to_num(0, 0, 0)
     table = score(model, images, class_idx, saliency, logits)
     table.insert(0, "predicted", logits.argmax(1).cpu().numpy())
     batch = Explained(model, images, class_idx, logits, boxes, saliency, method, table)
-    for name in scores:
-        for column, values in SCORES[name](batch).items():
+    for kind in scores:
+        for column, values in SCORES[kind](batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
     return table.assign(
@@ -474,7 +493,8 @@ def _now(device: torch.device) -> float:
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:
     if isinstance(layer, nn.Module):
-        return next((name for name, module in model.named_modules() if module is layer), type(layer).__name__)
+        modules = getattr(model, "network", model).named_modules()  # as `resolve_layer` names them
+        return next((name for name, module in modules if module is layer), type(layer).__name__)
     return str(layer or "")
 
 

@@ -65,7 +65,8 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     network = getattr(model, "network", model)
     names = dict(network.named_modules())
     if not layer or layer not in names:
-        close = difflib.get_close_matches(layer, filter(None, names), n=3) or list(names)[-3:]
+        own = [name for name in [getattr(model, "layer", None)] if isinstance(name, str)]
+        close = difflib.get_close_matches(layer, filter(None, names), n=3) or own or list(names)[-3:]
         raise ValueError(
             f"layer: no {layer!r} in {type(network).__name__}; wanted a dotted name such as {', '.join(close)}"
         )

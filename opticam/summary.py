@@ -42,6 +42,7 @@ def bootstrap_interval(
         vectorized=True,
         confidence_level=confidence,
         n_resamples=num_resamples,
+        batch=max(1, 2_000_000 // len(values[0])),  # resampled values in memory, whatever the number of images
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval

@@ -105,6 +105,8 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ("resources: {GPU: -1}", ["resources.GPU: wanted a whole number of at least 0, got -1"]),
         ("resources: {GPU: half}", ["resources.GPU: wanted a whole number"]),
         ("output: 3", ["output: wanted text, got 3"]),
+        ("output: .", ["line 2: output: the run would overwrite 10_tiny.ipynb; wanted another folder"]),
+        ("other: &all [*all]", ["line 2: other: unknown; wanted one of notebook"]),
         ("grid: {", ["some.yaml, line 2: wanted YAML; "]),
         ("grid: ]", ["some.yaml, line 2: wanted YAML; "]),
         ("grid: !!python/object/apply:os.system [ls]", ["wanted YAML"]),

@@ -181,7 +181,8 @@ def test_without_an_extra(monkeypatch, capsys):
     )
 
 
-def test_a_run_that_is_told_to_end_clears_up(folder):
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_clears_up(folder, ending):
     cells = [new_code_cell("import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "long.ipynb")
@@ -190,7 +191,7 @@ def test_a_run_that_is_told_to_end_clears_up(folder):
     deadline = time.monotonic() + 60
     while not (folder / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(ending)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.endswith("opticam: interrupted\n")

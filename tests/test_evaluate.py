@@ -13,7 +13,7 @@ import references
 import torch
 from tqdm import tqdm
 
-from opticam import METHODS, evaluate, load_model, metrics, results, score
+from opticam import METHODS, evaluate, load_model, metrics, opti_cam, results, score
 from opticam.datasets import Photo, Sample, Skipped, demo
 from opticam.evaluate import SCORES, stored_saliency, stream
 from opticam.results import read_shards
@@ -262,8 +262,9 @@ def test_unknown_scores(tiny, samples):
 
 
 def run_stream(folder, model, samples, **changed):
-    settings = {"parameters": {"model": "tiny"}, "batch_size": 2, "shard_size": 3} | changed
-    return stream(folder, model, Numbered(samples), {"grad_cam": METHODS["grad_cam"]}, **settings)
+    settings = {"parameters": {"model": "tiny"}, "batch_size": 2, "shard_size": 3}
+    settings |= {"methods": {"grad_cam": METHODS["grad_cam"]}} | changed
+    return stream(folder, model, Numbered(samples), **settings)
 
 
 def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, samples, tmp_path, monkeypatch):
@@ -284,7 +285,21 @@ def written(folder):
 
 
 @pytest.mark.parametrize(
-    "what", ["parameters", "weights", "images", "frame", "batch_size", "shard_size", "scores", "layer"]
+    "what",
+    [
+        "parameters",
+        "weights",
+        "network",
+        "images",
+        "labels",
+        "frame",
+        "upright",
+        "batch_size",
+        "shard_size",
+        "scores",
+        "layer",
+        "method",
+    ],
 )
 def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatch, what):
     tiny.layer = "features"
@@ -297,6 +312,14 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
             tiny.fc.bias[0] += 1
     elif what == "images":
         samples[-1] = samples[-1]._replace(name="other.png")
+    elif what == "labels":
+        samples[0] = samples[0]._replace(label=1)
+    elif what == "upright":
+        monkeypatch.setattr(Numbered, "upright", False)
+    elif what == "network":
+        tiny.features[1] = torch.nn.GELU()
+    elif what == "method":
+        changed = {"methods": {"grad_cam": partial(METHODS["grad_cam"], layer="features.0")}}
     elif what == "layer":
         tiny.layer = "features.0"
     elif what == "frame":
@@ -341,6 +364,31 @@ def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp
     after = written(tmp_path)
     assert [after[path] == before[path] for path in sorted(before)] == [True, False]
     assert len(read_shards(folder)[0]) == 5
+    with_boxes = Numbered(samples, paths)
+    with_boxes.photos[0] = with_boxes.photos[0]._replace(boxes=((1.0, 1.0, 4.0, 4.0),))
+    assert start(dataset=with_boxes, methods=ones) == folder
+    assert [written(tmp_path)[path] == after[path] for path in sorted(before)] == [False, True]
+
+
+def test_methods_and_datasets_of_another_kind(tiny, samples):
+    tiny.layer = "features"
+    for method, got in (
+        (opti_cam, "OptiCAMResult"),
+        (lambda *_: np.ones((5, 1, 24, 32)), "ndarray"),
+        (lambda model, images, class_idx: images[:, 0], r"\(5, 24, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"methods: own returned {got}; wanted a tensor \(5, 1, 24, 32\)"):
+            evaluate(tiny, samples, {"own": method})
+    with pytest.raises(ValueError, match="dataset: wanted items of type Sample, got tuple"):
+        evaluate(tiny, [(samples[0].image, 0)], {"fake_cam": METHODS["fake_cam"]})
+
+
+def test_layers_are_recorded_by_the_name_that_finds_them(samples):
+    model = load_model("efficientnet_lite0").double()
+    given = "bn2", model.network.bn2
+    images = [samples[0]._replace(image=torch.rand(3, 224, 224, dtype=torch.float64))]
+    methods = {str(k): partial(METHODS["equal_weights"], layer=layer) for k, layer in enumerate(given)}
+    assert evaluate(model, images, methods).layer.tolist() == ["bn2", "bn2"]
 
 
 def test_a_half_precision_network(tiny, samples):
@@ -367,6 +415,18 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
         run_stream(tmp_path, tiny, [])
     with pytest.raises(ValueError, match="methods: wanted at least one"):
         evaluate(tiny, samples, {})
+    for parameters, message in (
+        ({"shard": "1/4", "weights": "V2"}, "parameters: shard, weights are stored by stream itself"),
+        ({"root": tmp_path}, "parameters: wanted what JSON can hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_stream(tmp_path, tiny, samples, parameters=parameters)
+    with pytest.raises(ValueError, match="dataset: wanted Photos, as load_dataset gives them, got list"):
+        stream(tmp_path, tiny, samples, METHODS, parameters={})
+    own = load_model("efficientnet_lite0")
+    turned = replace(demo(limit=1), class_names=own.class_names[::-1])
+    with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
+        evaluate(own, turned, {"fake_cam": METHODS["fake_cam"]})
     two = replace(demo(limit=1), class_names=["cat", "dog"])
     with pytest.raises(ValueError, match="dataset: its labels are 2 classes; wanted the 1000 of the model"):
         evaluate(load_model("efficientnet_lite0"), two, {"fake_cam": METHODS["fake_cam"]})

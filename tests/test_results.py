@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from opticam import METHODS, SCHEDULES, results
+from opticam.methods.ascent import map_space, weight_space
 from opticam.results import describe
 
 
@@ -91,58 +94,112 @@ def in_a_set(model, images, class_idx, kind="a"):
     return images if kind in {"a", "b", "c", "d"} else None
 
 
-def test_methods_that_differ_are_described_differently(tiny):
-    grid = torch.zeros(1000)
-    options = [
-        {},
-        SCHEDULES["fast"],
-        {"layer": tiny.features[0]},
-        {"layer": tiny.features[2]},
-        {"u": grid},
-        {"u": grid.double()},
-        {"u": grid.index_fill(0, torch.tensor([500]), 1)},
-        {"normalize": torch.sigmoid},
-        {"normalize": F.relu},
-    ]
-    methods = [partial(METHODS["opti_cam"], **some) for some in options]
-    methods += [
-        METHODS["grad_cam"],
-        scaled(0.5),
-        scaled(0.25),
-        in_a_set,
-        partial(in_a_set, 1),
-        lambda *_: 1,
-        lambda *_: 2,
-    ]
-    described = [repr(describe(method, tiny)) for method in methods]
+class Own(nn.Module):
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+
+
+def dense(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(2, 2)
+
+
+FAST = partial(METHODS["opti_cam"], **SCHEDULES["fast"])
+DIFFERENT = {
+    "options": [METHODS["opti_cam"], FAST, partial(FAST, num_steps=17)],
+    "function": [METHODS["grad_cam"], METHODS["layer_cam"], lambda *_: 1, lambda *_: 2],
+    "attribute": [lambda x: x.relu(), lambda x: x.abs()],
+    "default": [lambda x, a=1: a, lambda x, a=2: a, lambda x, *, a=1: a, lambda x, *, a=2: a],
+    "closure": [scaled(0.5), scaled(0.25)],
+    "positional": [in_a_set, partial(in_a_set, 1), partial(in_a_set, 2)],
+    "tensor": [torch.zeros(2000), torch.zeros(2000).double(), torch.zeros(2000).index_fill(0, torch.tensor([999]), 1)],
+    "library": [torch.sigmoid, F.relu, torch.Tensor.sigmoid],
+    "network": [dense(0), dense(1), Own(1), Own(2)],
+    "package's lambda": [weight_space, weight_space._replace(sums=map_space.sums)],
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_methods_that_differ_are_described_differently(tiny, kind):
+    methods = [partial(METHODS["opti_cam"], some=method) for method in DIFFERENT[kind]]
+    described = [json.dumps(describe(method, tiny)) for method in methods]
     assert len(set(described)) == len(methods)
-    assert described == [repr(describe(method, tiny)) for method in methods]
-    assert describe(partial(METHODS["grad_cam"], layer=tiny.features[0]), tiny)[-1] == {"layer": "features.0"}
+    assert described == [json.dumps(describe(method, tiny)) for method in methods]
 
 
-def test_another_process_describes_alike():
-    # of its own module and of a script, with what the function reads around it
-    program = """
-from functools import partial
+def test_layers_are_described_by_name(tiny):
+    layers = [partial(METHODS["grad_cam"], layer=layer) for layer in (tiny.features[0], tiny.features[2])]
+    assert [describe(method, tiny)[-1] for method in layers] == [{"layer": "features.0"}, {"layer": "features.2"}]
+
+
+PROGRAM = """
+from functools import cache, partial
+import torch
 from torch import nn
 from opticam import METHODS, SCHEDULES
 from opticam.results import describe
 from test_results import in_a_set
-SIZE = {}
-def own(model, images, class_idx):
+SIZE = {size}
+def direct(model, images, class_idx):
     return SIZE
-methods = [partial(METHODS["opti_cam"], **SCHEDULES["fast"]), in_a_set, own]
-print([describe(method, nn.Identity()) for method in methods])
+def in_a_list(model, images, class_idx):
+    return [image * SIZE for image in images]
+@torch.no_grad()
+def decorated(model, images, class_idx):
+    return SIZE
+class Kept:
+    @staticmethod
+    def one():
+        return {size}
+def of_a_class(model, images, class_idx):
+    return Kept.one()
+@cache
+def cached(model, images, class_idx):
+    return SIZE
+def even(n):
+    return n == 0 or odd(n - SIZE)
+def odd(n):
+    return n != 0 and even(n - 1)
+def unrelated(model, images, class_idx):
+    return images.SIZE
+def of_a_table(model, images, class_idx):
+    return methods["direct"](model, images, class_idx)
+methods = {{f.__name__: f for f in (direct, in_a_list, decorated, of_a_class, cached, even, of_a_table)}}
+same = {{"fast": partial(METHODS["opti_cam"], **SCHEDULES["fast"]), "in_a_set": in_a_set, "unrelated": unrelated}}
+for name, method in {{**methods, **same}}.items():
+    print(name, describe(method, nn.Identity()))
 """
+
+
+def test_another_process_describes_alike_what_has_not_changed():
     told = []
     for seed, size in ("1", 3), ("2", 3), ("3", 4):
         env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", program.format(size)]
-        told.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+        command = [sys.executable, "-c", PROGRAM.format(size=size)]
+        told.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines())
     assert told[0] == told[1]
-    assert told[0] != told[2]
+    changed = [line.split()[0] for line, other in zip(told[0], told[2], strict=True) if line != other]
+    assert changed == ["direct", "in_a_list", "decorated", "of_a_class", "cached", "even", "of_a_table"]
 
 
 def test_what_no_other_process_would_recognise_is_refused(tiny):
     with pytest.raises(ValueError, match=r"methods: wanted functions whose options are numbers.* of object"):
         describe(partial(METHODS["grad_cam"], layer=object()), tiny)
+
+
+@pytest.mark.parametrize("what", ["missing", "parameters", "version", "twice"])
+def test_shards_that_do_not_belong_together(tmp_path, monkeypatch, what):
+    for k in range(2):
+        parameters = {"shards": 2, "shard": k, "files": str(k), "model": "a"}
+        if k == 1 and what == "parameters":
+            parameters["model"] = "b"
+        if k == 1 and what == "version":
+            monkeypatch.setattr(results, "code_digest", lambda: "other")
+        image = "0" if what == "twice" else str(k)
+        if (k, what) != (1, "missing"):
+            rows = pd.DataFrame({"image": [image], "method": ["m"]})
+            results.write_rows(rows, tmp_path / f"{k:05d}.parquet", parameters)
+    message = {"missing": "wanted all of 0..1", "parameters": "different parameters", "version": "different versions"}
+    with pytest.raises(ValueError, match=message.get(what, "holds 0 twice")):
+        results.read_shards(tmp_path)

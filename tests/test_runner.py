@@ -138,6 +138,14 @@ def test_a_killed_kernel_is_a_failure(notebook, tmp_path):
     assert (tmp_path / "o.failed.ipynb").exists()
 
 
+def test_a_notebook_is_not_its_own_output(notebook):
+    path = notebook("1")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"output: .*07_tiny\.ipynb is the notebook itself"):
+        run_notebook(path, path.parent / "." / path.name)
+    assert path.read_bytes() == before
+
+
 def test_what_is_no_notebook_is_refused(tmp_path):
     (tmp_path / "text.ipynb").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.ipynb is not a Python notebook"):

@@ -430,7 +430,7 @@ def test_baselines_that_do_not_fit(tiny, images, class_idx):
         run(baseline=lambda x: None)
     gray = torch.full((3, 1, 1), 0.5)
     with torch.inference_mode():
-        inside = gray.clone()
+        inside = gray.double()
     expected = run(baseline=gray.double()).saliency
     for other in (gray, inside, lambda x: gray):
         assert torch.equal(run(baseline=other).saliency, expected)
