@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from opticam.datasets import Photos, Sample, Skipped
 from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen
+from opticam.identity import describe, digest_of, network_digest
 from opticam.metrics import (
     METRICS,
     adcc,
@@ -38,7 +39,7 @@ from opticam.metrics import (
     saliency_metric,
     soft_f1,
 )
-from opticam.results import describe, digest_of, is_done, network_digest, write_rows
+from opticam.results import is_done, write_rows
 from opticam.saliency import apply_mask, baseline_of, check_saliency
 
 Method = Callable[..., Tensor]
@@ -252,7 +253,7 @@ def stream(
 
     Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
     undisturbed run. Runs with other parameters, images, methods, layer or weights have folders of their own inside
-    `folder`; see `results.describe` for how methods are told apart. A file counts as done if the code of this package
+    `folder`; see `identity.describe` for how methods are told apart. A file counts as done if the code of this package
     has not changed since, nor the size of an image file of it, nor its boxes.
 
         rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
@@ -274,7 +275,7 @@ def stream(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: see `evaluate`; a method that `results.describe` cannot describe.
+        ValueError: see `evaluate`; a method that `identity.describe` cannot describe.
     """
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "photos"):
