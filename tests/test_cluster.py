@@ -274,3 +274,14 @@ def test_ctrl_c_ends_everything(folder):
     assert driver.returncode == 130
     assert errors.endswith("opticam: interrupted\n")
     assert {read_record(run)["status"] for run in read_batch(path).runs} == {"new"}
+
+
+def test_a_driver_that_is_told_to_end_leaves_nothing_half_done(folder):
+    path = write(folder, range(2), 30.0)
+    driver = start(path, "--jobs", "2")
+    wait_for(lambda: len(log_of(folder)) == 2)
+    driver.terminate()
+    _, errors = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert errors.endswith("opticam: interrupted\n")
+    assert not [*(folder / "out").glob("*.ipynb"), *(folder / "out").glob(".*.ipynb")]
