@@ -66,6 +66,7 @@ def test_layers_are_described_by_name(tiny):
 
 PROGRAM = """
 from functools import cache, partial
+import numpy as np
 import torch
 from torch import nn
 from opticam import METHODS, SCHEDULES
@@ -98,6 +99,7 @@ def of_a_table(model, images, class_idx):
     return methods["direct"](model, images, class_idx)
 methods = {{f.__name__: f for f in (direct, in_a_list, decorated, of_a_class, cached, even, of_a_table)}}
 same = {{"fast": partial(METHODS["opti_cam"], **SCHEDULES["fast"]), "in_a_set": in_a_set, "unrelated": unrelated}}
+same["objects"] = partial(in_a_set, kind=np.array(["a", None]))
 for name, method in {{**methods, **same}}.items():
     print(name, describe(method, nn.Identity()))
 """

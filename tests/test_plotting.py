@@ -59,7 +59,7 @@ def test_image_grid_leaves_missing_places_empty():
 
 def test_saved_figures_are_byte_identical_and_whole(tmp_path):
     image, saliency = torch.rand(3, 16, 16), torch.rand(1, 16, 16)
-    for suffix in ("png", "pdf", "svg"):
+    for suffix in ("png", "pdf", "svg", "PNG"):
         written = []
         for name in ("one", "two"):
             figure = explanation_figure(image, saliency, image * saliency, ["a", "b", "c"])
@@ -100,6 +100,9 @@ def test_conditions_are_groups_of_points():
     assert [points[0].get_ydata().tolist() for points in second.containers] == [[1], [5]]
     (bars,) = second.containers[0][2]
     assert bars.get_segments()[0][:, 1].tolist() == [0, 3]
+    some = {"a": summary.loc[["grad_cam"]], "b": summary}  # a method that misses a condition stays at its place
+    (ax,) = condition_panels({"one": some}, "road", "ROAD").axes
+    assert [points[0].get_xdata().round().tolist() for points in ax.containers] == [[0, 1], [1]]
 
 
 def test_boxes_are_drawn_in_x_and_y():
@@ -120,6 +123,9 @@ def test_metric_values_shows_the_metric_and_the_images():
     assert values[0, 0] == values[199, 0] == pytest.approx(0.0025)  # p grows to the right only
     assert values[0, 199] == pytest.approx(0.9975)
     assert ax.collections[0].get_offsets().tolist() == [[0.2, 0.6], [0.9, 0.3]]
+    many = pd.DataFrame({"method": list(METHODS), "prob": 0.5, "masked_prob": 0.5})
+    (ax,) = metric_values(many, {"first": lambda p, o: p}).axes
+    assert len(ax.collections) == len(METHODS)
 
 
 def test_probability_bars_begin_with_the_class_explained():
@@ -228,3 +234,6 @@ def test_curves_show_similarity_by_stage_in_the_order_given():
     np.testing.assert_allclose(container.lines[0].get_ydata(), [0.8, 0.3])
     ends = [segment[:, 1] for segment in container.lines[2][0].get_segments()]
     np.testing.assert_allclose(ends, [[0.7, 0.9], [0.1, 0.4]])
+    other = curves.iloc[[1]].rename(index={"grad_cam": "opti_cam"})  # only at the second stage
+    (ax,) = similarity_curves(pd.concat([curves, other]), {"ssim": "SSIM"}, {"cascading": ""}).axes
+    assert [container.lines[0].get_xdata().round().tolist() for container in ax.containers] == [[0, 1], [1]]

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +26,17 @@ def test_bootstrap_interval_is_the_percentile_bootstrap():
     assert bootstrap_interval(np.zeros(9)) == (0, 0)
     with pytest.raises(ValueError, match="wanted at least one image"):
         bootstrap_interval(np.array([]))
+
+
+def test_bootstrap_of_many_images_takes_them_in_parts():
+    shapes = []
+
+    def mean(values, axis):
+        shapes.append(np.shape(values))
+        return np.mean(values, axis)
+
+    bootstrap_interval(np.random.default_rng(1).normal(0, 1, 5000), statistic=mean, num_resamples=1000)
+    assert max(map(math.prod, shapes)) <= 2_000_000
 
 
 def test_bootstrap_of_several_arrays_keeps_them_paired():
