@@ -325,10 +325,10 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
     default = REPOSITORY / "data" / "results" / "batches" / path.stem
     folder = Path(path.parent, Path(fields["output"]).expanduser()).resolve() if "output" in fields else default
     runs = list(_combined(notebook, fixed, grid, folder, gpus))
-    first: dict[str, Run] = {}
+    source, first = notebook.resolve(), dict[str, Run]()
     for run in runs:
         other = first.setdefault(run.name.casefold(), run)
-        if run.output.resolve() == notebook.resolve():
+        if run.output == source:
             faults.append((("output",), f"the run would overwrite {notebook.name}; wanted another folder"))
         if other is not run:
             faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))

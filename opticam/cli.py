@@ -100,9 +100,10 @@ def explain(options: argparse.Namespace) -> int:
     titles = [f"{name}: {p:.1f} %", label, f"masked: {o:.1f} %"]
     figure = explanation_figure(images[0], saliency[0], apply_mask(images, saliency)[0], titles)
     try:
-        print(f"wrote {save_figure(figure, output)}")
+        save_figure(figure, output)
     except OSError as error:
         raise OSError(f"output: cannot write {output} ({error.strerror or error})") from error
+    print(f"wrote {output}")
     return 0
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from opticam.datasets import Photos, Sample, Skipped
-from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen
+from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen, layer_name
 from opticam.identity import describe, digest_of, network_digest
 from opticam.metrics import (
     METRICS,
@@ -227,7 +227,7 @@ def evaluate(
 
     Raises:
         ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset whose labels are not the
-            classes of the model.
+            classes of the model in their order, or whose items are no `Sample`; a method that returns no such maps.
     """
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
@@ -493,10 +493,7 @@ def _now(device: torch.device) -> float:
 
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:
-    if isinstance(layer, nn.Module):
-        modules = getattr(model, "network", model).named_modules()  # as `resolve_layer` names them
-        return next((name for name, module in modules if module is layer), type(layer).__name__)
-    return str(layer or "")
+    return str((layer_name(model, layer) if isinstance(layer, nn.Module) else layer) or "")
 
 
 def _files(dataset: Photos, indices: range) -> str:

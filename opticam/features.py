@@ -73,6 +73,12 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     return names[layer]
 
 
+def layer_name(model: nn.Module, layer: nn.Module) -> str | None:
+    """The dotted name by which `resolve_layer` finds a module of the model; None for a module of another."""
+    modules = getattr(model, "network", model).named_modules()
+    return next((name for name, module in modules if module is layer), None)
+
+
 def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
     """Refuse, in one sentence, what would fail later or go wrong in silence.
 
@@ -161,7 +167,7 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
 
 
 def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
-    """Logits (B,C) where `output` takes the place of what the layer puts out when called so often. No gradients."""
+    """Logits (B,C) where `output` takes the place of the layer's at its `call`-th call of the pass. No gradients."""
     calls = itertools.count(1)
 
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:

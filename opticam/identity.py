@@ -3,6 +3,7 @@
 import dis
 import hashlib
 import inspect
+import json
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from opticam.features import layer_name
 
 
 def describe(value: Any, model: nn.Module, around: tuple = ()) -> Any:
@@ -44,8 +47,7 @@ def describe(value: Any, model: nn.Module, around: tuple = ()) -> Any:
     if isinstance(value, Tensor | np.ndarray):
         return digest_of(value)
     if isinstance(value, nn.Module):
-        names = [name for name, module in getattr(model, "network", model).named_modules() if module is value]
-        return names[0] if names else network_digest(value)
+        return layer_name(model, value) or network_digest(value)
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     if any(value is other for other in around):  # functions may call each other
         return name
@@ -64,7 +66,8 @@ def describe(value: Any, model: nn.Module, around: tuple = ()) -> Any:
         if not _installed(value):
             names = sorted(_globals(value.__code__) & value.__globals__.keys())
             read |= {word: value.__globals__[word] for word in names}
-        return [name, _code(value.__code__), inner(value.__defaults__), inner(value.__kwdefaults__), inner(read)]
+        depends = [_code(value.__code__), *map(inner, (value.__defaults__, value.__kwdefaults__, read))]
+        return [name, digest_of(json.dumps(depends))]  # of what it read, a data set say, too much to keep
     if inspect.ismethod(value):
         return [inner(value.__func__), inner(value.__self__)]
     if inspect.ismodule(value):
