@@ -302,12 +302,14 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
     """Calls `call(module)`, while it is open, whenever a module of the network has run; what it raises ends the pass.
 
     Args:
-        model: any network. Its modules are reported one by one, itself last, also in passes of its parts.
+        model: any network. Its modules are reported one by one, itself last, also in passes of its parts; convolutions
+            and batch norms are not, since hooks on them would keep them from being folded.
         call: what to do; its result is not used.
     """
     with ExitStack() as hooks:
         for module in model.modules():
-            hooks.enter_context(_hooked(module, lambda module, args, output: call(module)))
+            if not isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm):
+                hooks.enter_context(_hooked(module, lambda *_, module=module: call(module)))
         yield
 
 

@@ -15,6 +15,7 @@ from opticam.features import (
     frozen,
     usable,
 )
+from opticam.folding import folded
 from opticam.head import split_head
 from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
 
@@ -165,11 +166,12 @@ def score_cam(
     check_class_range(class_idx, logits.shape[1])
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with frozen(model), torch.no_grad():
-        black = model(torch.zeros_like(x[:1]))[0, class_idx].to(features.dtype)
+        network = folded(model, x, logits)
+        black = network(torch.zeros_like(x[:1]))[0, class_idx].to(features.dtype)
         scores = black[:, None].repeat(1, features.shape[1])
         for rows, channels in _pairs(scores, batch_size, features.amax((2, 3)) > features.amin((2, 3))):
             masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
-            masked_logits = model(apply_mask(x[rows], masks))
+            masked_logits = network(apply_mask(x[rows], masks))
             scores[rows, channels] = masked_logits.gather(1, class_idx[rows][:, None])[:, 0].to(scores.dtype)
     return saliency_map(combine(features, scores.softmax(1)), images.shape[-2:])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
+from opticam.folding import folded
 from opticam.methods.ascent import Optimizer, Rows, Space, adam, maximise, weight_space
 from opticam.saliency import apply_mask, baseline_of, min_max, upsample
 
@@ -175,6 +176,7 @@ def opti_cam(
         reduced = partial(torch.autocast, x.device.type, autocast, enabled=autocast is not None)
         features, y = feature_maps(model, x, layer)
         check_class_range(c, y.shape[1])
+        network = folded(model, x, y)
         features = tuple(maps.to(dtype).relu() for maps in features)
         width = sum(maps.shape[1] for maps in features)
         b = baseline_of(x, baseline) if callable(baseline) else None if shown is None else shown[part]
@@ -191,7 +193,7 @@ def opti_cam(
             def value(point: Tensor) -> Tensor:
                 masked = apply_mask(x_r, saliency(point, features_r), b_r)
                 with reduced():
-                    masked_logits = model(masked)
+                    masked_logits = network(masked)
                 return objective(masked_logits.to(dtype), y_r, c_r)
 
             return value, lambda point: space.settle(point, features_r)

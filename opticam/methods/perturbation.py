@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.features import Layer, check_class_range, check_inputs, frozen, usable
+from opticam.folding import folded
 from opticam.saliency import apply_mask, saliency_map
 
 
@@ -62,13 +63,15 @@ def rise(
     with frozen(model), torch.no_grad():
         x, c = usable(images).contiguous(memory_format=torch.channels_last), usable(class_idx)
         total = torch.zeros_like(x[:, :1], dtype=dtype)
+        logits = model(x[:1])
+        check_class_range(c, logits.shape[1])
+        network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
             for part in range(0, len(x), batch_size):
                 some = x[part : part + batch_size]
                 n = len(some)
-                logits = model(apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(n, 1, 1, 1)))
-                check_class_range(c, logits.shape[1])
+                logits = network(apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(n, 1, 1, 1)))
                 probs = logits.to(dtype).softmax(1).unflatten(0, (n, len(masks)))
                 scores = probs.gather(2, c[part : part + n, None, None].expand(n, len(masks), 1))[..., 0]
                 total[part : part + n, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
@@ -150,12 +153,14 @@ def extremal_perturbation(
             wanted = torch.zeros(size.numel(), device=x.device, dtype=dtype)
             wanted[wanted.numel() - round(area * wanted.numel()) :] = 1
             ascent = torch.optim.SGD([coarse], lr=0.01, momentum=0.9, dampening=0.9, maximize=True)
+            network = model
             for step in range(num_steps):
                 mask = smooth_mask(coarse, kernel, size)
                 seen = from_pyramid(pyramid, mask).to(x.dtype)
-                logits = model(seen.flip(3) if step % 2 else seen)
+                logits = network(seen.flip(3) if step % 2 else seen)
                 if step == 0:
                     check_class_range(c, logits.shape[1])
+                    network = folded(model, seen.detach(), logits.detach())
                 reward = logits.gather(1, c[:, None])[:, 0].to(dtype)
                 penalty = (mask.flatten(1).sort(1).values - wanted).square().mean(1)
                 (coarse.grad,) = torch.autograd.grad((reward - 300 * 1.0035**step * penalty).sum(), coarse)

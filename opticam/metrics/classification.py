@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.features import check_class_range, check_inputs, frozen, usable
+from opticam.folding import folded
 from opticam.saliency import check_saliency
 
 Curve = tuple[Tensor, Tensor]
@@ -433,11 +434,13 @@ def _probabilities(
 ) -> Tensor:
     """(B,n) class probabilities of n masked images an image, all images' in one row of batches; NaN for a NaN map."""
     probs: list[Tensor] = []
+    network = model
     with frozen(model), torch.no_grad():
         for masked, rows in batches:
-            logits = model(masked)
+            logits = network(masked)
             if not probs:
                 check_class_range(class_idx, logits.shape[1])
+                network = folded(model, masked, logits)
             probs.append(class_probability(logits, class_idx[rows]))
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
     return torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan)

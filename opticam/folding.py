@@ -1,0 +1,95 @@
+"""Batch norms folded into the convolutions before them: the same logits by fewer operations."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Pair = tuple[str, str]
+
+_pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
+
+
+def folded(model: nn.Module, images: Tensor, logits: Tensor) -> nn.Module:
+    """A network with the logits of a frozen one, its batch norms folded into convolutions where this can be done.
+
+    In eval mode a batch norm scales and shifts each channel by fixed numbers, which the convolution before it can do by
+    its own weights. The twin shares all else with the network, hooks included, and the network itself is not touched.
+    Each call checks the twin on the first image. The network itself comes back where the logits differ by more than
+    rounding, and where there is nothing to fold. The twin is for logits only: the maps of its convolutions differ.
+
+    Args:
+        model: any network in eval mode, its parameters out of the graph, as inside `features.frozen`.
+        images: (B,3,H,W) float.
+        logits: (B,C) of them, by the model.
+
+    Returns:
+        A network of the same signature; half-precision networks are returned as they are, since folding would round
+        their weights anew.
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        return model
+    with torch.no_grad(), contextlib.suppress(Exception):  # a network may be anything; itself, it is always right
+        if model not in _pairs:
+            _pairs[model] = _find_pairs(model)
+        if pairs := _pairs[model]:
+            twin = _fold(_twin(model, {}), pairs)
+            wanted = logits[:1]  # by `forward`: hooks count the passes of a method, and this is none
+            tolerance = 2**13 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+            if (twin.forward(images[:1]) - wanted).abs().max() <= tolerance:
+                return twin
+    return model
+
+
+class _Tracer(fx.Tracer):
+    """Looks only into modules that hold a batch norm."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or not any(isinstance(inner, _BatchNorm) for inner in m.modules())
+
+
+def _find_pairs(model: nn.Module) -> list[Pair]:
+    """Names of convolutions and of the batch norms that alone read them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not any(isinstance(module, _BatchNorm) for module in modules.values()):
+        return []
+    graph = _Tracer().trace(model)
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    pairs = []
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
+            continue
+        pair = str(before.target), str(node.target)
+        convolution, norm = (modules[name] for name in pair)
+        once = all(calls.count(name) == 1 for name in pair)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm) and once:
+            pairs.append(pair)
+    return pairs
+
+
+def _twin(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the tree of modules that shares parameters, buffers and hooks."""
+    if module not in known:
+        known[module] = twin = object.__new__(type(module))
+        twin.__dict__ = dict(vars(module))
+        twin._modules = {name: child and _twin(child, known) for name, child in module._modules.items()}
+    return known[module]
+
+
+def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
+    for pair in pairs:
+        convolution, norm = (cast(Any, twin.get_submodule(name)) for name in pair)
+        if convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks:
+            continue  # somebody reads or changes what would not be there
+        after = [norm._modules.get(name) for name in ("drop", "act")]  # of timm's batch norms
+        activation = nn.Sequential(*(module for module in after if module is not None))
+        for name, module in zip(pair, (fuse_conv_bn_eval(convolution, norm), activation), strict=True):
+            parent, _, own = name.rpartition(".")
+            twin.get_submodule(parent)._modules[own] = module
+    return twin
