@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from opticam import METHODS, evaluate, load_model
 from opticam.datasets import demo, imagenet
 from opticam.methods.ascent import SCHEDULES, adam, adam_cosine, map_space, weight_space
-from opticam.summary import bootstrap_interval
+from opticam.summary import interval
 
 
 def nadam_cosine(point, lr, num_steps):
@@ -88,7 +88,7 @@ def main() -> None:
         if "paper" in tables:
             for column, factor, key in (("masked_logit", 1, "logit"), ("average_gain", 100, "AG")):
                 difference = factor * (table[column] - tables["paper"][column]).to_numpy()
-                low, high = bootstrap_interval(difference)
+                low, high = interval(difference)
                 rows[-1][f"{key} - paper"] = difference.mean()
                 rows[-1][f"{key} - paper, 95 %"] = f"[{low:.2f}, {high:.2f}]"
         print(pd.Series(rows[-1]).to_frame().T.to_string(index=False), flush=True)

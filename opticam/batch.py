@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from opticam.datasets import REPOSITORY
-from opticam.results import code_digest, replacing
+from opticam.results import PROVENANCE, code_digest, replacing
 from opticam.runner import PATHS, cast, find_notebook, notebook_parameters
 
 BATCHES = REPOSITORY / "notebooks" / "batches"
@@ -211,7 +211,8 @@ def write_summary(batch: Batch) -> Path | None:
     """Write the rows of all runs that are done to `summary.parquet` and `summary.csv`, run by run.
 
     A run's rows are those of the table that has the notebook's name; its varied parameters are columns before the
-    table's own, where the table has no column of that name. Columns of bytes are left out of the CSV.
+    table's own, where the table has no column of that name. Columns of bytes are left out of the CSV. The Parquet file
+    has a provenance, for `results.read_rows`: that of the runs, with the parameters that all of them share.
 
     Returns:
         The path of the Parquet file; None if no run that is done has such a table.
@@ -222,7 +223,8 @@ def write_summary(batch: Batch) -> Path | None:
     done = [run for run in batch.runs if read_record(run)["status"] == "done" and run.table.is_file()]
     if not done:
         return None
-    schemas = [_with_varied(pq.read_schema(run.table).empty_table(), run).schema for run in done]
+    tables = [pq.read_schema(run.table).empty_table() for run in done]
+    schemas = [_with_varied(table, run).schema for table, run in zip(tables, done, strict=True)]
     schema = pa.unify_schemas([one.remove_metadata() for one in schemas], promote_options="permissive")
     flat = pa.schema(
         [field for field in schema if not (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))]
@@ -231,7 +233,9 @@ def write_summary(batch: Batch) -> Path | None:
     with (
         replacing(path) as whole,
         replacing(path.with_suffix(".csv")) as plain,
-        pq.ParquetWriter(whole, schema) as rows,
+        pq.ParquetWriter(
+            whole, schema.with_metadata(_shared([table.schema.metadata or {} for table in tables]))
+        ) as rows,
         pa.csv.CSVWriter(plain, flat) as lines,
     ):
         for run in done:
@@ -243,6 +247,16 @@ def write_summary(batch: Batch) -> Path | None:
             rows.write_table(table)
             lines.write_table(table.select(flat.names))
     return path
+
+
+def _shared(metadata: Sequence[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The provenance of tables, with the parameters that all of them share; nothing where one has none."""
+    provenances = [json.loads(entry[PROVENANCE]) for entry in metadata if PROVENANCE in entry]
+    if len(provenances) < len(metadata):
+        return {}
+    first, *others = (provenance["parameters"] for provenance in provenances)
+    shared = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {PROVENANCE: json.dumps({**provenances[0], "parameters": shared}).encode()}
 
 
 def _with_varied(table: pa.Table, run: Run) -> pa.Table:

@@ -21,7 +21,7 @@ import torch
 
 from opticam.datasets import REPOSITORY
 
-_KEY = b"opticam"
+PROVENANCE = b"opticam"  # in the metadata of a file
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
@@ -41,7 +41,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     """
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: provenance})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: provenance})
     with replacing(Path(path)) as temporary:
         pq.write_table(table, temporary)
     return Path(path)
@@ -66,9 +66,9 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     except pa.ArrowInvalid as error:
         raise ValueError(f"results: {path} is not a Parquet file") from error
     metadata = table.schema.metadata or {}
-    if _KEY not in metadata:
+    if PROVENANCE not in metadata:
         raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
-    return table.to_pandas(), json.loads(metadata[_KEY])
+    return table.to_pandas(), json.loads(metadata[PROVENANCE])
 
 
 def write_arrays(
@@ -93,7 +93,7 @@ def write_arrays(
         if array.dtype.hasobject:
             raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
     provenance = np.array(json.dumps(_provenance(parameters, device)))
-    contents: dict[str, Any] = {**arrays, _KEY.decode(): provenance}
+    contents: dict[str, Any] = {**arrays, PROVENANCE.decode(): provenance}
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **contents)
     return Path(path)
@@ -118,15 +118,15 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
             arrays = dict(file)
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"results: {path} is not an archive of plain arrays") from error
-    if _KEY.decode() not in arrays:
+    if PROVENANCE.decode() not in arrays:
         raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
-    return arrays, json.loads(str(arrays.pop(_KEY.decode())))
+    return arrays, json.loads(str(arrays.pop(PROVENANCE.decode())))
 
 
 def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
     """Whether `write_rows` has written the file with these parameters, and the package has not changed since."""
     try:
-        provenance = json.loads(pq.read_schema(path).metadata[_KEY])
+        provenance = json.loads(pq.read_schema(path).metadata[PROVENANCE])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return False
     given = json.loads(json.dumps(dict(parameters)))

@@ -6,8 +6,9 @@ import pytest
 from scipy import stats
 
 from opticam.summary import (
-    bootstrap_interval,
     box_accuracies,
+    interval,
+    proportion_interval,
     ratio_of_means,
     spearman,
     summarize,
@@ -15,43 +16,119 @@ from opticam.summary import (
 )
 
 
-def test_bootstrap_interval_is_the_percentile_bootstrap():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = bootstrap_interval(values)
+def test_interval_of_many_images_is_bca():
+    values = np.random.default_rng(1).exponential(3, 400)
+    low, high = interval(values)
+    expected = stats.bootstrap((values,), np.mean, n_resamples=99_999, rng=np.random.default_rng(7)).confidence_interval
     error = values.std() / np.sqrt(400)
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
-    assert (low, high) == bootstrap_interval(values)  # seeded
-    assert bootstrap_interval(np.array([2.0])) == (2, 2)
-    assert bootstrap_interval(np.zeros(9)) == (0, 0)
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.1 * error)
+    assert high - values.mean() > 1.03 * (values.mean() - low)  # skewed, as the values are; percentile: 1.01
+    assert (low, high) == interval(values)  # seeded
+
+
+def test_interval_of_few_images_is_t():
+    """1, 2, 6: mean 3, standard deviation sqrt(7), error sqrt(7/3); t with 2 degrees of freedom is 4.303 at 97.5 %."""
+    half = 4.302653 * math.sqrt(7 / 3)
+    assert interval(np.array([1.0, 2, 6])) == pytest.approx((3 - half, 3 + half))
+    ratio = interval(np.array([1.0, 2, 6]), np.ones(3), statistic=ratio_of_means)
+    assert ratio == pytest.approx((3 - half, 3 + half))  # the jackknife's error of a mean is the usual one
+    assert all(map(math.isnan, interval(np.array([2.0]))))
+    assert interval(np.zeros(9)) == interval(np.zeros(90)) == (0, 0)
+    assert interval(np.full(90, 1 / 3)) == pytest.approx((1 / 3, 1 / 3))  # BCa is undefined
     with pytest.raises(ValueError, match="wanted at least one image"):
-        bootstrap_interval(np.array([]))
+        interval(np.array([]))
 
 
-def test_bootstrap_of_many_images_takes_them_in_parts():
+def test_interval_of_very_many_images_is_t_without_resampling(monkeypatch):
+    values = np.random.default_rng(1).normal(3, 2, 3000)
+    monkeypatch.setattr(stats, "bootstrap", None)
+    half = stats.t.ppf(0.975, 2999) * values.std(ddof=1) / math.sqrt(3000)
+    assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half))
+
+
+def test_interval_of_images_and_repeats():
+    """Rows are images: 0 and 4 by the mean, variance 8, 8/2 = 4; repeats: 1 and 3, variance 2, 2/2 = 1. Error sqrt 5.
+
+    Degrees of freedom 5^2 / (4^2 / 1 + 1^2 / 1) = 25/17.
+    """
+    values = np.array([[-1.0, 1], [3, 5]])
+    half = math.sqrt(5) * stats.t.ppf(0.975, 25 / 17)
+    assert interval(values) == pytest.approx((2 - half, 2 + half))
+    column = np.array([[1.0], [2], [6]])
+    assert interval(column) == pytest.approx(interval(column[:, 0]))
+    with pytest.raises(ValueError, match="statistic: wanted the mean"):
+        interval(values, statistic=np.median)
+
+
+def test_repeats_widen_the_interval_by_what_they_share():
+    rng = np.random.default_rng(3)
+    images = rng.normal(0, 0.1, (50, 1)) + rng.normal(0, 0.01, (50, 5))
+    shared = images + np.array([-1.0, 0.5, 0, 1, -0.5])  # of a seed, for all images
+    low, high = interval(shared)
+    assert high - low > 10 * np.subtract(*interval(images)[::-1])
+
+
+def test_interval_of_many_images_takes_them_in_parts():
     shapes = []
 
     def mean(values, axis):
         shapes.append(np.shape(values))
         return np.mean(values, axis)
 
-    bootstrap_interval(np.random.default_rng(1).normal(0, 1, 5000), statistic=mean, num_resamples=1000)
+    interval(np.random.default_rng(1).normal(0, 1, 5000), statistic=mean, num_resamples=1000)
     assert max(map(math.prod, shapes)) <= 2_000_000
 
 
-def test_bootstrap_of_several_arrays_keeps_them_paired():
+def test_interval_of_several_arrays_keeps_them_paired():
     a = np.random.default_rng(1).normal(0, 100, 50)
-    low, high = bootstrap_interval(a, a - 1, statistic=lambda x, y, axis: x.mean(axis) - y.mean(axis))
+    low, high = interval(a, a - 1, statistic=lambda x, y, axis: x.mean(axis) - y.mean(axis))
     assert low == pytest.approx(1)
     assert high == pytest.approx(1)
+
+
+def test_proportion_interval_is_that_of_clopper_and_pearson():
+    """20 of 20: the lower end p has p^20 = 0.025; 0 of 20: the mirror image."""
+    low, high = proportion_interval(np.ones(20))
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 20)), 1)
+    assert proportion_interval(np.zeros(20)) == (0, pytest.approx(1 - low))
+    low, _ = proportion_interval(np.arange(10) < 4)
+    assert stats.binom.sf(3, 10, low) == pytest.approx(0.025)  # of 4 hits or more
+    for wrong in ([], [0.5], [1, 2]):
+        with pytest.raises(ValueError, match="hits: wanted zeros and ones"):
+            proportion_interval(np.array(wrong))
 
 
 def test_summarize():
     rows = pd.DataFrame({"method": ["b", "b", "a", "a"], "average_gain": [0.1, 0.3, 1.0, 1.0]})
     summary = summarize(rows, {"average_gain": 100})
     assert list(summary.index) == ["b", "a"]
-    assert summary.loc["b"].tolist() == pytest.approx([20, 10, 30])
+    half = 12.706205 * 10  # t with one degree of freedom, standard error 0.1
+    assert summary.loc["b"].tolist() == pytest.approx([20, 20 - half, 20 + half])
     assert summary.loc["a"].tolist() == [100, 100, 100]
+
+
+def test_summarize_gives_proportions_their_own_interval():
+    rows = pd.DataFrame({"method": "a", "image": range(20), "average_increase": 1.0, "average_gain": 1.0})
+    summary = summarize(rows, {"average_increase": 100, "average_gain": 100}).loc["a"]
+    assert summary.tolist() == pytest.approx([100, 100 * 0.025 ** (1 / 20), 100, 100, 100, 100])
+    other = rows.assign(method="b", average_increase=0.0)
+    differences = summarize_differences(pd.concat([rows, other]), {"average_increase": 100}, "b")
+    assert differences.loc["a"].tolist() == [100, 100, 100]  # of which no proportion is asked
+
+
+def test_summarize_takes_repeats():
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(
+        [(i, seed, m, rng.normal()) for i in range(6) for seed in range(3) for m in "ab"],
+        columns=["image", "seed", "method", "value"],
+    )
+    wide = {m: g.pivot(index="image", columns="seed", values="value").to_numpy() for m, g in rows.groupby("method")}
+    shuffled = rows.sample(frac=1, random_state=1)
+    summary = summarize(shuffled, {"value": 10}, repeats="seed")
+    assert summary.loc["b"].tolist() == pytest.approx([10 * x for x in (wide["b"].mean(), *interval(wide["b"]))])
+    found = summarize_differences(shuffled, {"value": 1}, "a", repeats="seed")
+    expected = wide["b"] - wide["a"]
+    assert found.loc["b"].tolist() == pytest.approx([expected.mean(), *interval(expected)])
 
 
 def test_summarize_counts_only_what_is_defined():
@@ -63,21 +140,24 @@ def test_summarize_counts_only_what_is_defined():
         }
     )
     summary = summarize(rows, {"soft_f1": 10})
-    assert summary.loc["a"].tolist() == pytest.approx([3, 2, 4])  # of 2 and 4; the interval of two values is both
+    assert summary.loc["a"].tolist() == pytest.approx([3, 3 - 12.706205, 3 + 12.706205])  # of 2 and 4
     assert summary.loc["b"].isna().all()
 
 
 def test_summarize_differences_pairs_by_image():
-    """b - a by hand: i 0.3 - 0.1, ii 0.5 - 0.4; iii has no b. The bootstrap of two values reaches both."""
+    """b - a by hand: i 0.3 - 0.1, ii 0.5 - 0.4; iii has no b. c has one value, so no interval."""
     rows = pd.DataFrame(
         [("i", "a", 0.1), ("ii", "a", 0.4), ("iii", "a", 9.0), ("ii", "b", 0.5), ("i", "b", 0.3), ("i", "c", 0.1)],
         columns=["image", "method", "average_gain"],
     )
     found = summarize_differences(rows, {"average_gain": 100}, "a")
     assert list(found.index) == ["b", "c"]
-    assert found.loc["b"].tolist() == pytest.approx([15, 10, 20])
-    assert found.loc["c"].tolist() == pytest.approx([0, 0, 0])
-    assert summarize_differences(rows, {"average_gain": 100}, "b").loc["a"].tolist() == pytest.approx([-15, -20, -10])
+    half = 12.706205 * 5
+    assert found.loc["b"].tolist() == pytest.approx([15, 15 - half, 15 + half])
+    assert found.loc["c"].tolist() == pytest.approx([0, np.nan, np.nan], nan_ok=True)
+    assert summarize_differences(rows, {"average_gain": 100}, "b").loc["a"].tolist() == pytest.approx(
+        [-15, -15 - half, -15 + half]
+    )
     with pytest.raises(ValueError, match="reference: wanted one of a, b, c, got 'd'"):
         summarize_differences(rows, {"average_gain": 100}, "d")
     with pytest.raises(ValueError, match="duplicate"):
@@ -88,7 +168,7 @@ def test_summarize_differences_is_the_bootstrap_of_the_differences():
     a, b = np.random.default_rng(2).normal(0, 5, (2, 30))
     rows = pd.DataFrame({"image": [*range(30)] * 2, "method": ["a"] * 30 + ["b"] * 30, "value": [*a, *b]})
     shuffled = rows.iloc[np.r_[0, np.random.default_rng(3).permutation(np.arange(1, 60))]]
-    expected = [(b - a).mean(), *bootstrap_interval(b - a)]
+    expected = [(b - a).mean(), *interval(b - a)]
     assert summarize_differences(shuffled, {"value": 1}, "a").loc["b"].tolist() == pytest.approx(expected)
 
 
@@ -96,7 +176,7 @@ def test_ratio_of_means_by_hand():
     a, b = np.array([[1.0, 2.0], [3.0, 1.0]]), np.array([[4.0, 2.0], [0.0, 0.0]])
     assert ratio_of_means(a, b).tolist() == [0.5, 0.0]  # 1.5/3; nothing to keep
     assert ratio_of_means(a, b, axis=0).tolist() == [1.0, 1.5]  # 2/2, 1.5/1
-    assert bootstrap_interval(a[0], 2 * a[0], statistic=ratio_of_means) == (0.5, 0.5)
+    assert interval(a[0], 2 * a[0], statistic=ratio_of_means) == (0.5, 0.5)
 
 
 def test_spearman_is_scipys_for_every_row():
@@ -104,7 +184,7 @@ def test_spearman_is_scipys_for_every_row():
     expected = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(spearman(a, b), expected, atol=1e-14)
     assert spearman(np.zeros(5), np.arange(5)) == 0
-    low, high = bootstrap_interval(a[0], a[0] ** 3, statistic=spearman)
+    low, high = interval(a[0], a[0] ** 3, statistic=spearman)
     assert (low, high) == pytest.approx((1, 1))
 
 

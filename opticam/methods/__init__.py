@@ -1,6 +1,6 @@
 """The methods compared, by name: `METHODS[name](model, images, class_idx, *, layer=None) -> saliency (B,1,H,W)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,31 @@ FAST = (
 )
 
 
+def one_per_map(
+    model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Callable[..., Tensor]]
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    """The methods without those that are Grad-CAM under another name on this network.
+
+    Where global average pooling and one linear layer follow, XGrad-CAM and HiRes-CAM are Grad-CAM by algebra. Whether
+    they are is seen from their maps.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1]; two or three are enough.
+        class_idx: (B,) int64.
+        methods: name -> `method(model, images, class_idx)`.
+
+    Returns:
+        The methods to use; and name -> "grad_cam" for each that was left out.
+    """
+    asked = [name for name in ("grad_cam", "x_grad_cam", "hires_cam") if name in methods]
+    maps = {name: methods[name](model, images, class_idx) for name in asked if "grad_cam" in asked}
+    same = {
+        name: "grad_cam" for name, S in maps.items() if name != "grad_cam" and (S - maps["grad_cam"]).abs().max() < 1e-4
+    }
+    return {name: method for name, method in methods.items() if name not in same}, same
+
+
 def find_method(name: str) -> Callable[..., Tensor]:
     """The method of that name in `METHODS`, or `captum:NAME` for an attribution of captum.
 
@@ -91,5 +116,6 @@ __all__ = [
     "fake_cam",
     "find_method",
     "grad_cam",
+    "one_per_map",
     "opti_cam",
 ]

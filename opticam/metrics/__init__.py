@@ -45,8 +45,12 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_increase": average_increase,
 }
 
+# columns whose mean over images counts hits; the pointing game may also give a part of one, where maxima are tied
+PROPORTIONS = frozenset({"average_increase", "localization_error", "official_metric", "pointing_game"})
+
 __all__ = [
     "METRICS",
+    "PROPORTIONS",
     "adcc",
     "average_drop",
     "average_gain",

@@ -9,6 +9,7 @@ from torch import nn
 from opticam import METHODS, fake_cam, grad_cam, load_model
 from opticam.datasets import demo
 from opticam.features import feature_maps, resolve_layer
+from opticam.methods import one_per_map
 from opticam.methods.cam import ablation_cam, score_cam
 from opticam.saliency import combine, min_max, saliency_map
 
@@ -229,3 +230,15 @@ def test_ablation_of_a_layer_called_twice_is_that_of_its_last_output(images, cla
         head = partial(lambda b, features: network.rest(early[b : b + 1], features), b)
         grid = references.ablation_cam(late[b].detach().numpy(), head, int(class_idx[b]))
         np.testing.assert_allclose(saliency[b, 0], references.finish(grid, 24, 32), rtol=0, atol=1e-9)
+
+
+def test_methods_that_are_grad_cam_under_another_name_are_left_out(tiny, images, class_idx):
+    """After pooling and one linear layer three methods are one; after a second nonlinear layer they are not."""
+    methods = {name: partial(METHODS[name], layer="features") for name in ("x_grad_cam", "layer_cam", "grad_cam")}
+    kept, same = one_per_map(tiny, images, class_idx, methods)
+    assert list(kept) == ["layer_cam", "grad_cam"]
+    assert same == {"x_grad_cam": "grad_cam"}
+    earlier = {name: partial(METHODS[name], layer="features.0") for name in methods}
+    assert one_per_map(tiny, images, class_idx, earlier) == (earlier, {})
+    alone = {"x_grad_cam": methods["x_grad_cam"]}
+    assert one_per_map(tiny, images, class_idx, alone) == (alone, {})
