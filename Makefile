@@ -1,9 +1,9 @@
 # make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests.
-# Each target sets up .venv first; a stamp file remembers that this was done.
+# Each target but bench-gpu sets up .venv first; a stamp file remembers that this was done.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks bench test
+.PHONY: setup figures notebooks bench bench-gpu soak test
 
 setup: .venv/.installed
 
@@ -29,6 +29,14 @@ bench: setup
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/allocator.py
+	$(BIN)/python benchmarks/soak.py
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py
+
+# no set-up: a machine with a GPU may have no network, and packages of its own
+bench-gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 test: setup
 	$(BIN)/ruff check .

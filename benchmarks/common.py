@@ -49,13 +49,17 @@ def median_ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> fl
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
-def report(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Print the rows as a table and write them with the machine's facts to `results/NAME[_gpu].json`."""
+def report(name: str, rows: list[dict[str, Any]], path: Path | None = None, **facts: Any) -> None:
+    """Print the rows as a table and write them with the machine's facts to `path`, or `results/NAME[_gpu].json`."""
     print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3g"))
     suffix = "_gpu" if torch.cuda.is_available() else ""
-    RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine(), **facts, "rows": rows}
-    (RESULTS / f"{name}{suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
+    save(path or RESULTS / f"{name}{suffix}.json", rows, **facts)
+
+
+def save(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write rows with the machine's facts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
 
 
 def _lines(path: str) -> list[str]:

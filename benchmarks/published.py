@@ -12,7 +12,7 @@ from common import interleaved, median_ratio, report
 
 from opticam import load_model, opti_cam
 from opticam.datasets import demo
-from opticam.features import frozen, resolve_layer
+from opticam.features import as_grid, frozen, resolve_layer
 from opticam.saliency import combine, min_max, upsample
 
 
@@ -26,7 +26,7 @@ def published_loop(model, images, class_idx, num_steps, lr=0.1):
 
     handle = resolve_layer(model).register_forward_hook(keep)
     logits = model(images)  # its graph is kept for all steps
-    features = activations[0].relu()
+    features = as_grid(activations[0], model, images).relu()  # tokens of a transformer too
     u = torch.full(features.shape[:2], 0.5, device=images.device, requires_grad=True)
     optimizer = torch.optim.Adam([u], lr=lr)
     for _ in range(num_steps):
