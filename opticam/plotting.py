@@ -350,7 +350,7 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
         ax.set_title(title)
     axes[0, 0].invert_yaxis()
     axes[0, 0].set(xlim=(0, 150), xticks=(0, 50, 100))
-    figure.supxlabel(f"%, mean over {num_images} images, 95 % bootstrap interval", fontsize=11)
+    figure.supxlabel(f"%, mean over {num_images} images, 95 % interval", fontsize=11)
     return figure
 
 
