@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether the whole interval lies between the bounds; no where a number is missing."""
-        return self.above < self.estimate.low and self.estimate.high < self.below
+        return bool(self.above < self.estimate.low and self.estimate.high < self.below)
 
 
 def finding(

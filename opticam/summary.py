@@ -121,7 +121,7 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
     half = error * stats.t.ppf((1 + confidence) / 2, freedom)
-    return center - half, center + half
+    return float(center - half), float(center + half)
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:

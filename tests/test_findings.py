@@ -73,7 +73,8 @@ def test_a_render_is_strict(tmp_path, committed, monkeypatch):
 
 
 def test_what_is_not_known_does_not_hold(tmp_path, committed):
-    table = report("page", [finding("falls", Estimate(-2, np.nan, np.nan), below=0)], {}, tmp_path)
+    unknown = Estimate(np.float64(-2), np.nan, np.nan)
+    table = report("page", [finding("falls", unknown, below=0)], {}, tmp_path)
     assert table.loc[0].tolist() == ["falls", "-", "-2.00 [nan, nan]", "no"]
     assert "NaN" not in (tmp_path / "findings" / "page.json").read_text()  # which JSON does not have
 
