@@ -6,23 +6,26 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from opticam.results import replacing
+from opticam.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
-_COLORS = sns.color_palette("colorblind")
-_PALE = sns.color_palette("pastel")
+# seaborn's palettes "colorblind" and "pastel"
+_COLORS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
+_PALE = ["#a1c9f4", "#ffb482", "#8de5a1", "#ff9f9b", "#d0bbff", "#debb9b", "#fab0e4", "#cfcfcf", "#fffea3", "#b9f2f0"]
 METHOD_LABELS = {
     "fake_cam": "Fake-CAM",
     "equal_weights": "Equal weights",  # Opti-CAM before its first step
@@ -66,8 +69,36 @@ SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0
 
 def use_style() -> None:
     """The one style of all figures: colour-blind safe, readable at half width, deterministic files."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     mpl.rcParams |= {
+        "font.size": 12,
+        "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
+        "text.color": "0.15",
+        "axes.axisbelow": True,
+        "axes.edgecolor": "0.15",
+        "axes.labelcolor": "0.15",
+        "axes.labelsize": 12,
+        "axes.linewidth": 1.25,
+        "axes.prop_cycle": plt.cycler(color=_COLORS),
+        "axes.titlesize": 12,
+        "xtick.color": "0.15",
+        "xtick.labelsize": 11,
+        "xtick.major.size": 6,
+        "xtick.major.width": 1.25,
+        "xtick.minor.size": 4,
+        "xtick.minor.width": 1,
+        "ytick.color": "0.15",
+        "ytick.labelsize": 11,
+        "ytick.major.size": 6,
+        "ytick.major.width": 1.25,
+        "ytick.minor.size": 4,
+        "ytick.minor.width": 1,
+        "grid.color": "0.8",
+        "grid.linewidth": 1,
+        "legend.fontsize": 11,
+        "legend.title_fontsize": 12,
+        "lines.solid_capstyle": "round",
+        "patch.edgecolor": "w",
+        "patch.force_edgecolor": True,
         "figure.dpi": 100,
         "savefig.dpi": 200,
         "figure.constrained_layout.use": True,
@@ -326,7 +357,7 @@ def _tiles(maps: Tensor) -> np.ndarray:
     return picture
 
 
-def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:
+def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
     Args:
@@ -354,7 +385,7 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     return figure
 
 
-def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, str]) -> Figure:
+def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
     """One metric against another, one point a method, with the intervals of both.
 
     Args:
@@ -379,7 +410,7 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     return figure
 
 
-def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: str, label: str) -> Figure:
+def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
     """Means with their intervals under several conditions: one panel a title, in it one group of points a condition.
 
     Args:
@@ -390,6 +421,8 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
     Returns:
         The figure, not shown.
     """
+    import pandas as pd
+
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.6), squeeze=False, sharey=True)
     for ax, (title, conditions) in zip(axes[0], panels.items(), strict=True):
         together = pd.concat(dict(conditions), names=["condition"])
@@ -410,7 +443,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
     return figure
 
 
-def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
+def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure:
     """What each metric gives for every pair of p and o, as shades of gray, and where the images lie, by method.
 
     Args:
@@ -442,7 +475,7 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     return figure
 
 
-def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> Figure:
     """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
 
     Filled where the interval excludes 0, hollow where it does not.
@@ -483,7 +516,7 @@ def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Fi
     return figure
 
 
-def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
+def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
 
     Args:
@@ -519,7 +552,7 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
     return figure
 
 
-def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
+def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: int = 1) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
 
     Args:
@@ -530,6 +563,8 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     Returns:
         Index `method` by label, one text column a heading.
     """
+    import pandas as pd
+
     cells = {
         heading: [
             "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -540,7 +575,7 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
 
 
-def latex_table(table: pd.DataFrame) -> str:
+def latex_table(table: "pd.DataFrame") -> str:
     r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
 
     Args:
