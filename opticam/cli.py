@@ -26,7 +26,7 @@ from opticam.runner import (
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
 _SECONDS = 0.5  # between two signs of life
-_M_TRIM, _M_MMAP = -1, -3  # of mallopt(3)
+_CLEAR = "\r\x1b[K"  # the line of a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if a notebook failed, 2 for bad input, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
+    if arguments is None and options.command is explain:
+        _keep_memory()
     if arguments is None:  # this process is ours: ended politely, by a cluster too, it clears up as after Ctrl-C
-        if options.command is explain:
-            _keep_memory()
         for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(ending, signal.default_int_handler)
@@ -132,20 +132,19 @@ def explain(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _waiting(what: Callable[[], str]) -> Iterator[None]:
-    """Tells a person at a terminal what is being done, and for how long."""
+    """Tells a person at a terminal, in a line that goes in the end, what is being done and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
     start, done = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not done.is_set():
-            text = f"{what()}, {time.monotonic() - start:.0f} s"
-            print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
+            print(f"{_CLEAR}{what()}, {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
             done.wait(_SECONDS)
-        print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+        print(_CLEAR, end="", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=tell, daemon=True)
-    if not sys.stderr.isatty():
-        yield
-        return
     thread.start()
     try:
         yield
@@ -160,8 +159,9 @@ def _keep_memory() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not KEEP_MEMORY.keys() & os.environ.keys():
-        for threshold in (_M_TRIM, _M_MMAP):
-            mallopt(threshold, 2**31 - 1)
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+        if mallopt(m_mmap_threshold, most):  # older versions refuse, and the other alone would do harm
+            mallopt(m_trim_threshold, most)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -63,11 +63,11 @@ def test_explain_shows_in_a_terminal_that_it_works(quick, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_SECONDS", 0.01)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main(["explain", PHOTO, "--schedule", "fast"]) == 0
-    lines = [line.rstrip() for line in capsys.readouterr().err.split("\r")]
-    assert [line for line in lines if line.startswith("loading, ")]
+    lines = capsys.readouterr().err.split(cli._CLEAR)
+    assert lines[1].startswith("loading, ")
     assert len({line for line in lines if re.fullmatch(r"Opti-CAM, \d+ of 20 passes, \d+ s", line)}) > 1
-    assert lines[-3].startswith("drawing, ")
-    assert lines[-2:] == ["", ""], "nothing stays"
+    assert lines[-2].startswith("drawing, ")
+    assert lines[-1] == "", "nothing stays"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
