@@ -13,14 +13,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-import opticam  # noqa: F401  (before anything else imports torchvision)
-
-# isort: split
-
-import pytorch_grad_cam
 import torch
 from common import interleaved, median_ratio, report
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from opticam import METHODS, load_model
@@ -58,6 +52,9 @@ def prepare(name: str, batch: int):
 
 def peer(name, model, images, class_idx):
     """The same method of grad-cam."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
     targets = [ClassifierOutputTarget(int(c)) for c in class_idx]
     with getattr(pytorch_grad_cam, PEERS[name])(model, [resolve_layer(model)]) as method:
         method(images.clone(), targets)
@@ -80,6 +77,8 @@ def passes(model, call) -> tuple[int, int]:
 
 def peak(name: str, model_name: str, whose: str) -> float:
     """MiB that one call adds to the loaded network."""
+    import pytorch_grad_cam  # noqa: F401  (now, or it would count as the call's)
+
     model, images, class_idx = prepare(model_name, 1)
     with torch.no_grad():
         model(images)

@@ -1,10 +1,15 @@
-"""Opti-CAM: saliency maps optimised for interpretability, the methods it is compared with, and their metrics."""
+"""Opti-CAM: saliency maps optimised for interpretability, the methods it is compared with, and their metrics.
 
-from opticam import _torchvision  # noqa: F401  (before anything else imports torchvision)
-from opticam.evaluate import evaluate, score
-from opticam.methods import METHODS, SCHEDULES, OptiCAMResult, class_logit, fake_cam, find_method, grad_cam, opti_cam
-from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
-from opticam.models import MODELS, Classifier, load_model
+Nothing is imported before its name is asked for, so that the command line starts at once.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from opticam import _torchvision  # noqa: F401  (has to be there before torchvision is)
 
 __all__ = [
     "METHODS",
@@ -26,3 +31,60 @@ __all__ = [
     "opti_cam",
     "score",
 ]
+
+if TYPE_CHECKING:
+    from opticam.evaluate import evaluate, score
+    from opticam.methods import (
+        METHODS,
+        SCHEDULES,
+        OptiCAMResult,
+        class_logit,
+        fake_cam,
+        find_method,
+        grad_cam,
+        opti_cam,
+    )
+    from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
+    from opticam.models import MODELS, Classifier, load_model
+else:
+    _HOMES = {
+        "METHODS": "methods",
+        "METRICS": "metrics",
+        "MODELS": "models",
+        "SCHEDULES": "methods",
+        "Classifier": "models",
+        "OptiCAMResult": "methods",
+        "average_drop": "metrics",
+        "average_gain": "metrics",
+        "average_increase": "metrics",
+        "class_logit": "methods",
+        "class_probability": "metrics",
+        "evaluate": "evaluate",
+        "fake_cam": "methods",
+        "find_method": "methods",
+        "grad_cam": "methods",
+        "load_model": "models",
+        "opti_cam": "methods",
+        "score": "evaluate",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package."""
+        if name in _HOMES:
+            return getattr(import_module(f"opticam.{_HOMES[name]}"), name)
+        if not name.startswith("_") and find_spec(f"opticam.{name}"):
+            return import_module(f"opticam.{name}")
+        raise AttributeError(f"module 'opticam' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})
+
+
+class _Package(ModuleType):
+    """Keeps `opticam.evaluate` the function: importing the module of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.evaluate if name == "evaluate" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

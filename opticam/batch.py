@@ -14,17 +14,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import nbformat
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import yaml
 
-from opticam.datasets import REPOSITORY
-from opticam.results import PROVENANCE, code_digest, replacing
-from opticam.runner import PATHS, cast, find_notebook, notebook_parameters
+from opticam.files import PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.runner import PATHS, cast, find_notebook, notebook_parameters, read_cells
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCHES = REPOSITORY / "notebooks" / "batches"
 OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
@@ -220,6 +218,10 @@ def write_summary(batch: Batch) -> Path | None:
     Raises:
         OSError: the place cannot be written.
     """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
     done = [run for run in batch.runs if read_record(run)["status"] == "done" and run.table.is_file()]
     if not done:
         return None
@@ -259,7 +261,9 @@ def _shared(metadata: Sequence[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
     return {PROVENANCE: json.dumps({**provenances[0], "parameters": shared}).encode()}
 
 
-def _with_varied(table: pa.Table, run: Run) -> pa.Table:
+def _with_varied(table: "pa.Table", run: Run) -> "pa.Table":
+    import pyarrow as pa
+
     varied = {name: _word(value) if isinstance(value, list) else value for name, value in run.varied.items()}
     columns = {name: pa.repeat(value, len(table)) for name, value in varied.items() if name not in table.column_names}
     return pa.table({**columns, **{name: table[name] for name in table.column_names}})
@@ -408,16 +412,14 @@ def _checked(
 def _combined(
     notebook: Path, fixed: Mapping[str, Any], grid: Mapping[str, list[Any]], folder: Path, gpus: int
 ) -> Iterator[Run]:
-    cells = nbformat.read(notebook, as_version=4).cells
-    source = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
-    code = code_digest()
+    cells, code = read_cells(notebook), code_digest()
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
         parameters = {**fixed, **varied}
         if parameters.get("dataset") == "imagenet" and os.environ.get("OPTICAM_IMAGENET"):
             # a worker elsewhere has not this environment, and other images make another result
             parameters.setdefault("root", str(Path(os.environ["OPTICAM_IMAGENET"]).expanduser().absolute()))
-        depends = json.dumps([source, version("opticam"), code, parameters], sort_keys=True)
+        depends = json.dumps([cells, version("opticam"), code, parameters], sort_keys=True)
         key = hashlib.sha256(depends.encode()).hexdigest()
         yield Run(_name(varied, notebook.stem), notebook, parameters, varied, folder, gpus, code, key)
 

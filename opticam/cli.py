@@ -4,11 +4,15 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from opticam.datasets import REPOSITORY
+from opticam.files import REPOSITORY
 from opticam.runner import (
+    KEEP_MEMORY,
     PATHS,
     NotebookError,
     check_writable,
@@ -21,6 +25,8 @@ from opticam.runner import (
 )
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
+_SECONDS = 0.5  # between two signs of life
+_CLEAR = "\r\x1b[K"  # the line of a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if a notebook failed, 2 for bad input, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
+    if arguments is None and options.command is explain:
+        _keep_memory()
     if arguments is None:  # this process is ours: ended politely, by a cluster too, it clears up as after Ctrl-C
         for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
@@ -56,55 +64,104 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     """Explain one photo: print the top-5 classes and what masking does, write a picture."""
-    import matplotlib
+    if options.schedule is not None and options.method != "opti_cam":
+        raise ValueError(f"schedule: only the method opti_cam has one, got {options.method}")
+    with _waiting(lambda: "loading"):
+        import matplotlib
 
-    matplotlib.use("agg")
-    import torch
+        matplotlib.use("agg")
+        import torch
 
-    from opticam.datasets import read_image, to_input
-    from opticam.evaluate import score
-    from opticam.methods import find_method
-    from opticam.models import class_index, load_model
-    from opticam.plotting import METHOD_LABELS, explanation_figure, save_figure, use_style
-    from opticam.saliency import apply_mask
+        from opticam.datasets import read_image, to_input
+        from opticam.features import count_passes
+        from opticam.methods import SCHEDULES, find_method
+        from opticam.metrics import average_drop, average_gain, class_probability
+        from opticam.models import class_index, load_model
+        from opticam.plotting import METHOD_LABELS, explanation_figure, save_figure, use_plain_style
+        from opticam.saliency import apply_mask
 
-    method = find_method(options.method)
-    photo = read_image(options.photo)
-    default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
-    output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
-    if output.resolve() == Path(options.photo).resolve():
-        raise ValueError(f"output: {output} is the photo itself; wanted another name")
-    model = load_model(options.model, device=options.device)
-    named = None if options.class_name is None else class_index(options.class_name, model.class_names)
-    images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
-    with torch.no_grad():
-        probs = model(images).double().softmax(1)[0]
-    top = probs.topk(5)
+        method = find_method(options.method)
+        if options.schedule not in (None, *SCHEDULES):
+            raise ValueError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {options.schedule!r}")
+        photo = read_image(options.photo)
+        default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
+        output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
+        if output.resolve() == Path(options.photo).resolve():
+            raise ValueError(f"output: {output} is the photo itself; wanted another name")
+        model = load_model(options.model, device=options.device)
+        named = None if options.class_name is None else class_index(options.class_name, model.class_names)
+        images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
+        with torch.no_grad():
+            logits = model(images)
+    top = logits[0].double().softmax(0).topk(5)
     side = model.input_size
     print(f"{options.photo}  {photo.width}x{photo.height}, seen by {model.name} as its centre, {side}x{side}")
     for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
-    saliency = method(model, images, class_idx, layer=options.layer)
-    row = score(model, images, class_idx, saliency).iloc[0]
-    p, o = 100 * row["prob"], 100 * row["masked_prob"]
+    label, of_all = METHOD_LABELS.get(options.method, options.method), ""
+    given = {} if options.schedule is None else SCHEDULES[options.schedule]
+    if options.method == "opti_cam":
+        of_all = f" of {SCHEDULES[options.schedule or 'paper']['num_steps'] + 2}"
+    with count_passes(model) as passes, _waiting(lambda: f"{label}, {passes[0]}{of_all} passes"):
+        saliency = method(model, images, class_idx, layer=options.layer, **given)
+    masked = apply_mask(images, saliency)
+    with torch.no_grad():
+        masked_logits = model(masked)
+    p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
+    before, after = f"{100 * p.item():.1f} %", f"{100 * o.item():.1f} %"
+    drop, gain = 100 * average_drop(p, o).item(), 100 * average_gain(p, o).item()
     name = model.class_names[chosen]
-    label = METHOD_LABELS.get(options.method, options.method)
     print(f"{label} for {name} ({chosen}{', the predicted class' if named is None else ''})")
-    print(f"  probability {p:.1f} % -> {o:.1f} % when masked, logit {row['logit']:.2f} -> {row['masked_logit']:.2f}")
-    print(f"  drop {100 * row['average_drop']:.1f} %, gain {100 * row['average_gain']:.1f} % of what was possible")
+    print(f"  probability {before} -> {after} when masked, ", end="")
+    print(f"logit {logits[0, chosen]:.2f} -> {masked_logits[0, chosen]:.2f}")
+    print(f"  drop {drop:.1f} %, gain {gain:.1f} % of what was possible")
     if saliency.amax() == saliency.amin():
         print("  the map is constant: this method finds nothing here for this class")
-    use_style()
-    titles = [f"{name}: {p:.1f} %", label, f"masked: {o:.1f} %"]
-    figure = explanation_figure(images[0], saliency[0], apply_mask(images, saliency)[0], titles)
+    use_plain_style()
+    titles = [f"{name}: {before}", label, f"masked: {after}"]
     try:
-        save_figure(figure, output)
+        with _waiting(lambda: "drawing"):
+            save_figure(explanation_figure(images[0], saliency[0], masked[0], titles), output)
     except OSError as error:
         raise OSError(f"output: cannot write {output} ({error.strerror or error})") from error
     print(f"wrote {output}")
     return 0
+
+
+@contextmanager
+def _waiting(what: Callable[[], str]) -> Iterator[None]:
+    """Tells a person at a terminal, in a line that goes in the end, what is being done and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.is_set():
+            print(f"{_CLEAR}{what()}, {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+            done.wait(_SECONDS)
+        print(_CLEAR, end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _keep_memory() -> None:
+    """What `runner.KEEP_MEMORY` does, for this process, which began without it; only glibc knows these settings."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not KEEP_MEMORY.keys() & os.environ.keys():
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+        if mallopt(m_mmap_threshold, most):  # older versions refuse, and the other alone would do harm
+            mallopt(m_trim_threshold, most)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -162,7 +219,9 @@ def batch(options: argparse.Namespace) -> int:
     """Run a notebook over a grid of parameters, here or on a cluster; what is done already is skipped."""
     try:
         from opticam.batch import read_batch, read_record, select_runs, write_index, write_summary
-        from opticam.cluster import run_batch
+
+        if not options.dry_run:
+            from opticam.cluster import run_batch
     except ModuleNotFoundError as error:
         raise ValueError(f"batch: needs the extra, pip install -e '.[batch]' ({error})") from error
     chosen = read_batch(options.file)
@@ -212,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         default="opti_cam",
         help="opti_cam (default), grad_cam, ..., captum:NAME; an unknown name lists them all",
     )
+    command.add_argument("--schedule", help="of opti_cam: paper (default, 100 steps) or fast (18)")
     command.add_argument("--layer", help="dotted name of the target layer; default: the model's own")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     command.add_argument("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")

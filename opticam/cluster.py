@@ -22,7 +22,6 @@ from typing import Any
 
 import dask
 import psutil
-import torch
 from distributed import Client, Future, Nanny, Scheduler, SpecCluster, Worker, get_worker
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +30,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from opticam.batch import Run, read_record, write_record
-from opticam.results import code_digest
+from opticam.files import code_digest
 from opticam.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
 
 _PATIENCE = 10.0  # seconds for a scheduler to answer
@@ -240,7 +239,11 @@ def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
 
 def _devices() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if visible:
+        return visible.split(",")
+    import torch  # here, since workers do without it
+
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 class _Board:

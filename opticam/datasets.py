@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo
@@ -27,9 +26,9 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
+from opticam.files import REPOSITORY
 from opticam.models import imagenet_classes
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 
 Box = tuple[float, ...]
@@ -578,6 +577,8 @@ def _class_folders(root: Path, pattern: str = r"[^.].*") -> tuple[list[str], lis
 
 
 def _table(path: Path, columns: list[str]) -> list[Any]:
+    import pandas as pd  # here, since most of this module is used without tables
+
     if not path.is_file():
         raise FileNotFoundError(f"table: no file at {path}")
     try:

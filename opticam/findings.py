@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from opticam.datasets import REPOSITORY
-from opticam.results import replacing
+from opticam.files import REPOSITORY, replacing
 from opticam.summary import Estimate
 
 COMMITTED = REPOSITORY / "data" / "findings"

@@ -6,23 +6,26 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from opticam.results import replacing
+from opticam.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
-_COLORS = sns.color_palette("colorblind")
-_PALE = sns.color_palette("pastel")
+# seaborn's palettes "colorblind" and "pastel", without the time that its import takes
+_COLORS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
+_PALE = ["#a1c9f4", "#ffb482", "#8de5a1", "#ff9f9b", "#d0bbff", "#debb9b", "#fab0e4", "#cfcfcf", "#fffea3", "#b9f2f0"]
 METHOD_LABELS = {
     "fake_cam": "Fake-CAM",
     "equal_weights": "Equal weights",  # Opti-CAM before its first step
@@ -66,7 +69,14 @@ SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0
 
 def use_style() -> None:
     """The one style of all figures: colour-blind safe, readable at half width, deterministic files."""
+    import seaborn as sns
+
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    use_plain_style()
+
+
+def use_plain_style() -> None:
+    """The part of `use_style` that matters to pictures without axes, without the time that seaborn's import takes."""
     mpl.rcParams |= {
         "figure.dpi": 100,
         "savefig.dpi": 200,
@@ -326,7 +336,7 @@ def _tiles(maps: Tensor) -> np.ndarray:
     return picture
 
 
-def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: int) -> Figure:
+def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel a metric, one bar a method.
 
     Args:
@@ -354,7 +364,7 @@ def metric_bars(summary: pd.DataFrame, columns: Mapping[str, str], num_images: i
     return figure
 
 
-def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, str]) -> Figure:
+def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
     """One metric against another, one point a method, with the intervals of both.
 
     Args:
@@ -379,7 +389,7 @@ def metric_scatter(summary: pd.DataFrame, x: str, y: str, labels: Mapping[str, s
     return figure
 
 
-def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: str, label: str) -> Figure:
+def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
     """Means with their intervals under several conditions: one panel a title, in it one group of points a condition.
 
     Args:
@@ -390,6 +400,8 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
     Returns:
         The figure, not shown.
     """
+    import pandas as pd
+
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.6), squeeze=False, sharey=True)
     for ax, (title, conditions) in zip(axes[0], panels.items(), strict=True):
         together = pd.concat(dict(conditions), names=["condition"])
@@ -410,7 +422,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, pd.DataFrame]], column: s
     return figure
 
 
-def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
+def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure:
     """What each metric gives for every pair of p and o, as shades of gray, and where the images lie, by method.
 
     Args:
@@ -442,7 +454,7 @@ def metric_values(rows: pd.DataFrame, metrics: Mapping[str, Metric]) -> Figure:
     return figure
 
 
-def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> Figure:
     """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
 
     Filled where the interval excludes 0, hollow where it does not.
@@ -483,7 +495,7 @@ def difference_dots(differences: pd.DataFrame, columns: Mapping[str, str]) -> Fi
     return figure
 
 
-def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
+def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
 
     Args:
@@ -519,7 +531,7 @@ def similarity_curves(curves: pd.DataFrame, columns: Mapping[str, str], orders: 
     return figure
 
 
-def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
+def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: int = 1) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
 
     Args:
@@ -530,6 +542,8 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     Returns:
         Index `method` by label, one text column a heading.
     """
+    import pandas as pd
+
     cells = {
         heading: [
             "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -540,7 +554,7 @@ def interval_table(summary: pd.DataFrame, columns: Mapping[str, str], digits: in
     return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
 
 
-def latex_table(table: pd.DataFrame) -> str:
+def latex_table(table: "pd.DataFrame") -> str:
     r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
 
     Args:

@@ -1,14 +1,10 @@
 """Tables and arrays on disk: one file each, written whole or not at all, that knows how it came about."""
 
-import hashlib
 import json
-import os
 import re
 import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from opticam.datasets import REPOSITORY
-
-PROVENANCE = b"opticam"  # in the metadata of a file
+from opticam.files import PROVENANCE, REPOSITORY, code_digest, replacing
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
@@ -175,22 +169,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there in the end gets the name `path`, in one step, unless writing failed.
-
-    Args:
-        path: the name; folders are made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:
     return {
         "parameters": dict(parameters),
@@ -200,15 +178,6 @@ def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:
         "device": device,
         "torch": torch.__version__,
     }
-
-
-@cache
-def code_digest() -> str:
-    """Tells one state of the package's code from another; of what this process runs, whatever becomes of the files."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _commit() -> str:

@@ -2,9 +2,13 @@
 
 papermill only warns of an unknown parameter, checks no type, and leaves a half-executed file under the final name. Here
 parameters are checked before anything starts, and a notebook is under its own name only if every cell ran.
+
+To be imported at once, papermill, nbclient and nbformat are so only where a notebook is executed.
 """
 
 import ast
+import io
+import json
 import logging
 import math
 import os
@@ -13,19 +17,18 @@ import shutil
 import sys
 import tempfile
 import threading
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import nbformat
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
-from traitlets.config import Config
+from tqdm import tqdm  # here: it reads the environment once, before `run_notebook` changes that for kernels
 
-from opticam.datasets import REPOSITORY
+from opticam.files import REPOSITORY
+
+if TYPE_CHECKING:
+    import nbformat
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
@@ -68,28 +71,76 @@ def find_notebook(name: str | Path) -> Path:
     )
 
 
+class Cell(NamedTuple):
+    """What the result of a cell depends on.
+
+    Attributes:
+        kind: "code", "markdown" or "raw".
+        source: text.
+        tags: "parameters" marks the first cell, which papermill's values come after.
+    """
+
+    kind: str
+    source: str
+    tags: list[str]
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells of a Python notebook.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("nbformat") != 4:
+            raise ValueError("wanted nbformat 4")
+        cells = [
+            Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+            for cell in content["cells"]
+        ]
+        known = content["metadata"]
+        language = known.get("language_info", {}).get("name") or known.get("kernelspec", {}).get("language")
+        if language != "python" and (language or any("parameters" in cell.tags for cell in cells)):
+            raise ValueError(f"its language is {language or 'not named'}")
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        reason = f"without {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"notebook: {path.name} is not a Python notebook ({reason})") from error
+    return cells
+
+
 def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     """What may be set in a notebook: name -> `type` (the annotation), `default` (a Python value) and `help`.
+
+    They are the annotated assignments of the first cell tagged `parameters`: `name: type = literal  # help`.
 
     Args:
         notebook: as `find_notebook`.
 
     Raises:
-        ValueError: unknown or unreadable notebook, or a default that is no literal of the annotated type.
+        ValueError: unknown or unreadable notebook, or an assignment of another form.
     """
     path = find_notebook(notebook)
+    source = next((cell.source for cell in read_cells(path) if "parameters" in cell.tags), "")
     try:
-        listed = papermill.inspect_notebook(path)
-    except (nbformat.ValidationError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"notebook: {path.name} is not a Python notebook ({str(error).splitlines()[0]})") from error
+        statements = ast.parse(source).body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"notebook: the parameters of {path.name} are no Python ({error})") from error
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    helps = {token.end[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}
     parameters = {}
-    for name, entry in listed.items():
-        kind = entry["inferred_type_name"]
+    for statement in statements:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            continue
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
+            got = ast.unparse(statement)
+            raise ValueError(f"notebook: the parameters of {path.name}: wanted `name: type = literal`, got `{got}`")
+        name, kind = statement.target.id, ast.unparse(statement.annotation).strip("'")
         try:
-            default = cast(name, ast.literal_eval(entry["default"]), kind)
-        except (SyntaxError, ValueError) as error:
+            default = cast(name, ast.literal_eval(statement.value), kind)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"parameter {name} of {path.name}: the default is no {kind} literal") from error
-        parameters[name] = {"type": kind, "default": default, "help": entry["help"]}
+        parameters[name] = {"type": kind, "default": default, "help": helps.get(statement.end_lineno or 0, "")}
     return parameters
 
 
@@ -169,6 +220,11 @@ def run_notebook(
         NotebookError: a cell failed or the kernel died; what ran is in `NAME.failed.ipynb` beside `output`, and an
             older `output` is left as it was.
     """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
     source, output = find_notebook(notebook), Path(output).absolute()
     checked = check_parameters(source, parameters or {})
     if output.resolve() == source.resolve():
@@ -271,6 +327,8 @@ def render_notebook(notebook: str | Path, *, progress: bool = True) -> Path:
         NotebookError: it did not come to its end, or an output shows a path of this machine; it is left as it was.
         ValueError: unknown notebook.
     """
+    import nbformat
+
     path = find_notebook(notebook)
     folder = Path(tempfile.mkdtemp(prefix="opticam-"))
     executed = run_notebook(path, folder / path.name, progress=progress)
@@ -287,7 +345,7 @@ def render_notebook(notebook: str | Path, *, progress: bool = True) -> Path:
     return path
 
 
-def canonical(notebook: nbformat.NotebookNode) -> str:
+def canonical(notebook: "nbformat.NotebookNode") -> str:
     """The notebook as text without anything that differs between two equal runs.
 
     Cells keep source, outputs and tags; ids count the cells; timestamps, papermill's metadata and injected parameters,
@@ -299,6 +357,8 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
     Returns:
         JSON, keys sorted, ending in a newline.
     """
+    import nbformat
+
     kept = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for number, cell in enumerate(kept):
         cell["id"] = f"cell-{number:02d}"
@@ -374,6 +434,8 @@ def cast(name: str, value: Any, kind: str) -> Any:
 
 
 def _last_line(error: Exception) -> str:
+    from papermill.exceptions import PapermillExecutionError
+
     if isinstance(error, PapermillExecutionError):
         value = re.sub(r"\s+", " ", str(error.evalue)).strip()
         return f"cell {error.cell_index} failed with {error.ename}: {value}"

@@ -1,13 +1,10 @@
 """Small networks whose every number can be checked by hand or by a loop."""
 
-import opticam  # noqa: F401  (first, so that test modules may import torchvision in any order)
-
-# isort: split
-
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
+
+import opticam  # noqa: F401  (so that test modules may import torchvision and what needs it)
 
 torch.set_num_threads(1)
 
@@ -34,6 +31,8 @@ class TinyViT(nn.Module):
 
     def __init__(self, **options: object) -> None:
         super().__init__()
+        from timm.models import VisionTransformer
+
         settings = {
             "img_size": (24, 32),
             "patch_size": 8,
@@ -42,7 +41,7 @@ class TinyViT(nn.Module):
             "num_heads": 2,
             "num_classes": 5,
         }
-        self.network = timm.models.VisionTransformer(**settings | options)
+        self.network = VisionTransformer(**settings | options)
         self.features = self.network.blocks  # the names that TinyCNN has
         self.fc = self.network.head
 

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from opticam import METHODS, cli
+from opticam import METHODS, SCHEDULES, cli
 from opticam.datasets import demo
 
 PHOTO = str(demo().paths[17])
@@ -27,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Opti-CAM with two steps."""
     whole = METHODS["opti_cam"]
-    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: whole(*args, **options, num_steps=2))
+    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: whole(*args, **options | {"num_steps": 2}))
 
 
 def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
@@ -45,6 +46,46 @@ def test_explain_another_class_by_name_with_another_method(capsys, folder):
     assert cli.main(["explain", PHOTO, "--class", "Kite", "--method", "grad_cam", "--output", "deep/out.pdf"]) == 0
     assert "Grad-CAM for kite (21)" in capsys.readouterr().out
     assert (folder / "deep" / "out.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_explain_by_a_schedule(monkeypatch, folder):
+    given = []
+    quick = METHODS["equal_weights"]
+    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: given.append(options) or quick(*args))
+    assert cli.main(["explain", PHOTO]) == 0
+    assert cli.main(["explain", PHOTO, "--schedule", "fast"]) == 0
+    assert given == [{"layer": None}, {"layer": None, **SCHEDULES["fast"]}]
+
+
+def test_explain_shows_in_a_terminal_that_it_works(quick, capsys, monkeypatch):
+    assert cli.main(["explain", PHOTO]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cli, "_SECONDS", 0.01)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["explain", PHOTO, "--schedule", "fast"]) == 0
+    lines = capsys.readouterr().err.split(cli._CLEAR)
+    assert lines[1].startswith("loading, ")
+    assert len({line for line in lines if re.fullmatch(r"Opti-CAM, \d+ of 20 passes, \d+ s", line)}) > 1
+    assert lines[-2].startswith("drawing, ")
+    assert lines[-1] == "", "nothing stays"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+def test_memory_is_kept_by_a_process_of_the_command_line(folder):
+    program = """
+import resource, sys
+from opticam import cli
+if sys.argv[1:]:
+    cli._keep_memory()
+before = [bytearray(2**27) and resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(3)]
+print(before[2] - before[1])
+"""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC")}
+    fetched = [
+        int(subprocess.run([sys.executable, "-c", program, *word], env=bare, capture_output=True, check=True).stdout)
+        for word in ([], ["keep"])
+    ]
+    assert fetched[1] < 100 < fetched[0], "pages fetched again from the system"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +121,8 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--output", "text.jpg/out.png"], "output: cannot write in 'text.jpg'"),
         ([PHOTO, "--output", "folder.png"], "output: 'folder.png' is a folder"),
         ([PHOTO, "--output", ""], "output: wanted a name ending in"),
+        ([PHOTO, "--schedule", "slow"], "schedule: wanted one of paper, fast, got 'slow'"),
+        ([PHOTO, "--schedule", "fast", "--method", "rise"], "schedule: only the method opti_cam has one, got rise"),
         (["photo.png", "--output", "photo.png"], "output: photo.png is the photo itself"),
         ([PHOTO, "--method", "grad_cam", "--layer", ""], "layer: no '' in EfficientNet; wanted a dotted name such as"),
     ],

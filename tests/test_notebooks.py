@@ -4,6 +4,7 @@ import ast
 import re
 
 import nbformat
+import papermill
 import pytest
 
 from opticam.runner import list_notebooks, notebook_parameters, run_notebook
@@ -44,8 +45,13 @@ def test_form(path):
     assert second.metadata.get("tags") == ["parameters"]
     names = [line.split(":")[0] for line in second.source.splitlines()]
     assert len(names) <= 10
-    assert list(notebook_parameters(path)) == names, "papermill must see every parameter"
-    assert all(entry["help"] for entry in notebook_parameters(path).values())
+    read = notebook_parameters(path)
+    assert list(read) == names
+    assert all(entry["help"] for entry in read.values())
+    for name, seen in papermill.inspect_notebook(path).items():
+        default = ast.literal_eval(seen["default"])
+        assert read.pop(name) == {"type": seen["inferred_type_name"], "default": default, "help": seen["help"]}
+    assert not read, "papermill must see every parameter"
     assert notebook.cells[-1].source.startswith("## What we learned")
     assert any(re.search(r"^\s*assert ", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "code")
 

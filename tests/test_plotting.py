@@ -2,8 +2,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 
+from opticam import plotting
 from opticam.methods import METHODS
 from opticam.plotting import (
     METHOD_COLORS,
@@ -237,3 +239,8 @@ def test_curves_show_similarity_by_stage_in_the_order_given():
     other = curves.iloc[[1]].rename(index={"grad_cam": "opti_cam"})  # only at the second stage
     (ax,) = similarity_curves(pd.concat([curves, other]), {"ssim": "SSIM"}, {"cascading": ""}).axes
     assert [container.lines[0].get_xdata().round().tolist() for container in ax.containers] == [[0, 1], [1]]
+
+
+def test_colours_are_those_of_seaborn():
+    for name, ours in (("colorblind", plotting._COLORS), ("pastel", plotting._PALE)):
+        assert ours == sns.color_palette(name).as_hex()

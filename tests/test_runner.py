@@ -63,6 +63,52 @@ def test_parameters_are_read_with_type_default_and_help(notebook):
     assert notebook_parameters(notebook())["rate"] == {"type": "float", "default": 0.5, "help": "how fast"}
 
 
+def by_hand(path, source, **metadata):
+    cells = [{"cell_type": "code", "source": source, "metadata": {"tags": ["parameters"]}, "outputs": []}]
+    content = {"nbformat": 4, "nbformat_minor": 5, "cells": cells, "metadata": metadata}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_defaults_with_signs_of_python_inside_are_read(tmp_path):
+    source = [
+        "import os\n",
+        "\n",
+        "# of the first\n",
+        "name: str = 'a=b # c'  # d = '#'\n",
+        'quoted: "list[str]" = [\n',
+        "    'x, y',  # first\n",
+        "    '=',\n",
+        "]  # both\n",
+        "bare:int=-1; other: float = 1e-3",
+    ]
+    assert notebook_parameters(by_hand(tmp_path / "n.ipynb", source, language_info={"name": "python"})) == {
+        "name": {"type": "str", "default": "a=b # c", "help": "d = '#'"},
+        "quoted": {"type": "list[str]", "default": ["x, y", "="], "help": "both"},
+        "bare": {"type": "int", "default": -1, "help": ""},
+        "other": {"type": "float", "default": 0.001, "help": ""},
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a = 1", "the parameters of n.ipynb: wanted `name: type = literal`, got `a = 1`"),
+        ("a: int", "wanted `name: type = literal`, got `a: int`"),
+        ("a: int = 1\na += 1", "wanted `name: type = literal`, got `a += 1`"),
+        ("a.b: int = 1", "wanted `name: type = literal`, got `a.b: int = 1`"),
+        ("a: int = 1.5", "parameter a of n.ipynb: the default is no int literal"),
+        ("a: str = f()", "parameter a of n.ipynb: the default is no str literal"),
+        ("a: int | None = None", "parameter a of n.ipynb: the default is no int | None literal"),
+        ("a: int = ", "the parameters of n.ipynb are no Python"),
+        ("%matplotlib inline", "the parameters of n.ipynb are no Python"),
+    ],
+)
+def test_parameters_of_another_form_are_refused(tmp_path, source, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        notebook_parameters(by_hand(tmp_path / "n.ipynb", source, language_info={"name": "python"}))
+
+
 @pytest.mark.parametrize(
     ("given", "cast"),
     [
@@ -146,10 +192,31 @@ def test_a_notebook_is_not_its_own_output(notebook):
     assert path.read_bytes() == before
 
 
-def test_what_is_no_notebook_is_refused(tmp_path):
-    (tmp_path / "text.ipynb").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.ipynb is not a Python notebook"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("hello", "Expecting value: line 1"),
+        ("[]", "wanted nbformat 4"),
+        ('{"nbformat": 3, "worksheets": []}', "wanted nbformat 4"),
+        ('{"nbformat": 4, "metadata": {}}', "without 'cells'"),
+        ('{"nbformat": 4, "metadata": {}, "cells": [1]}', ""),
+        ('{"nbformat": 4, "metadata": [], "cells": []}', ""),
+        ('{"nbformat": 4, "metadata": {}, "cells": [{"cell_type": "code", "source": [1], "metadata": {}}]}', ""),
+        ('{"nbformat": 4, "metadata": {"kernelspec": {"language": "R"}}, "cells": []}', "its language is R"),
+        ("[" * 10**5, ""),
+        ("\xff", "codec can't decode"),
+    ],
+)
+def test_what_is_no_notebook_is_refused(tmp_path, text, reason):
+    (tmp_path / "text.ipynb").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=rf"notebook: text\.ipynb is not a Python notebook \(.*{reason}") as told:
         run_notebook(tmp_path / "text.ipynb", tmp_path / "o.ipynb")
+    assert "\n" not in str(told.value)
+
+
+def test_parameters_need_a_notebook_that_names_its_language(tmp_path):
+    with pytest.raises(ValueError, match=r"n\.ipynb is not a Python notebook \(its language is not named"):
+        notebook_parameters(by_hand(tmp_path / "n.ipynb", "a: int = 1"))
 
 
 DRAWING = """

@@ -7,10 +7,9 @@ One value per image; means are the caller's. Average Drop, Increase and Gain tak
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -18,6 +17,9 @@ from torchvision.transforms import functional as TF
 from opticam.features import check_class_range, check_inputs, frozen, usable
 from opticam.folding import folded
 from opticam.saliency import check_saliency
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Curve = tuple[Tensor, Tensor]
 
@@ -275,6 +277,8 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tens
         raise ValueError(f"removed: wanted shape {wanted}, got {tuple(removed.shape)}")
     if removed.flatten(1).all(1).any():
         raise ValueError("removed: wanted at least one pixel kept of every image")
+    from scipy.sparse.linalg import splu
+
     weights, laplacian = _neighbors(*images.shape[-2:])
     pixels = images.detach().to("cpu", torch.float64, copy=True).contiguous()
     for x, gone in zip(pixels.flatten(2).numpy(), removed.flatten(1).cpu().numpy(), strict=True):
@@ -451,8 +455,10 @@ def _with_area(curve: Tensor) -> Curve:
 
 
 @lru_cache(maxsize=4)
-def _neighbors(height: int, width: int) -> tuple[sparse.csr_array, sparse.csr_array]:
+def _neighbors(height: int, width: int) -> tuple["sparse.csr_array", "sparse.csr_array"]:
     """Sparse (HW,HW) matrices: weights between neighbouring pixels, and their sums on the diagonal minus them."""
+    from scipy import sparse
+
     beside, below = (sparse.diags_array([1.0, 1.0], offsets=[-1, 1], shape=(n, n)) for n in (width, height))
     same_row, same_column = sparse.kron(sparse.eye_array(height), beside), sparse.kron(below, sparse.eye_array(width))
     weights = ((same_row + same_column) / 6 + sparse.kron(below, beside) / 12).tocsr()

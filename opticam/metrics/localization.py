@@ -12,10 +12,8 @@ the origin on average; with borders in whole numbers all agree.
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -365,6 +363,8 @@ def box_experiment_masks(saliency: Tensor, boxes: Sequence[Tensor]) -> dict[str,
 
 
 def _largest_component(kept: np.ndarray) -> tuple[int, int, int, int]:
+    from scipy import ndimage
+
     labels, _ = ndimage.label(kept)
     sizes = np.bincount(labels.ravel())[1:]
     if not len(sizes):
@@ -374,6 +374,8 @@ def _largest_component(kept: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _contour_hits(kept: np.ndarray, truth: Tensor) -> Tensor:
+    import cv2
+
     contours, _ = cv2.findContours(kept.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
         return torch.zeros(4, dtype=torch.bool)

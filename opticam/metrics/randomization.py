@@ -12,8 +12,6 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-from scipy import stats
-from skimage import metrics
 from torch import Tensor, nn
 
 from opticam.features import resolve_layer
@@ -108,6 +106,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     Reference:
         Adebayo et al., see above; maps here are non-negative, so that no variant of absolute values is needed.
     """
+    from scipy import stats
+
     _check_pair(a, b)
     return _per_pair(lambda x, y: stats.spearmanr(x.ravel(), y.ravel()).statistic, a, b)
 
@@ -134,11 +134,13 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
         Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004; Adebayo et
         al., see above.
     """
+    from skimage.metrics import structural_similarity as ssim
+
     _check_pair(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"a: wanted sides of at least 11 pixels, the window of SSIM, got {tuple(a.shape[-2:])}")
     settings = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return _per_pair(lambda x, y: metrics.structural_similarity(x, y, **settings), a, b)
+    return _per_pair(lambda x, y: ssim(x, y, **settings), a, b)
 
 
 def _randomized_by_stage(

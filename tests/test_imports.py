@@ -1,0 +1,72 @@
+"""What is imported when: nothing before it is asked for, and whatever is asked for first."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opticam
+from opticam.datasets import demo
+
+TABLES = {"pandas", "pyarrow", "scipy", "skimage", "cv2", "papermill", "nbformat", "jsonschema"}
+HEAVY = TABLES | {"torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "distributed", "dask", "rich"}
+
+
+def after(program, folder):
+    """The packages that a program in a process of its own leaves imported."""
+    program += "\nimport sys\nprint('\\n', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def command(*words):
+    return f"from opticam.cli import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import opticam; dir(opticam)",
+        command("--help"),
+        command("run", "--help"),
+        command("run", "--list"),
+        command("run", "03", "--help"),
+        command("batch", "demo", "--dry-run"),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(program, tmp_path):
+    assert not after(program, tmp_path) & HEAVY
+
+
+def test_workers_and_explain_import_only_what_they_use(tmp_path):
+    assert not after("import opticam.cluster", tmp_path) & {"torch", *TABLES}
+    assert not after(command("explain", str(demo().paths[17]), "--method", "grad_cam"), tmp_path) & TABLES
+
+
+def test_every_public_name_is_where_the_table_says_for_checkers_of_types_too():
+    for name in opticam.__all__:
+        assert getattr(opticam, name).__doc__
+    tree = ast.parse(Path(opticam.__file__).read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert told == {name: f"opticam.{home}" for name, home in opticam._HOMES.items()}
+    assert sorted(told) == sorted(opticam.__all__)
+    assert set(opticam.__all__) <= set(dir(opticam))
+    with pytest.raises(AttributeError, match="module 'opticam' has no attribute 'nothing'"):
+        _ = opticam.nothing
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import opticam.saliency",
+        "import opticam, timm\nassert opticam.saliency.BASELINES",
+        "import opticam.evaluate as one\nimport opticam\nfrom opticam import evaluate\n"
+        "assert callable(evaluate) and one is opticam.evaluate is evaluate",
+    ],
+)
+def test_imports_in_any_order(program, tmp_path):
+    assert "torchvision" in after(program, tmp_path)
