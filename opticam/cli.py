@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opticam.datasets import REPOSITORY
+from opticam.jobs import run_notebooks
 from opticam.runner import (
     PATHS,
     NotebookError,
@@ -16,8 +17,6 @@ from opticam.runner import (
     list_notebooks,
     notebook_parameters,
     places_beside,
-    render_notebook,
-    run_notebook,
 )
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
@@ -42,16 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (NotebookError, ValueError, OSError, MemoryError, ImportError) as error:
         for line in (str(error) or "not enough memory").splitlines():
             print(f"opticam: {line}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotebookError) else 2
     except KeyboardInterrupt:
         print("opticam: interrupted", file=sys.stderr)
         return 130
-    except NotebookError as error:
-        print(f"opticam: {error}", file=sys.stderr)
-        return 1
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -108,7 +104,7 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run notebooks with parameters."""
+    """Run notebooks side by side, one with parameters."""
     if options.help and not options.notebooks:
         options.parser.print_help()
         return 0
@@ -134,12 +130,12 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("parameter: wanted exactly one notebook to go with -p")
     if options.output and len(notebooks) != 1:
         raise ValueError("output: wanted exactly one notebook to go with -o")
-    for path in notebooks:
-        output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
-        beside = {}
-        if given or options.output is not None:  # the committed figures stay those of the demo
-            beside = places_beside(output, notebook_parameters(path))
-        print(f"wrote {run_notebook(path, output, {**beside, **given})}", flush=True)
+    outputs = {path: RESULTS / path.name for path in notebooks}
+    if options.output is not None:
+        outputs = {notebooks[0]: _writable(options.output, (".ipynb",))}
+    if given or options.output is not None:  # the committed figures stay those of the demo
+        given = places_beside(outputs[notebooks[0]], notebook_parameters(notebooks[0])) | given
+    run_notebooks(outputs, given, jobs=options.jobs)
     return 0
 
 
@@ -188,8 +184,8 @@ def batch(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     """Render notebooks in place, as they are committed."""
-    for path in [find_notebook(name) for name in options.notebooks] or list_notebooks():
-        print(f"rendered {render_notebook(path)}", flush=True)
+    notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
+    run_notebooks(dict.fromkeys(notebooks), jobs=options.jobs)
     return 0
 
 
@@ -231,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set a parameter; figures and tables then go into a folder beside the output, of its name",
     )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
+    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
     command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")
     command.set_defaults(command=run, parser=command)
 
@@ -252,5 +249,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("render", help="render notebooks in place", description=render.__doc__)
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
+    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
     command.set_defaults(command=render)
     return parser
