@@ -1,4 +1,4 @@
-"""The command line: opticam explain | run | batch | render. Bad input ends in one sentence and exit code 2."""
+"""The command line: opticam explain | run | verify | batch | render. Bad input ends in one sentence and exit code 2."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opticam.files import REPOSITORY
+from opticam.jobs import run_notebooks
 from opticam.runner import (
     KEEP_MEMORY,
     PATHS,
@@ -20,8 +21,6 @@ from opticam.runner import (
     list_notebooks,
     notebook_parameters,
     places_beside,
-    render_notebook,
-    run_notebook,
 )
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
@@ -50,16 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (NotebookError, ValueError, OSError, MemoryError, ImportError) as error:
         for line in (str(error) or "not enough memory").splitlines():
             print(f"opticam: {line}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotebookError) else 2
     except KeyboardInterrupt:
         print("opticam: interrupted", file=sys.stderr)
         return 130
-    except NotebookError as error:
-        print(f"opticam: {error}", file=sys.stderr)
-        return 1
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -165,7 +161,7 @@ def _keep_memory() -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run notebooks with parameters."""
+    """Run notebooks side by side, one with parameters."""
     if options.help and not options.notebooks:
         options.parser.print_help()
         return 0
@@ -191,12 +187,27 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("parameter: wanted exactly one notebook to go with -p")
     if options.output and len(notebooks) != 1:
         raise ValueError("output: wanted exactly one notebook to go with -o")
-    for path in notebooks:
-        output = RESULTS / path.name if options.output is None else _writable(options.output, (".ipynb",))
-        beside = {}
-        if given or options.output is not None:  # the committed figures stay those of the demo
-            beside = places_beside(output, notebook_parameters(path))
-        print(f"wrote {run_notebook(path, output, {**beside, **given})}", flush=True)
+    outputs = {path: RESULTS / path.name for path in notebooks}
+    if options.output is not None:
+        outputs = {notebooks[0]: _writable(options.output, (".ipynb",))}
+    if given or options.output is not None:  # the committed figures stay those of the demo
+        given = places_beside(outputs[notebooks[0]], notebook_parameters(notebooks[0])) | given
+    run_notebooks(outputs, given, jobs=options.jobs)
+    if not given:
+        verify(options)
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Show what the committed notebooks claim beside what the last run of them found here."""
+    from opticam.findings import compare
+
+    table = compare(RESULTS.parent)
+    if table.empty:
+        raise ValueError("results: no findings of a run here; wanted opticam run before")
+    print(table.to_markdown(index=False))
+    no = int((table["agrees"] == "no").sum())
+    print(f"{len(table)} findings, {len(table) - no} hold here, {no} do not")
     return 0
 
 
@@ -247,8 +258,8 @@ def batch(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     """Render notebooks in place, as they are committed."""
-    for path in [find_notebook(name) for name in options.notebooks] or list_notebooks():
-        print(f"rendered {render_notebook(path)}", flush=True)
+    notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
+    run_notebooks(dict.fromkeys(notebooks), jobs=options.jobs)
     return 0
 
 
@@ -256,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opticam", description="Opti-CAM: explain the decisions of image classifiers."
     )
-    commands = parser.add_subparsers(required=True, metavar="explain | run | batch | render")
+    commands = parser.add_subparsers(required=True, metavar="explain | run | verify | batch | render")
 
     command = commands.add_parser("explain", help="explain one photo", description=explain.__doc__)
     command.add_argument("photo", help="an image file")
@@ -291,8 +302,12 @@ def _parser() -> argparse.ArgumentParser:
         help="set a parameter; figures and tables then go into a folder beside the output, of its name",
     )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
+    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
     command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")
     command.set_defaults(command=run, parser=command)
+
+    command = commands.add_parser("verify", help="compare findings", description=verify.__doc__)
+    command.set_defaults(command=verify)
 
     command = commands.add_parser("batch", help="run a notebook over a grid", description=batch.__doc__)
     command.add_argument("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
@@ -312,5 +327,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("render", help="render notebooks in place", description=render.__doc__)
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
+    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
     command.set_defaults(command=render)
     return parser

@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from opticam.batch import Run, read_record, write_record
 from opticam.files import code_digest
+from opticam.jobs import THREADS
 from opticam.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
 
 _PATIENCE = 10.0  # seconds for a scheduler to answer
 _SECONDS = 0.5  # between two looks at a run
 _LINES = 60.0  # seconds between two lines about a run where nobody watches
 _ONE_AT_A_TIME = threading.Lock()  # kernels inherit the environment, and that belongs to the process
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def run_batch(
@@ -109,7 +109,7 @@ def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
     if code_digest() != run.code:
         return write_record(run, "failed", 0, "the worker runs another version of the package than the batch wants")
     threads = os.environ.get("OPTICAM_THREADS") or str(len(os.sched_getaffinity(0)))
-    os.environ |= dict.fromkeys(_THREADS, threads)  # Dask's workers set 1
+    os.environ |= dict.fromkeys(THREADS, threads)  # Dask's workers set 1
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's is for workers that hold data, and slows the kernel down
     parameters = {**places_beside(run.output, notebook_parameters(run.notebook)), **run.parameters}
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and stays behind where one is killed

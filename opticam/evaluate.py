@@ -351,8 +351,7 @@ def _tables(
         for sample in samples:
             if not isinstance(sample, Sample | Skipped):
                 raise ValueError(f"dataset: wanted items of type Sample, got {type(sample).__name__}")
-        yield _rows(model, samples, methods, scores)
-        bar.update(len(samples) * len(methods))
+        yield _rows(model, samples, methods, scores, bar)
 
 
 class _Guarded(Dataset):
@@ -370,22 +369,32 @@ class _Guarded(Dataset):
 
 
 def _rows(
-    model: nn.Module, samples: Sequence[Sample | Skipped], methods: Mapping[str, Method], scores: Sequence[str]
+    model: nn.Module,
+    samples: Sequence[Sample | Skipped],
+    methods: Mapping[str, Method],
+    scores: Sequence[str],
+    bar: tqdm,
 ) -> pd.DataFrame:
     """The rows of a batch: images in their order, of each all methods."""
+    before = bar.n
     try:
-        return _rows_at_once(model, samples, methods, scores)
+        return _rows_at_once(model, samples, methods, scores, bar)
     except torch.OutOfMemoryError:
         if len(samples) == 1:
             raise
+        bar.n = before
     half = (len(samples) + 1) // 2
     warnings.warn(f"out of memory: going on with {half} images in flight", stacklevel=2)
-    halves = [_rows(model, part, methods, scores) for part in (samples[:half], samples[half:])]
+    halves = [_rows(model, part, methods, scores, bar) for part in (samples[:half], samples[half:])]
     return pd.concat(halves, ignore_index=True)
 
 
 def _rows_at_once(
-    model: nn.Module, samples: Sequence[Sample | Skipped], methods: Mapping[str, Method], scores: Sequence[str]
+    model: nn.Module,
+    samples: Sequence[Sample | Skipped],
+    methods: Mapping[str, Method],
+    scores: Sequence[str],
+    bar: tqdm,
 ) -> pd.DataFrame:
     device = _device(model)
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
@@ -400,12 +409,14 @@ def _rows_at_once(
             reasons[i] = f"label: wanted a class in 0..{logits.shape[1] - 1}, got {batch.pop(i).label}"
     tables = []
     for name, method in methods.items():
+        bar.set_postfix_str(name)
         tables.append(pd.DataFrame({"reason": pd.Series(reasons, dtype=object)}).assign(status="skipped", method=name))
         if batch:
             class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
             boxes = [sample.boxes for sample in batch.values()]
             table = _scored(model, images, class_idx, boxes, logits, name, method, scores)
             tables.append(table.set_axis(list(batch)).assign(method=name))
+        bar.update(len(samples))
     rows = pd.concat([table for table in tables if len(table)]).sort_index(kind="stable")
     rows["image"] = [samples[i].name for i in rows.index]
     rows["label"] = rows["class_idx"] = [samples[i].label for i in rows.index]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from opticam.files import REPOSITORY, replacing
+from opticam.runner import RENDERING
 from opticam.summary import Estimate
 
 COMMITTED = REPOSITORY / "data" / "findings"
-RENDERING = "OPTICAM_RENDER"  # in the environment of a render
 AGREES = {True: "yes", False: "no"}
 
 

@@ -16,10 +16,9 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
+import time
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,11 +30,15 @@ if TYPE_CHECKING:
     import nbformat
 
 NOTEBOOKS = REPOSITORY / "notebooks"
+RENDERED_FIGURES = "../figures/rendered"  # as notebooks see it
+RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
 # of a process that computes on a CPU: else glibc hands every large tensor back to the system, and fetches zeroed pages
 # for the next
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
-_SECONDS = {True: 1.0, False: 60.0}  # between two looks at a kernel's progress, in a terminal and in a log
+# of a process with several threads: by default those of libgomp, torch's OpenMP, wait for each other at full speed for
+# milliseconds, also on a core that another process wants
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
 _KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is told as an error
 if sys.platform == "linux":
     # a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once
@@ -195,12 +198,25 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output: cannot write in {str(folder)!r} ({error})") from error
 
 
+def check_run(source: Path, output: Path | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As `check_parameters`, for a run into `output`, which must not be the notebook itself."""
+    checked = check_parameters(source, parameters or {})
+    if output and output.resolve() == source.resolve():
+        raise ValueError(f"output: {output} is the notebook itself; wanted another name, or opticam render")
+    return checked
+
+
+def temporary_name(output: Path, process: int) -> Path:
+    """Where this process writes a notebook before it has its own name."""
+    return output.with_name(f".{output.stem}.{process}.ipynb")
+
+
 def run_notebook(
     notebook: str | Path,
     output: str | Path,
     parameters: Mapping[str, Any] | None = None,
     *,
-    progress: bool | Path = True,
+    progress: Path | None = None,
 ) -> Path:
     """Execute a notebook from top to bottom in a kernel of its own, in the notebooks' folder.
 
@@ -208,7 +224,7 @@ def run_notebook(
         notebook: as `find_notebook`.
         output: where the executed notebook goes; folders are made.
         parameters: see `check_parameters`.
-        progress: show a bar over the cells, or write it to this file, for `latest`.
+        progress: a file in which to say how far it is, for `latest`.
 
     Returns:
         The path of the executed notebook: `output`.
@@ -226,32 +242,37 @@ def run_notebook(
     from traitlets.config import Config
 
     source, output = find_notebook(notebook), Path(output).absolute()
-    checked = check_parameters(source, parameters or {})
-    if output.resolve() == source.resolve():
-        raise ValueError(f"output: {output} is the notebook itself; wanted another name, or opticam render")
+    checked = check_run(source, output, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
+    temporary = temporary_name(output, os.getpid())
     failed = output.with_name(f"{output.stem}.failed.ipynb")
+    number_of_cells = len(read_cells(source)) + bool(checked)  # papermill adds one
     sockets = Path(tempfile.mkdtemp(prefix="opticam-"))
     # Unix sockets: no port to race for; absolute, because relative ones hang when notebooks run side by side
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
+    told = progress or sockets / "progress"
+
+    def tell(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        told.write_text(f"cell {cell_index + 1}/{number_of_cells}")
+
+    client = {"extra_arguments": _KERNEL, "on_cell_start": tell}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
     os.environ["TQDM_DISABLE"] = "1"  # for the kernel: a saved bar stays where it stood
-    for name, value in KEEP_MEMORY.items():
+    os.environ["OPTICAM_PROGRESS"] = str(told.with_suffix(".bar"))
+    for name, value in (KEEP_MEMORY | SHORT_SPIN).items():
         os.environ.setdefault(name, value)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        with _bars(progress, sockets / "progress") as place:
-            executed = papermill.execute_notebook(
-                source,
-                temporary,
-                parameters=checked,
-                kernel_name="python3",
-                start_timeout=300,  # many start at once on a busy machine
-                cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
-                progress_bar={"desc": source.stem, "unit": "cell", "leave": True, **place} if progress else False,
-                config=Config({"KernelManager": transport, "NotebookClient": {"extra_arguments": _KERNEL}}),
-            )
+        executed = papermill.execute_notebook(
+            source,
+            temporary,
+            parameters=checked,
+            kernel_name="python3",
+            start_timeout=300,  # many start at once on a busy machine
+            cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
+            progress_bar=False,
+            config=Config({"KernelManager": transport, "NotebookClient": client}),
+        )
         for number, cell in enumerate(executed.cells):
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
                 raise DeadKernelError(f"cell {number} did not run")
@@ -263,84 +284,66 @@ def run_notebook(
     finally:
         temporary.unlink(missing_ok=True)
         shutil.rmtree(sockets, ignore_errors=True)
+        del os.environ["OPTICAM_PROGRESS"]
     return output
 
 
-def latest(bar: Path) -> str:
-    """What a bar that is written to a file shows now: "" before it begins."""
-    lines = bar.read_text().split("\n") if bar.exists() else []  # reading makes line ends of carriage returns
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-@contextmanager
-def _bars(progress: bool | Path, bar: Path) -> Iterator[dict[str, Any]]:
-    """Where papermill's bar goes, as arguments of tqdm; the kernel's own bar goes there too, by way of a file."""
-    os.environ["OPTICAM_PROGRESS"] = str(progress if isinstance(progress, Path) else bar)
+def latest(progress: Path) -> str:
+    """What a run says of itself in a file: its cell, for how long, and the kernel's bar; "" before it begins."""
+    bar, text = progress.with_suffix(".bar"), b""
     try:
-        if isinstance(progress, Path):
-            with progress.open("a") as file:
-                yield {"file": file, "ascii": True}
-        else:
-            with _repeated_bar(bar, progress):
-                yield {}
-    finally:
-        del os.environ["OPTICAM_PROGRESS"]
+        cell, seconds = progress.read_text(), max(0.0, time.time() - progress.stat().st_mtime)
+        if bar.exists():
+            with bar.open("rb") as file:
+                file.seek(max(0, bar.stat().st_size - 1000))
+                text = file.read()
+    except OSError:
+        return ""
+    last = text.rpartition(b"\r")[2].decode(errors="ignore").strip()  # a bar that is over ends in an empty line
+    return f"{cell} {tqdm.format_interval(seconds)}  {last}".rstrip()
 
 
-@contextmanager
-def _repeated_bar(bar: Path, progress: bool) -> Iterator[None]:
-    """Shows the kernel's bar: below papermill's in a terminal, else a line a minute."""
-    terminal = sys.stderr.isatty()
-    done = threading.Event()
-
-    def repeat() -> None:
-        with tqdm(bar_format="{desc}", position=1, leave=False, disable=not terminal) as line:
-            while not done.wait(_SECONDS[terminal]):
-                text = latest(bar)
-                if terminal:
-                    line.set_description_str(text)
-                elif text:
-                    print(text, file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    if progress:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if progress:
-            thread.join()
-
-
-def render_notebook(notebook: str | Path, *, progress: bool = True) -> Path:
+def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Path:
     """Execute a notebook at its own defaults and write it back canonically: two renders are byte-identical.
+
+    Its figures go to `figures/rendered`, its findings to `data/findings`; there all of them must hold.
 
     Args:
         notebook: as `find_notebook`.
-        progress: show a bar over the cells.
+        progress: see `run_notebook`.
 
     Returns:
         The path of the notebook.
 
     Raises:
-        NotebookError: it did not come to its end, or an output shows a path of this machine; it is left as it was.
+        NotebookError: it did not come to its end, a finding does not hold, or an output shows a path of this machine;
+            it is left as it was.
         ValueError: unknown notebook.
     """
     import nbformat
 
     path = find_notebook(notebook)
     folder = Path(tempfile.mkdtemp(prefix="opticam-"))
-    executed = run_notebook(path, folder / path.name, progress=progress)
-    text = canonical(nbformat.read(executed, as_version=4))
-    for place in (str(REPOSITORY), str(Path.home())):
-        if place in text:
-            raise NotebookError(
-                f"{path.stem}: an output shows {place}, a path of this machine; the executed notebook is {executed}"
-            )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        os.environ[RENDERING] = "1"
+        places = {"figures": RENDERED_FIGURES} if "figures" in notebook_parameters(path) else {}
+        executed = run_notebook(path, folder / path.name, places, progress=progress)
+        text = canonical(nbformat.read(executed, as_version=4))
+        for place in (str(REPOSITORY), str(Path.home())):
+            if place in text:
+                raise NotebookError(
+                    f"{path.stem}: an output shows {place}, a path of this machine; the executed notebook is {executed}"
+                )
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except NotebookError:
+        raise  # what ran is kept
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    finally:
+        os.environ.pop(RENDERING, None)
     shutil.rmtree(folder)
     return path
 

@@ -1,9 +1,7 @@
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -168,7 +166,7 @@ def test_an_interrupt_is_one_sentence(monkeypatch, capsys):
 
 def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatch, folder):
     runs = []
-    monkeypatch.setattr(cli, "run_notebook", lambda path, output, given: runs.append((output, given)))
+    monkeypatch.setattr(cli, "run_notebooks", lambda outputs, given, jobs: runs.append((*outputs.values(), given)))
     cli.main(["run", "03"])
     monkeypatch.setenv("OPTICAM_IMAGENET", "images")
     cli.main(["run", "03", "-p", "limit=2", "-p", "results=elsewhere", "-p", "root=~/photos", "-o", "deep/o.ipynb"])
@@ -222,20 +220,3 @@ def test_without_an_extra(monkeypatch, capsys):
         capsys.readouterr().err
         == "opticam: method: captum is not installed; it is an extra, pip install -e '.[captum]'\n"
     )
-
-
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_a_run_that_is_told_to_end_clears_up(folder, ending):
-    cells = [new_code_cell("import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "long.ipynb")
-    command = [str(Path(sys.executable).with_name("opticam")), "run", "long.ipynb", "-o", "out/long.ipynb"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(ending)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.endswith("opticam: interrupted\n")
-    assert not list((folder / "out").iterdir())

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import threading
 import time
@@ -184,6 +185,26 @@ def test_out_of_memory_halves_the_batch(tiny, samples):
 
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         evaluate(tiny, samples, {"hopeless": hopeless})
+
+
+def test_the_bar_moves_with_every_method_and_back_where_memory_ends(tiny, samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTICAM_PROGRESS", str(tmp_path / "bar"))
+    seen, most = [], 3
+
+    def method(model, images, class_idx):
+        shown = (tmp_path / "bar").read_bytes().decode().rpartition("\r")[2]
+        seen.append(re.search(r" (\d+)/\d+ \[.*, (\w+)\] *$", shown).groups())
+        if seen[-1][1] == "second" and len(images) > most:
+            raise torch.OutOfMemoryError("too much")
+        return METHODS["grad_cam"](model, images, class_idx, layer="features")
+
+    methods = {"first": method, "second": method}
+    evaluate(tiny, samples, methods, batch_size=3, progress=True)
+    assert seen == [("0", "first"), ("3", "second"), ("6", "first"), ("8", "second")]
+    seen, most = [], 1
+    with pytest.warns(UserWarning, match="out of memory"):
+        evaluate(tiny, samples[:2], methods, progress=True)
+    assert [int(number) for number, _ in seen] == [0, 2, 0, 1, 2, 3]
 
 
 def test_processes_that_decode_change_nothing(tiny, samples):

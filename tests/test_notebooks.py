@@ -7,6 +7,7 @@ import nbformat
 import papermill
 import pytest
 
+from opticam.jobs import notebook_inputs
 from opticam.runner import list_notebooks, notebook_parameters, run_notebook
 
 TINY = {
@@ -21,7 +22,6 @@ TINY = {
     "08": {"limit": 1, "judges": ["efficientnet_lite1"], "methods": ["grad_cam", "opti_cam"]},
     "09": {},
 }
-READS = {"04": ["03"], "09": ["01", "02", "03", "05", "07"]}  # whose results a notebook reads
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
 
 
@@ -54,6 +54,11 @@ def test_form(path):
     assert not read, "papermill must see every parameter"
     assert notebook.cells[-1].source.startswith("## What we learned")
     assert any(re.search(r"^\s*assert ", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_says_what_it_reads(path):
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert notebook_inputs(path) == set(re.findall(r"read_\w+\(f\"\{results\}/(\d\d)_", code))
 
 
 def test_no_def_url_path_or_silenced_warning(path):
@@ -97,12 +102,12 @@ def tiny_run(tmp_path_factory):
     folder, done = tmp_path_factory.mktemp("notebooks"), set()
 
     def run(number):
-        for other in READS.get(number, []):
+        for other in sorted(notebook_inputs(number)):
             run(other)
         if number not in done:
             places = {"figures": folder / number, "results": folder / "results"}
             given = {name: str(place) for name, place in places.items() if name in notebook_parameters(number)}
-            run_notebook(number, folder / f"{number}.ipynb", {**TINY[number], **given}, progress=False)
+            run_notebook(number, folder / f"{number}.ipynb", {**TINY[number], **given})
             done.add(number)
         return folder / number
 
@@ -111,7 +116,7 @@ def tiny_run(tmp_path_factory):
 
 def test_runs_at_tiny_parameters(path, tiny_run):
     number = path.stem[:2]
-    absent = {number, *READS.get(number, [])} - {known.stem[:2] for known in list_notebooks()}
+    absent = {number, *notebook_inputs(path)} - {known.stem[:2] for known in list_notebooks()}
     if absent:
         pytest.skip(f"reads the results of notebook {', '.join(sorted(absent))}, which is not here")
     assert list(tiny_run(number).glob("*.png"))

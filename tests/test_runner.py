@@ -1,5 +1,4 @@
 import json
-import re
 
 import nbformat
 import pytest
@@ -157,21 +156,21 @@ def test_wrong_parameters_are_refused_before_anything_starts(notebook, tmp_path,
 
 def test_a_run_uses_its_parameters_and_the_notebooks_folder(notebook, tmp_path):
     path = notebook("import os\nprint(count * 2, names, os.getcwd())")
-    output = run_notebook(path, tmp_path / "out" / "o.ipynb", {"count": "21", "names": "p,q"}, progress=False)
+    output = run_notebook(path, tmp_path / "out" / "o.ipynb", {"count": "21", "names": "p,q"})
     assert outputs(output) == f"42 ['p', 'q'] {tmp_path}\n"
     assert [file.name for file in output.parent.iterdir()] == ["o.ipynb"]
 
 
 def test_a_failing_cell_leaves_a_failed_notebook_and_the_old_result(notebook, tmp_path):
-    output = run_notebook(notebook("print('old')"), tmp_path / "o.ipynb", progress=False)
+    output = run_notebook(notebook("print('old')"), tmp_path / "o.ipynb")
     with pytest.raises(
         NotebookError, match=r"07_tiny: cell \d+ failed with ZeroDivisionError: division by zero; .*o\.failed\.ipynb"
     ):
-        run_notebook(notebook("print('before')", "1 / 0", "print('after')"), output, progress=False)
+        run_notebook(notebook("print('before')", "1 / 0", "print('after')"), output)
     assert outputs(output) == "old\n"
     assert "before" in outputs(tmp_path / "o.failed.ipynb")
     assert "after" not in outputs(tmp_path / "o.failed.ipynb")
-    run_notebook(notebook("print('new')"), output, progress=False)
+    run_notebook(notebook("print('new')"), output)
     assert outputs(output) == "new\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["07_tiny.ipynb", "o.ipynb"]
 
@@ -179,7 +178,7 @@ def test_a_failing_cell_leaves_a_failed_notebook_and_the_old_result(notebook, tm
 def test_a_killed_kernel_is_a_failure(notebook, tmp_path):
     path = notebook("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "print('after')")
     with pytest.raises(NotebookError, match="the kernel died"):
-        run_notebook(path, tmp_path / "o.ipynb", progress=False)
+        run_notebook(path, tmp_path / "o.ipynb")
     assert not (tmp_path / "o.ipynb").exists()
     assert (tmp_path / "o.failed.ipynb").exists()
 
@@ -229,8 +228,8 @@ plt.plot([1, 2, 4]);
 
 def test_two_renders_are_byte_identical(notebook, tmp_path):
     path = notebook(DRAWING, "{'a': count}")
-    first = render_notebook(path, progress=False).read_bytes()
-    assert render_notebook(path, progress=False).read_bytes() == first
+    first = render_notebook(path).read_bytes()
+    assert render_notebook(path).read_bytes() == first
     rendered = json.loads(first)
     assert [cell["id"] for cell in rendered["cells"]] == ["cell-00", "cell-01", "cell-02", "cell-03"]
     assert [cell["metadata"] for cell in rendered["cells"]] == [{}, {"tags": ["parameters"]}, {}, {}]
@@ -251,8 +250,8 @@ display({"text/plain": "a page", **{k: v for k, v in box._repr_mimebundle_().ite
 
 def test_of_widgets_only_the_text_is_rendered(notebook):
     path = notebook(PAGE)
-    first = render_notebook(path, progress=False).read_bytes()
-    assert render_notebook(path, progress=False).read_bytes() == first
+    first = render_notebook(path).read_bytes()
+    assert render_notebook(path).read_bytes() == first
     (output,) = json.loads(first)["cells"][2]["outputs"]
     assert output["data"] == {"text/plain": ["a page"]}
     assert b"widget-view" not in first
@@ -262,26 +261,11 @@ def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     path = notebook("1 / 0")
     before = path.read_bytes()
     with pytest.raises(NotebookError, match="ZeroDivisionError"):
-        render_notebook(path, progress=False)
+        render_notebook(path)
     assert path.read_bytes() == before
     path = notebook("print('in', '/some/where')")
     before = path.read_bytes()
     monkeypatch.setattr(runner, "REPOSITORY", "/some/where")
     with pytest.raises(NotebookError, match="an output shows /some/where, a path of this machine"):
-        render_notebook(path, progress=False)
+        render_notebook(path)
     assert path.read_bytes() == before
-
-
-def test_progress_inside_a_cell_reaches_the_log_and_not_the_notebook(notebook, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(runner, "_SECONDS", {True: 0.1, False: 0.1})
-    source = """
-import time
-from opticam.evaluate import _bar
-with _bar(4, True) as bar:
-    bar.update(3)
-    bar.refresh()
-    time.sleep(0.5)
-"""
-    output = run_notebook(notebook(source), tmp_path / "o.ipynb")
-    assert re.search(r"75%.* 3/4 .*map/s\]", capfd.readouterr().err)
-    assert outputs(output) == ""
