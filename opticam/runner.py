@@ -252,7 +252,7 @@ def run_notebook(
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
     told = progress or sockets / "progress"
 
-    def tell(cell: nbformat.NotebookNode, cell_index: int) -> None:
+    def tell(cell: "nbformat.NotebookNode", cell_index: int) -> None:
         told.write_text(f"cell {cell_index + 1}/{number_of_cells}")
 
     client = {"extra_arguments": _KERNEL, "on_cell_start": tell}
