@@ -194,21 +194,27 @@ def run(options: argparse.Namespace) -> int:
         given = places_beside(outputs[notebooks[0]], notebook_parameters(notebooks[0])) | given
     run_notebooks(outputs, given, jobs=options.jobs)
     if not given:
-        verify(options)
+        _show_findings([path.stem for path in notebooks])
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Show what the committed notebooks claim beside what the last run of them found here."""
+    """Show what the committed notebooks claim beside what their last run found here."""
+    if not _show_findings([path.stem for path in list_notebooks()]):
+        raise ValueError("results: no findings of a run here; wanted opticam run before")
+    return 0
+
+
+def _show_findings(pages: Sequence[str]) -> bool:
     from opticam.findings import compare
 
     table = compare(RESULTS.parent)
-    if table.empty:
-        raise ValueError("results: no findings of a run here; wanted opticam run before")
-    print(table.to_markdown(index=False))
-    no = int((table["agrees"] == "no").sum())
-    print(f"{len(table)} findings, {len(table) - no} hold here, {no} do not")
-    return 0
+    table = table[table["page"].isin(pages)]
+    if len(table):
+        print(table.to_markdown(index=False))
+        held = int((table["agrees"] == "yes").sum())
+        print(f"{len(table)} findings: {held} hold here, {len(table) - held} do not")
+    return len(table) > 0
 
 
 def _from_here(path: str) -> str:

@@ -10,8 +10,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from opticam import METHODS, SCHEDULES, cli
+from opticam import METHODS, SCHEDULES, cli, findings
 from opticam.datasets import demo
+from opticam.findings import finding, report
+from opticam.summary import Estimate
 
 PHOTO = str(demo().paths[17])
 
@@ -220,3 +222,18 @@ def test_without_an_extra(monkeypatch, capsys):
         capsys.readouterr().err
         == "opticam: method: captum is not installed; it is an extra, pip install -e '.[captum]'\n"
     )
+
+
+def test_verify_shows_findings_and_runs_nothing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "RESULTS", folder / "results" / "notebooks")
+    assert cli.main(["verify"]) == 2
+    assert capsys.readouterr().err == "opticam: results: no findings of a run here; wanted opticam run before\n"
+    monkeypatch.setattr(findings, "COMMITTED", folder / "committed")
+    for holds, name in ((True, "02_metric_flaw"), (False, "03_faithfulness"), (False, "99_elsewhere")):
+        claim = finding("gains", Estimate(1, 0.5, 2) if holds else Estimate(1, -0.5, 2), above=0)
+        report(name, [claim], {}, folder / "results")
+    assert cli.main(["verify"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("2 findings: 1 hold here, 1 do not\n")
+    assert "99_elsewhere" not in printed
+    assert re.search(r"03_faithfulness +\| gains +\| - +\| 1.00 \[-0.50, 2.00\] +\| no", printed)

@@ -111,7 +111,10 @@ def test_what_does_not_read_a_failed_one_runs(write, out, capfd):
         write("10_failing", "1 / 0"),
         write("11_reading", says="Reads `data/results/10_rows.parquet`."),
         write("12_reading", says="Reads `data/results/11_rows.parquet`."),
-        write("13_killed", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nopen('survived', 'w')"),
+        write(
+            "13_killed",
+            "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(0.5)\nopen('survived', 'w')",
+        ),
         write("14_other"),
     ]
     assert cli.main(["run", *map(str, paths)]) == 1
