@@ -1,5 +1,7 @@
 """Small networks whose every number can be checked by hand or by a loop."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 import opticam  # noqa: F401  (so that test modules may import torchvision and what needs it)
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of notebooks that run side by side would wait for each other
 
 
 class TinyCNN(nn.Module):
