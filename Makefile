@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks bench bench-gpu soak test
+.PHONY: setup figures notebooks bench bench-gpu soak check test
 
 setup: .venv/.installed
 

@@ -37,7 +37,7 @@ def interval(
 
     **Ours**: t, with the jackknife's standard error, also where BCa is undefined, and for the mean of more than 2000
     images, where both agree. `benchmarks/results/coverage.json` has what each covers: of 6 or 8 normal values, 95 %
-    intervals by BCa contain the mean in some 87 % of cases, by t in 95 %.
+    intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %.
 
     Where a result differs from run to run, give the mean of several repeats as (n,R): then both the images and the
     repeats are samples, with variance `var(means of images)/n + var(means of repeats)/R`, and t has the degrees of
