@@ -351,8 +351,9 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
 def canonical(notebook: "nbformat.NotebookNode") -> str:
     """The notebook as text without anything that differs between two equal runs.
 
-    Cells keep source, outputs and tags; ids count the cells; timestamps, papermill's metadata and injected parameters,
-    the interpreter's version and references to widgets, which live only as long as their kernel, go.
+    Cells keep source, outputs and tags; ids and execution counts number them; timestamps, papermill's metadata and
+    injected parameters, the interpreter's version and references to widgets, which live only as long as their kernel,
+    go.
 
     Args:
         notebook: executed.
@@ -363,14 +364,19 @@ def canonical(notebook: "nbformat.NotebookNode") -> str:
     import nbformat
 
     kept = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    executed = 0  # papermill's cell of parameters counted, too
     for number, cell in enumerate(kept):
         cell["id"] = f"cell-{number:02d}"
         tags = cell.metadata.get("tags", [])
         cell["metadata"] = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
+            executed += 1
+            cell["execution_count"] = executed
             cell["outputs"] = _joined_streams(cell.outputs)
             for output in cell["outputs"]:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+                if "execution_count" in output:
+                    output["execution_count"] = executed
     content = {
         "cells": kept,
         "metadata": {

@@ -1,16 +1,20 @@
 """The notebooks: DESIGN's form, honest numbers, and every one runs at tiny parameters."""
 
 import ast
+import json
 import os
 import re
+from math import inf
 
 import nbformat
 import papermill
 import pytest
 from filelock import FileLock
 
+from opticam.findings import COMMITTED, Finding
 from opticam.jobs import notebook_inputs
 from opticam.runner import list_notebooks, notebook_parameters, run_notebook
+from opticam.summary import Estimate
 
 TINY = {
     "00": {"num_steps": 2},
@@ -55,7 +59,25 @@ def test_form(path):
         assert read.pop(name) == {"type": seen["inferred_type_name"], "default": default, "help": seen["help"]}
     assert not read, "papermill must see every parameter"
     assert notebook.cells[-1].source.startswith("## What we learned")
-    assert any(re.search(r"^\s*assert ", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "code")
+    assert any(f'report("{path.stem}", findings' in cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_committed_findings_hold_and_are_on_the_page(path):
+    """A finding that holds nowhere else than on the page would be worth nothing; see benchmarks/portability.py."""
+    committed = json.loads((COMMITTED / f"{path.stem}.json").read_text())
+    defaults = {name: entry["default"] for name, entry in notebook_parameters(path).items()}
+    asked = {name: value for name, value in committed["parameters"].items() if name in defaults}
+    assert asked == {name: defaults[name] for name in asked}, "committed by another run than a render"
+    printed = "\n".join(text_of(cell) for cell in nbformat.read(path, as_version=4).cells)
+    assert committed["findings"]
+    for entry in committed["findings"]:
+        estimate = Estimate(*(entry[name] for name in Estimate._fields))
+        assert Finding(entry["finding"], estimate, entry.get("above", -inf), entry.get("below", inf)).holds
+        row = re.search(rf"^\| {re.escape(entry['finding'])} +\|([^|]+)\|([^|]+)\| yes +\|$", printed, re.M)
+        for shown in row.groups():
+            values = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", shown)]
+            expected = [estimate.value] if len(set(estimate)) == 1 else list(estimate)
+            assert values == pytest.approx(expected, abs=0.0051)
 
 
 def test_says_what_it_reads(path):
