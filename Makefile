@@ -1,9 +1,10 @@
-# make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests.
+# make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests;
+# make check: the same without the slow tests, for every change.
 # Each target sets up .venv first; a stamp file remembers that this was done.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks bench test
+.PHONY: setup figures notebooks bench check test lint types tests-fast tests-all
 
 setup: .venv/.installed
 
@@ -30,8 +31,21 @@ bench: setup
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/allocator.py
 
-test: setup
+check:
+	@$(MAKE) --no-print-directory -j 2 lint types tests-fast
+
+test:
+	@$(MAKE) --no-print-directory -j 2 lint types tests-all
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+tests-fast: lint
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not browser and not gpu"
+
+tests-all: lint
+	$(BIN)/pytest -n 2 --dist worksteal

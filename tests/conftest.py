@@ -4,12 +4,17 @@ import opticam  # noqa: F401  (first, so that test modules may import torchvisio
 
 # isort: split
 
+import os
+import sys
+
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+sys.modules["rfc3987_syntax"] = None  # nbformat tries it, for nothing that is tested, and it takes a second to import
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of notebooks that run side by side would wait for each other
 
 
 class TinyCNN(nn.Module):

@@ -181,6 +181,7 @@ def test_without_an_extra(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_clears_up(folder, ending):
     cells = [new_code_cell("import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)")]

@@ -386,7 +386,7 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
 def test_layers_are_recorded_by_the_name_that_finds_them(samples):
     model = load_model("efficientnet_lite0").double()
     given = "bn2", model.network.bn2
-    images = [samples[0]._replace(image=torch.rand(3, 224, 224, dtype=torch.float64))]
+    images = [samples[0]._replace(image=torch.rand(3, 64, 64, dtype=torch.float64))]
     methods = {str(k): partial(METHODS["equal_weights"], layer=layer) for k, layer in enumerate(given)}
     assert evaluate(model, images, methods).layer.tolist() == ["bn2", "bn2"]
 

@@ -105,6 +105,7 @@ for name, method in {{**methods, **same}}.items():
 """
 
 
+@pytest.mark.slow
 def test_another_process_describes_alike_what_has_not_changed():
     told = []
     for seed, size in ("1", 3), ("2", 3), ("3", 4):

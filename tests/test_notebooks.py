@@ -1,10 +1,12 @@
 """The notebooks: DESIGN's form, honest numbers, and every one runs at tiny parameters."""
 
 import ast
+import os
 import re
 
 import nbformat
 import pytest
+from filelock import FileLock
 
 from opticam.runner import list_notebooks, notebook_parameters, run_notebook
 
@@ -88,21 +90,26 @@ def test_numbers_of_the_answer_are_outputs(path):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     """Runs a notebook at tiny parameters after those whose results it reads, each once; the folder of its figures."""
-    folder, done = tmp_path_factory.mktemp("notebooks"), set()
+    folder = tmp_path_factory.getbasetemp() / "notebooks"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parents[1] / "notebooks"  # one for all workers
+    folder.mkdir(exist_ok=True)
 
     def run(number):
         for other in READS.get(number, []):
             run(other)
-        if number not in done:
-            places = {"figures": folder / number, "results": folder / "results"}
-            given = {name: str(place) for name, place in places.items() if name in notebook_parameters(number)}
-            run_notebook(number, folder / f"{number}.ipynb", {**TINY[number], **given}, progress=False)
-            done.add(number)
+        output = folder / f"{number}.ipynb"
+        with FileLock(folder / f"{number}.lock"):
+            if not output.exists():
+                places = {"figures": folder / number, "results": folder / "results"}
+                given = {name: str(place) for name, place in places.items() if name in notebook_parameters(number)}
+                run_notebook(number, output, {**TINY[number], **given}, progress=False)
         return folder / number
 
     return run
 
 
+@pytest.mark.slow
 def test_runs_at_tiny_parameters(path, tiny_run):
     number = path.stem[:2]
     absent = {number, *READS.get(number, [])} - {known.stem[:2] for known in list_notebooks()}

@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import nbformat
+import pytest
 import yaml
 
 from opticam import METHODS
@@ -88,6 +89,7 @@ def test_the_gallery_of_notebooks_repeats_their_answers():
         assert set(re.findall(r"\d+\.\d+", answer)) <= set(re.findall(r"\d+\.\d+", first))
 
 
+@pytest.mark.slow
 def test_import_needs_no_network_and_leaves_random_state_alone():
     program = (
         "import socket, random, torch\n"

@@ -205,6 +205,7 @@ def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_progress_inside_a_cell_reaches_the_log_and_not_the_notebook(notebook, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(runner, "_SECONDS", {True: 0.1, False: 0.1})
     source = """

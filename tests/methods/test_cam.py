@@ -161,6 +161,7 @@ def test_agrees_with_grad_cam_on_a_real_network(photos, name, layer):
     torch.testing.assert_close(saliency, expected.double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ablation_cam_agrees_with_grad_cam_on_a_real_network(photos):
     model, images, class_idx = photos
     layer = model.network.get_submodule("blocks.2.0.bn1.act")  # 144 feature maps, none negative

@@ -7,6 +7,7 @@ import torch
 from conftest import TinyCNN, TinyViT
 
 from opticam import METHODS
+from opticam.methods import perturbation
 
 SHORT = {
     "opti_cam": {"num_steps": 6},
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture
-def method(name):
+def method(name, monkeypatch):
+    monkeypatch.setattr(perturbation, "SIGMA", 2.0)  # a blur of 20 pixels is slow, and nothing here depends on it
     return partial(METHODS[name], **SHORT.get(name, {}))
 
 
