@@ -1,4 +1,5 @@
-# make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests.
+# make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests;
+# make check: the same without the slow tests, for every change.
 # Each target but bench-gpu sets up .venv first; a stamp file remembers that this was done.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +30,9 @@ bench: setup
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/allocator.py
+	$(BIN)/python benchmarks/busy.py
+	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/portability.py
 	$(BIN)/python benchmarks/soak.py
 
 soak: setup
@@ -42,10 +46,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -m "not slow and not browser and not gpu"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not browser and not gpu"
 
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal

@@ -1,7 +1,7 @@
-"""What a busy neighbour costs a notebook's kernel: two threads beside a process that keeps a core busy, and alone.
+"""What a process that keeps a core busy costs a kernel of two threads beside it, on two cores.
 
-By default threads of OpenMP that wait for each other keep their core for milliseconds; the runner's kernels for some
-microseconds. One thread never waits. Seconds are relative to those of the default alone.
+By default threads of OpenMP that wait for each other keep their core for milliseconds, those of the runner's kernels
+for less, passive ones not at all. One thread is what the runner gives where it finds one core free.
 """
 
 import argparse
@@ -59,12 +59,13 @@ def main() -> None:
     """Let processes of all settings work in turn, alone and with the neighbour awake."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.steps)
         return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     command = [sys.executable, __file__, "--child", "--steps", str(options.steps)]
     processes, rows = [_start([sys.executable, "-c", "while True: pass"], {})], []
     neighbour = processes[0]

@@ -38,7 +38,7 @@ PATHS = ("root", "figures", "results")  # parameters that name places; notebooks
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 # of a process with several threads: by default those of libgomp, torch's OpenMP, wait for each other at full speed for
 # milliseconds, also on a core that another process wants
-SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "5000"}
 _KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is told as an error
 if sys.platform == "linux":
     # a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once

@@ -16,7 +16,14 @@ def passes_before(module, call):
     return len(seen)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0", "vit_b_16", "deit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        "efficientnet_lite0",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_b_16", "deit_base_patch16_224")),
+    ],
+)
 def test_only_what_follows_runs_again(name):
     torch.manual_seed(0)
     model = load_model(name, pretrained=False)

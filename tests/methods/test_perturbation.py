@@ -42,7 +42,11 @@ class Corner(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [(rise, {"num_masks": 400, "p": 0.3}), (extremal_perturbation, {"area": 0.25})]
+    ("method", "options"),
+    [
+        (rise, {"num_masks": 400, "p": 0.3}),
+        pytest.param(extremal_perturbation, {"area": 0.25}, marks=pytest.mark.slow),
+    ],
 )
 def test_finds_the_quarter_that_counts(method, options):
     pattern = (torch.arange(56)[:, None] + torch.arange(56)) % 2  # a chequerboard, which blurring dims to grey
@@ -91,6 +95,7 @@ def test_blur_pyramid_agrees_with_the_loop_version():
     assert torch.equal(pyramid[:, 7], images)
 
 
+@pytest.mark.slow
 def test_the_area_asked_for_is_kept(tiny, images, class_idx):
     large = torch.nn.functional.interpolate(images, scale_factor=2)
     for area in (0.2, 0.5):
