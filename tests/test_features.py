@@ -128,16 +128,17 @@ def test_no_hook_is_left_when_forward_raises(tiny, images, class_idx):
     assert [len(module._forward_hooks) for module in tiny.modules()] == hooks
 
 
-def test_watched_reports_every_module_in_order_and_leaves_no_hook(tiny, images):
+def test_watched_reports_modules_in_order_and_leaves_no_hook(tiny, images):
+    """All but convolutions and batch norms, on which a hook would be in the way of folding."""
     seen = []
     with watched(tiny, seen.append):
         tiny(images)
-    first, second, third, fourth = tiny.features
-    assert seen == [first, second, third, fourth, tiny.features, tiny.fc, tiny]
+    _, first, _, second = tiny.features
+    assert seen == [first, second, tiny.features, tiny.fc, tiny]
     with pytest.raises(KeyError), watched(tiny, {}.__getitem__):
         tiny(images)
     tiny(images)
-    assert len(seen) == 7
+    assert len(seen) == 5
     assert not any(module._forward_hooks for module in tiny.modules())
 
 

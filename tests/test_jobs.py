@@ -209,6 +209,7 @@ def test_an_interrupted_run_leaves_nothing_behind(write, out, temporary, ending)
     program = (
         f"import os, pathlib, signal, sys; from opticam import cli; cli.RESULTS = pathlib.Path({str(out)!r}); "
         "os.sched_getaffinity = lambda _: {0, 1}; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # which may be ignored where the tests run
         "sys.exit(cli.main())"
     )
     process = subprocess.Popen(
