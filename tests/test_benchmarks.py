@@ -69,6 +69,7 @@ def test_the_gpu_benchmark_goes_all_its_way_on_a_cpu(tmp_path):
             assert row["mean |map - uncompiled|"] < 0.05
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_says_what_it_had_no_time_for(tmp_path):
     done = run([*GPU, "--budget", "1", "--output", str(tmp_path / "gpu.json")])
     assert done.returncode == 0, done.stderr

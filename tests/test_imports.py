@@ -41,6 +41,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(program, tmp_path):
     assert not after(program, tmp_path) & HEAVY
 
 
+@pytest.mark.slow
 def test_workers_and_explain_import_only_what_they_use(tmp_path):
     assert not after("import opticam.cluster", tmp_path) & {"torch", *TABLES}
     assert not after(command("explain", str(demo().paths[17]), "--method", "grad_cam"), tmp_path) & TABLES
@@ -59,6 +60,7 @@ def test_every_public_name_is_where_the_table_says_for_checkers_of_types_too():
         _ = opticam.nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [

@@ -73,6 +73,7 @@ def test_what_a_notebook_reads_is_what_it_says(write, says, numbers):
     assert notebook_inputs(write("12_some", says=says)) == set(numbers.split())
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_after_those_it_reads_and_the_longest_first(write, out, capfd):
     reading = write("10_reading", says="Reads `data/results/12_rows.parquet`. Writes x. Time: about 9 minutes.")
     short = write("11_short", says="Reads nothing. Writes x. Time: about 10 seconds on two cores.")
@@ -84,6 +85,7 @@ def test_a_notebook_runs_after_those_it_reads_and_the_longest_first(write, out, 
     assert {path.name for path in out.iterdir()} == {f"{name}.ipynb" for name in order}
 
 
+@pytest.mark.slow
 def test_side_by_side_they_share_out_the_cores(write, out, monkeypatch):
     cores(monkeypatch, 7)
     before = dict(os.environ)
@@ -106,6 +108,7 @@ def test_to_render_each_has_one_thread(write, monkeypatch, capfd):
     assert nbformat.read(path, as_version=4).cells[1].execution_count == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_read_a_failed_one_runs(write, out, capfd):
     paths = [
         write("10_failing", "1 / 0"),
@@ -169,6 +172,7 @@ time.sleep(1)
 """
 
 
+@pytest.mark.slow
 def test_a_log_tells_what_runs_now_and_then(write, out, capfd, monkeypatch):
     monkeypatch.setattr(jobs, "_QUIET", 0.1)
     path = write("10_some", BAR)
@@ -201,6 +205,7 @@ def temporary():
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_behind(write, out, temporary, ending):
     """Told to end it says so; when it is killed, what it started ends all the same."""
@@ -229,7 +234,7 @@ def test_an_interrupted_run_leaves_nothing_behind(write, out, temporary, ending)
         assert errors.endswith("opticam: interrupted\n")
         assert not list(Path(temporary).iterdir())
     started = [int(pid) for number in range(2) for pid in Path(f"pids{number}").read_text().split()]
-    deadline = time.monotonic() + (30 if ending == signal.SIGKILL else 1)
+    deadline = time.monotonic() + 30
     while left := [pid for pid in started if psutil.pid_exists(pid)]:
         assert time.monotonic() < deadline, f"left running: {left}"
         time.sleep(0.05)

@@ -34,6 +34,7 @@ mpl.use("agg")
 
 @pytest.fixture(autouse=True)
 def style():
+    mpl.pyplot.close("all")  # of other tests in this process
     with mpl.rc_context():
         use_style()
         yield
