@@ -46,10 +46,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not browser and not gpu"
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not gpu"
 
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal

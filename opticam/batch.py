@@ -168,7 +168,7 @@ def write_record(run: Run, status: str, seconds: float, error: str | None = None
 
 
 def write_index(batch: Batch) -> Path:
-    """Write `index.html`: one line a run with parameters, status, seconds and a link to its notebook.
+    """Write `index.html`: one line per run with parameters, status, seconds and a link to its notebook.
 
     Raises:
         OSError: the place cannot be written.

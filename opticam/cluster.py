@@ -1,4 +1,4 @@
-"""Runs of a batch on Dask: on workers that somebody started, or on an own local cluster; one notebook a worker.
+"""Runs of a batch on Dask: on workers that somebody started, or on an own local cluster; one notebook per worker.
 
 A worker takes one run at a time and holds a lock on it, so that no notebook is executed twice at the same time, whoever
 else started the batch. A worker that is killed takes its kernel with it, and another worker starts the run anew.

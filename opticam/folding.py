@@ -58,7 +58,10 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
     modules = dict(model.named_modules(remove_duplicate=False))
     if not any(isinstance(module, _BatchNorm) for module in modules.values()):
         return []
-    graph = _Tracer().trace(model)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # whatever a tracer may choke on; remembered, so that it is tried once
+        return []
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:

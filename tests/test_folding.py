@@ -11,7 +11,7 @@ from torchvision import models as tv
 
 from opticam import METHODS, load_model, opti_cam
 from opticam.features import count_passes, frozen
-from opticam.folding import folded
+from opticam.folding import _pairs, folded
 from opticam.metrics import insertion_deletion
 
 
@@ -187,3 +187,9 @@ def test_passes_are_counted_as_before():
     with count_passes(model) as passes:
         opti_cam(model, torch.rand(1, 3, 224, 224), torch.tensor([0]), num_steps=1)
     assert passes == [3, 1]
+
+
+def test_what_cannot_be_traced_is_tried_once():
+    network, images = Branching().eval(), torch.rand(2, 3, 16, 16)
+    assert twin_of(network, images) is network
+    assert _pairs[network] == []
