@@ -11,7 +11,7 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[notebooks,captum,batch,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[lab,batch,captum,test]'
 	@touch $@
 
 figures: setup

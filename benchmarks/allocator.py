@@ -8,7 +8,7 @@ import sys
 
 from common import interleaved, median_ratio, report
 
-from opticam.runner import KEEP_MEMORY
+from opticam.jobs.runner import KEEP_MEMORY
 
 
 def child(model: str, batch: int, steps: int) -> None:
@@ -16,7 +16,7 @@ def child(model: str, batch: int, steps: int) -> None:
     import torch
 
     from opticam import load_model, opti_cam
-    from opticam.datasets import demo
+    from opticam.lab.datasets import demo
 
     network = load_model(model, pretrained=model.startswith("efficientnet_lite"))
     samples = list(demo(network.input_size, network.resize, limit=batch))

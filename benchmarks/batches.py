@@ -15,9 +15,9 @@ import psutil
 from common import report
 from nbformat.v4 import new_code_cell, new_notebook
 
-from opticam.batch import read_batch
-from opticam.cluster import run_batch
-from opticam.runner import run_notebook
+from opticam.jobs.batch import read_batch
+from opticam.jobs.cluster import run_batch
+from opticam.jobs.runner import run_notebook
 
 PARAMETERS = 'number: int = 0  # which\nresults: str = ""  # for the table'
 BODY = """

@@ -13,7 +13,7 @@ from functools import partial
 
 from common import interleaved, median_ratio, report
 
-from opticam.runner import KEEP_MEMORY, SHORT_SPIN
+from opticam.jobs.runner import KEEP_MEMORY, SHORT_SPIN
 
 SETTINGS = {
     "default": {"OMP_NUM_THREADS": "2"},
@@ -31,7 +31,7 @@ def child(steps: int) -> None:
     from torch.nn.functional import cross_entropy
 
     from opticam import load_model, opti_cam
-    from opticam.datasets import demo
+    from opticam.lab.datasets import demo
 
     network = load_model("efficientnet_lite0")
     samples = list(demo(network.input_size, network.resize, limit=10))

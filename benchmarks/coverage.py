@@ -12,7 +12,7 @@ import numpy as np
 from common import report
 from scipy import stats
 
-from opticam.summary import interval, proportion_interval
+from opticam.lab.summary import interval, proportion_interval
 
 TRUE_RATE = 0.9
 POPULATIONS = {

@@ -14,8 +14,8 @@ import torch
 from common import interleaved, median_ratio, report
 
 from opticam import grad_cam, load_model
-from opticam.datasets import demo
 from opticam.features import frozen
+from opticam.lab.datasets import demo
 from opticam.metrics import impute, insertion_deletion, road
 from opticam.metrics.classification import _blurred
 

@@ -18,8 +18,8 @@ from common import interleaved, median_ratio, report
 from torch import nn
 
 from opticam import METHODS, load_model
-from opticam.datasets import demo
 from opticam.features import resolve_layer
+from opticam.lab.datasets import demo
 
 PEERS = {
     "grad_cam": "GradCAM",

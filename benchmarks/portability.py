@@ -17,12 +17,12 @@ from pathlib import Path
 import pandas as pd
 from common import report
 
-from opticam.findings import COMMITTED
-from opticam.runner import list_notebooks
+from opticam.jobs.runner import list_notebooks
+from opticam.lab.findings import COMMITTED
 
 NOISE = """
 import torch
-from opticam import datasets
+from opticam.lab import datasets
 exact = datasets.to_input
 def touched(*args, **kwargs):
     images = exact(*args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from common import report
 
 from opticam import load_model, opti_cam, score
-from opticam.datasets import demo
+from opticam.lab.datasets import demo
 from opticam.methods.ascent import SCHEDULES
 from opticam.metrics.randomization import rank_correlation
 

@@ -11,8 +11,8 @@ import torch
 from common import interleaved, median_ratio, report
 
 from opticam import load_model, opti_cam
-from opticam.datasets import demo
 from opticam.features import as_grid, frozen, resolve_layer
+from opticam.lab.datasets import demo
 from opticam.saliency import combine, min_max, upsample
 
 

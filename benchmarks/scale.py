@@ -16,7 +16,7 @@ import torch
 from common import report
 
 from opticam import METHODS, evaluate, load_model, opti_cam
-from opticam.datasets import demo
+from opticam.lab.datasets import demo
 
 USUAL = {"batch": 4, "steps": 10, "size": 224, "images": 4}
 VARIED = {"batch": (1, 4, 16), "steps": (5, 10, 40), "size": (160, 224, 320), "images": (4, 20, 100)}

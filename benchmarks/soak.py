@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opticam import METHODS
-from opticam.datasets import Photo, Photos, Sample
-from opticam.evaluate import stream
-from opticam.results import read_shards
+from opticam.lab.datasets import Photo, Photos, Sample
+from opticam.lab.evaluate import stream
+from opticam.lab.results import read_shards
 
 SIDE, CLASSES = 32, 5
 SHARD = 40

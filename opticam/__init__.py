@@ -3,10 +3,8 @@
 Nothing is imported before its name is asked for, so that the command line starts at once.
 """
 
-import sys
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from opticam import _torchvision  # noqa: F401  (has to be there before torchvision is)
@@ -33,7 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from opticam.evaluate import evaluate, score
+    from opticam.lab.evaluate import evaluate, score
     from opticam.methods import (
         METHODS,
         SCHEDULES,
@@ -45,27 +43,27 @@ if TYPE_CHECKING:
         opti_cam,
     )
     from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
-    from opticam.models import MODELS, Classifier, load_model
+    from opticam.networks import MODELS, Classifier, load_model
 else:
     _HOMES = {
         "METHODS": "methods",
         "METRICS": "metrics",
-        "MODELS": "models",
+        "MODELS": "networks",
         "SCHEDULES": "methods",
-        "Classifier": "models",
+        "Classifier": "networks",
         "OptiCAMResult": "methods",
         "average_drop": "metrics",
         "average_gain": "metrics",
         "average_increase": "metrics",
         "class_logit": "methods",
         "class_probability": "metrics",
-        "evaluate": "evaluate",
+        "evaluate": "lab.evaluate",
         "fake_cam": "methods",
         "find_method": "methods",
         "grad_cam": "methods",
-        "load_model": "models",
+        "load_model": "networks",
         "opti_cam": "methods",
-        "score": "evaluate",
+        "score": "lab.evaluate",
     }
 
     def __getattr__(name: str) -> Any:
@@ -78,13 +76,3 @@ else:
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_HOMES})
-
-
-class _Package(ModuleType):
-    """Keeps `opticam.evaluate` the function: importing the module of that name would put the module there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.evaluate if name == "evaluate" and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

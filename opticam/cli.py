@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from opticam.files import REPOSITORY
-from opticam.jobs import run_notebooks
-from opticam.runner import (
+from opticam.jobs.runner import (
     KEEP_MEMORY,
     PATHS,
     NotebookError,
@@ -22,6 +20,8 @@ from opticam.runner import (
     notebook_parameters,
     places_beside,
 )
+from opticam.jobs.side_by_side import run_notebooks
+from opticam.lab.files import REPOSITORY
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
 _SECONDS = 0.5  # between two signs of life
@@ -68,12 +68,12 @@ def explain(options: argparse.Namespace) -> int:
         matplotlib.use("agg")
         import torch
 
-        from opticam.datasets import read_image, to_input
         from opticam.features import count_passes
+        from opticam.lab.datasets import read_image, to_input
+        from opticam.lab.plotting import METHOD_LABELS, explanation_figure, save_figure, use_plain_style
         from opticam.methods import SCHEDULES, find_method
         from opticam.metrics import average_drop, average_gain, class_probability
-        from opticam.models import class_index, load_model
-        from opticam.plotting import METHOD_LABELS, explanation_figure, save_figure, use_plain_style
+        from opticam.networks import class_index, load_model
         from opticam.saliency import apply_mask
 
         method = find_method(options.method)
@@ -192,9 +192,12 @@ def run(options: argparse.Namespace) -> int:
         outputs = {notebooks[0]: _writable(options.output, (".ipynb",))}
     if given or options.output is not None:  # the committed figures stay those of the demo
         given = places_beside(outputs[notebooks[0]], notebook_parameters(notebooks[0])) | given
-    run_notebooks(outputs, given, jobs=options.jobs)
-    if not given:
-        _show_findings([path.stem for path in notebooks])
+    start = time.time()
+    try:
+        run_notebooks(outputs, given, jobs=options.jobs)
+    finally:  # also of the pages that ran before one failed
+        if not given:
+            _show_findings([path.stem for path in notebooks], since=start)
     return 0
 
 
@@ -205,10 +208,10 @@ def verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_findings(pages: Sequence[str]) -> bool:
-    from opticam.findings import compare
+def _show_findings(pages: Sequence[str], since: float = 0.0) -> bool:
+    from opticam.lab.findings import compare
 
-    table = compare(RESULTS.parent)
+    table = compare(RESULTS.parent, since)
     table = table[table["page"].isin(pages)]
     if len(table):
         print(table.to_markdown(index=False))
@@ -235,10 +238,10 @@ def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
 def batch(options: argparse.Namespace) -> int:
     """Run a notebook over a grid of parameters, here or on a cluster; what is done already is skipped."""
     try:
-        from opticam.batch import read_batch, read_record, select_runs, write_index, write_summary
+        from opticam.jobs.batch import read_batch, read_record, select_runs, write_index, write_summary
 
         if not options.dry_run:
-            from opticam.cluster import run_batch
+            from opticam.jobs.cluster import run_batch
     except ModuleNotFoundError as error:
         raise ValueError(f"batch: needs the extra, pip install -e '.[batch]' ({error})") from error
     chosen = read_batch(options.file)

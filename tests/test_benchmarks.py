@@ -10,7 +10,7 @@ import torch
 from conftest import TinyViT
 
 from opticam import opti_cam
-from opticam.datasets import REPOSITORY
+from opticam.lab.files import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 GPU = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny"]

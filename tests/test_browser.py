@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from opticam.datasets import REPOSITORY, demo
+from opticam.lab.datasets import demo
+from opticam.lab.files import REPOSITORY
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright; it comes with the extra 'test'")
 pytest.importorskip("jupyterlab", reason="no JupyterLab; it comes with the extra 'notebooks'")

@@ -10,10 +10,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from opticam import METHODS, SCHEDULES, cli, findings
-from opticam.datasets import demo
-from opticam.findings import finding, report
-from opticam.summary import Estimate
+from opticam import METHODS, SCHEDULES, cli
+from opticam.lab import findings
+from opticam.lab.datasets import demo
+from opticam.lab.findings import finding, report
+from opticam.lab.summary import Estimate
 
 PHOTO = str(demo().paths[17])
 

@@ -11,10 +11,10 @@ import papermill
 import pytest
 from filelock import FileLock
 
-from opticam.findings import COMMITTED, Finding
-from opticam.jobs import notebook_inputs
-from opticam.runner import list_notebooks, notebook_parameters, run_notebook
-from opticam.summary import Estimate
+from opticam.jobs.runner import list_notebooks, notebook_parameters, run_notebook
+from opticam.jobs.side_by_side import notebook_inputs
+from opticam.lab.findings import COMMITTED, Finding
+from opticam.lab.summary import Estimate
 
 TINY = {
     "00": {"num_steps": 2},

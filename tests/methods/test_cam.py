@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from opticam import METHODS, fake_cam, grad_cam, load_model
-from opticam.datasets import demo
 from opticam.features import feature_maps, resolve_layer
+from opticam.lab.datasets import demo
 from opticam.methods import one_per_map
 from opticam.methods.cam import ablation_cam, score_cam
 from opticam.saliency import combine, min_max, saliency_map

@@ -10,7 +10,7 @@ from conftest import TinyCNN, TinyViT
 from torch import nn
 
 import opticam
-from opticam.datasets import demo
+from opticam.lab.datasets import demo
 from opticam.metrics import cascading, independent, randomized, rank_correlation, structural_similarity
 
 NAMES = ["features.0", "features.2", "fc"]

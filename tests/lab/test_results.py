@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opticam import results
+from opticam.lab import results
 
 
 def test_rows_come_back_with_their_provenance(tmp_path):

@@ -11,9 +11,9 @@ from PIL import Image
 pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
 
 from opticam import METHODS, opti_cam
-from opticam.datasets import demo, to_input
-from opticam.explorer import KEPT, Explanation, Explorer, Stopped, describe, explain, read_upload
-from opticam.plotting import to_picture
+from opticam.lab.datasets import demo, to_input
+from opticam.lab.explorer import KEPT, Explanation, Explorer, Stopped, describe, explain, read_upload
+from opticam.lab.plotting import to_picture
 
 mpl.use("agg")
 
@@ -217,7 +217,7 @@ def test_networks_that_cannot_be_had_are_refused_and_the_old_one_stays(page, mon
     def refuse(name, **options):
         raise OSError(f"model: the weights of {name} could not be had")
 
-    monkeypatch.setattr("opticam.explorer.load_model", refuse)
+    monkeypatch.setattr("opticam.lab.explorer.load_model", refuse)
     page.model_choice.value = "resnet50"
     page.wait()
     assert "model: the weights of resnet50 could not be had" in page.status.value

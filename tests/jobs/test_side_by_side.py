@@ -14,8 +14,9 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from opticam import cli, jobs
-from opticam.jobs import notebook_inputs, run_notebooks
+from opticam import cli
+from opticam.jobs import side_by_side
+from opticam.jobs.side_by_side import notebook_inputs, run_notebooks
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 TRACE = "import os\nwith open('trace', 'a') as trace:\n    print({!r}, os.environ['OMP_NUM_THREADS'], file=trace)"
@@ -163,7 +164,7 @@ def test_faults_are_told_before_anything_starts(write, out):
 
 BAR = """
 import time
-from opticam.evaluate import _bar
+from opticam.lab.evaluate import _bar
 with _bar(4, True) as bar:
     bar.update(3)
     bar.refresh()
@@ -174,14 +175,14 @@ time.sleep(1)
 
 @pytest.mark.slow
 def test_a_log_tells_what_runs_now_and_then(write, out, capfd, monkeypatch):
-    monkeypatch.setattr(jobs, "_QUIET", 0.1)
+    monkeypatch.setattr(side_by_side, "_QUIET", 0.1)
     path = write("10_some", BAR)
     run_notebooks({path: out / path.name})
     lines = capfd.readouterr().err.splitlines()
     assert re.fullmatch(r"10_some 00:0\d  starts", lines[0])
     assert any(re.fullmatch(r"10_some 0\d:\d\d  cell 3/3 00:\d\d  75%.* 3/4 \[.*map/s\]", line) for line in lines)
     assert re.fullmatch(r"10_some 0\d:\d\d  cell 3/3 00:\d\d", lines[-1]), "a bar that is over is not shown"
-    monkeypatch.setattr(jobs, "_QUIET", 1000)
+    monkeypatch.setattr(side_by_side, "_QUIET", 1000)
     run_notebooks({path: out / path.name})
     assert capfd.readouterr().err == ""
 
@@ -190,7 +191,7 @@ def test_in_a_terminal_each_run_has_a_line_in_place(monkeypatch):
     reader, writer = os.openpty()
     with os.fdopen(writer, "w") as terminal, os.fdopen(reader, "rb", 0) as seen:
         monkeypatch.setattr(sys, "stderr", terminal)
-        screen = jobs._Screen()
+        screen = side_by_side._Screen()
         screen.show(["one", "two " + 100 * "x"])
         assert seen.read(1000).decode() == f"\r\x1b[Jone\r\ntwo {75 * 'x'}\r\n\x1b[2A"
         screen.say("wrote it", terminal)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from opticam.files import replacing
+from opticam.lab.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from opticam import METHODS, SCHEDULES
-from opticam.identity import describe
+from opticam.lab.identity import describe
 from opticam.methods.ascent import map_space, weight_space
 
 
@@ -70,7 +70,7 @@ import numpy as np
 import torch
 from torch import nn
 from opticam import METHODS, SCHEDULES
-from opticam.identity import describe
+from opticam.lab.identity import describe
 from test_identity import in_a_set
 SIZE = {size}
 def direct(model, images, class_idx):

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from opticam import findings
-from opticam.findings import compare, finding, report
-from opticam.summary import Estimate, estimate
+from opticam.lab import findings
+from opticam.lab.findings import compare, finding, report
+from opticam.lab.summary import Estimate, estimate
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
+import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from opticam import runner
-from opticam.runner import (
+from opticam.jobs import runner
+from opticam.jobs.runner import (
     NotebookError,
     check_parameters,
     find_notebook,
@@ -270,3 +272,12 @@ def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     with pytest.raises(NotebookError, match="an output shows /some/where, a path of this machine"):
         render_notebook(path)
     assert path.read_bytes() == before
+
+
+def test_no_event_loop_stays_open(notebook, tmp_path, monkeypatch):
+    loops, new = [], asyncio.new_event_loop
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(new()) or loops[-1])
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no loop yet
+        pool.submit(run_notebook, notebook("1"), tmp_path / "out.ipynb").result()
+    assert loops
+    assert all(loop.is_closed() for loop in loops)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from opticam.files import PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from opticam.runner import (
+from opticam.jobs.runner import (
     NotebookError,
     check_run,
     check_writable,
@@ -32,7 +32,7 @@ _SECONDS = 0.2  # between two looks at the notebooks that run
 _QUIET = 5.0  # at most, between two lines of a log
 _PATIENCE = 20.0  # seconds for a notebook that is told to end
 _UNWRITABLE = 2  # exit code of a notebook's process that could not write
-_PROGRAM = "import sys; from opticam.jobs import _main; sys.exit(_main())"  # of that process
+_PROGRAM = "import sys; from opticam.jobs.side_by_side import _main; sys.exit(_main())"  # of that process
 if sys.platform == "linux":
     # it is told to end with its starter, and clears up; where its starter was gone before, nobody tells it
     _PROGRAM = (

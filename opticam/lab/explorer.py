@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from opticam.datasets import demo, read_image, to_input
 from opticam.features import count_passes, frozen, watched
+from opticam.lab.datasets import demo, read_image, to_input
+from opticam.lab.plotting import METHOD_LABELS, objective_curve, overlay, probability_bars, to_picture
 from opticam.methods import METHODS, class_logit, find_method
 from opticam.metrics import METRICS, class_probability
-from opticam.models import MODELS, Classifier, class_index, load_model
-from opticam.plotting import METHOD_LABELS, objective_curve, overlay, probability_bars, to_picture
+from opticam.networks import MODELS, Classifier, class_index, load_model
 from opticam.saliency import apply_mask, min_max
 
 KEPT = 50  # maps on the way of Opti-CAM, at most, besides the first and the best

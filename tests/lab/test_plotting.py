@@ -5,9 +5,8 @@ import pytest
 import seaborn as sns
 import torch
 
-from opticam import plotting
-from opticam.methods import METHODS
-from opticam.plotting import (
+from opticam.lab import plotting
+from opticam.lab.plotting import (
     METHOD_COLORS,
     METHOD_LABELS,
     condition_panels,
@@ -28,6 +27,7 @@ from opticam.plotting import (
     similarity_curves,
     use_style,
 )
+from opticam.methods import METHODS
 
 mpl.use("agg")
 

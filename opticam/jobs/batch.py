@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from opticam.files import PROVENANCE, REPOSITORY, code_digest, replacing
-from opticam.runner import PATHS, cast, find_notebook, notebook_parameters, read_cells
+from opticam.jobs.runner import PATHS, cast, find_notebook, notebook_parameters, read_cells
+from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa

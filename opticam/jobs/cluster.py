@@ -29,10 +29,10 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from opticam.batch import Run, read_record, write_record
-from opticam.files import code_digest
-from opticam.jobs import THREADS
-from opticam.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
+from opticam.jobs.batch import Run, read_record, write_record
+from opticam.jobs.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
+from opticam.jobs.side_by_side import THREADS
+from opticam.lab.files import code_digest
 
 _PATIENCE = 10.0  # seconds for a scheduler to answer
 _SECONDS = 0.5  # between two looks at a run

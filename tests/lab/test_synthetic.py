@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from opticam.synthetic import PATTERNS, draw_scenes
+from opticam.lab.synthetic import PATTERNS, draw_scenes
 
 
 def square(scenes, i, k):

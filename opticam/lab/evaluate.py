@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from opticam.datasets import Photos, Sample, Skipped
 from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen, layer_name
-from opticam.identity import describe, digest_of, network_digest
+from opticam.lab.datasets import Photos, Sample, Skipped
+from opticam.lab.identity import describe, digest_of, network_digest
+from opticam.lab.results import is_done, write_rows
 from opticam.metrics import (
     METRICS,
     adcc,
@@ -39,7 +40,6 @@ from opticam.metrics import (
     saliency_metric,
     soft_f1,
 )
-from opticam.results import is_done, write_rows
 from opticam.saliency import apply_mask, baseline_of, check_saliency
 
 Method = Callable[..., Tensor]

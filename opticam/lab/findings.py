@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from opticam.files import REPOSITORY, replacing
-from opticam.runner import RENDERING
-from opticam.summary import Estimate
+from opticam.lab.files import RENDERING, REPOSITORY, replacing
+from opticam.lab.summary import Estimate
 
 COMMITTED = REPOSITORY / "data" / "findings"
 AGREES = {True: "yes", False: "no"}
@@ -99,16 +98,17 @@ def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any]
     return _compared(COMMITTED / f"{page}.json", places[0] / f"{page}.json")
 
 
-def compare(results: str | Path) -> pd.DataFrame:
+def compare(results: str | Path, since: float = 0.0) -> pd.DataFrame:
     """The findings of a run beside the committed ones; nothing is computed again.
 
     Args:
         results: folder of the run's tables.
+        since: findings written before are left out; in seconds, as `time.time` gives them.
 
     Returns:
         As `report`, with the page before each row; pages that the run did not reach are left out.
     """
-    pages = sorted((Path(results) / "findings").glob("*.json"))
+    pages = sorted(page for page in (Path(results) / "findings").glob("*.json") if page.stat().st_mtime >= since)
     tables = [_compared(COMMITTED / page.name, page).assign(page=page.stem) for page in pages]
     columns = ["page", "finding", "committed", "here", "agrees"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)

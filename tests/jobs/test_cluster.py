@@ -19,8 +19,9 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from opticam import cli, cluster
-from opticam.batch import read_batch, read_record
+from opticam import cli
+from opticam.jobs import cluster
+from opticam.jobs.batch import read_batch, read_record
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

@@ -14,12 +14,13 @@ import references
 import torch
 from tqdm import tqdm
 
-from opticam import METHODS, evaluate, load_model, metrics, opti_cam, results, score
-from opticam.datasets import Photo, Sample, Skipped, demo
-from opticam.evaluate import SCORES, stored_saliency, stream
-from opticam.results import read_shards
+from opticam import METHODS, evaluate, load_model, metrics, opti_cam, score
+from opticam.lab import results
+from opticam.lab.datasets import Photo, Sample, Skipped, demo
+from opticam.lab.evaluate import SCORES, stored_saliency, stream
+from opticam.lab.results import read_shards
+from opticam.lab.summary import summarize
 from opticam.saliency import BASELINES
-from opticam.summary import summarize
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from opticam import batch, cli
-from opticam.batch import BATCHES, read_batch, read_record, select_runs, write_index, write_record, write_summary
+from opticam import cli
+from opticam.jobs import batch
+from opticam.jobs.batch import BATCHES, read_batch, read_record, select_runs, write_index, write_record, write_summary
 
 PARAMETERS = """
 count: int = 2  # how many

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm  # here: it reads the environment once, before `run_notebook` changes that for kernels
 
-from opticam.files import REPOSITORY
+from opticam.lab.files import RENDERING, REPOSITORY
 
 if TYPE_CHECKING:
     import nbformat
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 RENDERED_FIGURES = "../figures/rendered"  # as notebooks see it
-RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
 # of a process that computes on a CPU: else glibc hands every large tensor back to the system, and fetches zeroed pages
 # for the next
@@ -50,8 +49,15 @@ class NotebookError(RuntimeError):
 
 
 def list_notebooks() -> list[Path]:
-    """The numbered notebooks, in reading order."""
-    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks, in reading order.
+
+    Raises:
+        ValueError: there are none, as the package was installed without its repository.
+    """
+    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise ValueError(f"notebooks: none in {NOTEBOOKS}; wanted a clone of the repository, installed with pip -e")
+    return found
 
 
 def find_notebook(name: str | Path) -> Path:
@@ -237,6 +243,7 @@ def run_notebook(
             older `output` is left as it was.
     """
     import papermill
+    from jupyter_core.utils import ensure_event_loop
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
@@ -285,6 +292,8 @@ def run_notebook(
         temporary.unlink(missing_ok=True)
         shutil.rmtree(sockets, ignore_errors=True)
         del os.environ["OPTICAM_PROGRESS"]
+        if not (loop := ensure_event_loop()).is_running():
+            loop.close()  # Jupyter leaves it open; collected at exit, it may print a traceback
     return output
 
 

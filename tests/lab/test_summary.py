@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from opticam.summary import (
+from opticam.lab.summary import (
     box_accuracies,
     interval,
     proportion_interval,

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
 PROVENANCE = b"opticam"  # in the metadata of a table
+RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
+_SHOWS = ("cli.py", "lab/plotting.py", "lab/explorer.py", "lab/findings.py")
 
 
 @contextmanager
@@ -29,8 +32,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @cache
 def code_digest() -> str:
-    """Tells one state of the package's code from another; of what this process runs, whatever becomes of the files."""
+    """Tells one state of the code that makes rows from another; of what this process runs, even if the files change.
+
+    What only shows rows (pictures, explorer, findings, command line) and what runs notebooks does not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name not in _SHOWS and not name.startswith("jobs/"):
+            digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()

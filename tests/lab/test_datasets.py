@@ -9,8 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
-from opticam import METHODS, datasets, evaluate, load_model
-from opticam.datasets import (
+from opticam import METHODS, evaluate, load_model
+from opticam.lab import datasets
+from opticam.lab.datasets import (
     DATASETS,
     Photos,
     Sample,
@@ -26,7 +27,8 @@ from opticam.datasets import (
     select,
     to_input,
 )
-from opticam.models import imagenet_classes
+from opticam.lab.files import PACKAGE, REPOSITORY
+from opticam.networks import imagenet_classes
 
 RAMP = np.linspace(0, 255, 32 * 24).reshape(24, 32)
 
@@ -185,7 +187,7 @@ def test_demo_loads_all_twenty():
 
 
 def test_demo_boxes_lie_inside_the_photos():
-    table = pd.read_csv(datasets.REPOSITORY / "data" / "demo" / "boxes.csv")
+    table = pd.read_csv(PACKAGE / "lab" / "demo_boxes.csv")
     photos = demo()
     assert set(table["image"]) == {path.name for path in photos.paths}
     for path, label in zip(photos.paths, photos.labels, strict=True):
@@ -200,8 +202,8 @@ def test_demo_limit_and_missing_files(monkeypatch, tmp_path):
     assert [sample.name for sample in demo(limit=2)] == ["imagenet_00_243.jpg", "imagenet_01_559.jpg"]
     with pytest.raises(ValueError, match="limit: wanted at least 1 photo, got 0"):
         demo(limit=0)
-    monkeypatch.setattr(datasets, "REPOSITORY", tmp_path)
-    with pytest.raises(FileNotFoundError, match="wanted an editable install"):
+    monkeypatch.setattr(datasets, "PACKAGE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="not installed whole"):
         demo()
 
 
@@ -669,7 +671,7 @@ def test_names_are_unique_and_every_file_once(folders, make):
 
 # --------------------------------------------------------------------------------------------------- real images
 
-MINI = datasets.REPOSITORY.parent / "shared" / "imagenet_val_mini"
+MINI = REPOSITORY.parent / "shared" / "imagenet_val_mini"
 real = pytest.mark.skipif(not MINI.is_dir(), reason="no ImageNet images in ../shared/imagenet_val_mini")
 
 
@@ -712,7 +714,7 @@ def test_real_shards_and_samples():
 
 
 def test_a_box_of_the_demo_ends_behind_its_last_pixel():
-    table = pd.read_csv(datasets.REPOSITORY / "data" / "demo" / "boxes.csv")
+    table = pd.read_csv(PACKAGE / "lab" / "demo_boxes.csv")
     first = demo(limit=1).photos[0]
     (row,) = table[table["image"] == first.name][datasets.BOX_COLUMNS].to_numpy()
     assert first.boxes == ((row[0], row[1], row[2] + 1, row[3] + 1),)
