@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ try:
     from torch import nn
     from torchvision.models import VisionTransformer
 
-    from opticam import MODELS, Classifier, load_model, opti_cam
+    from opticam import MODELS, Classifier, load_model, opti_cam, wrap
 except ImportError as error:
     sys.exit(f"gpu: {sys.executable} cannot import {error.name}; wanted the dependencies in pyproject.toml ({error})")
 
@@ -68,8 +67,8 @@ def network(name: str, device: str, tiny: bool) -> Classifier:
         layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000)
         bare = nn.Sequential(*layers) if name == "resnet50" else VisionTransformer(32, 8, 2, 2, 16, 32)
         layer = "1" if name == "resnet50" else "encoder.layers.encoder_layer_1.ln_1"
-        spec = replace(MODELS[name], layer=layer, input_size=32, resize=32)
-        model = Classifier(bare, name, spec, []).eval().to(device)
+        mean, std = MODELS[name].mean, MODELS[name].std
+        model = wrap(bare, layer, name=name, mean=mean, std=std, input_size=32, resize=32).eval().to(device)
     else:
         model = load_model(name, pretrained=False, device=device)
     for weights in model.parameters():

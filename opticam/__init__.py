@@ -28,9 +28,11 @@ __all__ = [
     "load_model",
     "opti_cam",
     "score",
+    "wrap",
 ]
 
 if TYPE_CHECKING:
+    from opticam.classifier import Classifier
     from opticam.lab.evaluate import evaluate, score
     from opticam.methods import (
         METHODS,
@@ -43,14 +45,14 @@ if TYPE_CHECKING:
         opti_cam,
     )
     from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
-    from opticam.networks import MODELS, Classifier, load_model
+    from opticam.networks import MODELS, load_model, wrap
 else:
     _HOMES = {
         "METHODS": "methods",
         "METRICS": "metrics",
         "MODELS": "networks",
         "SCHEDULES": "methods",
-        "Classifier": "networks",
+        "Classifier": "classifier",
         "OptiCAMResult": "methods",
         "average_drop": "metrics",
         "average_gain": "metrics",
@@ -64,6 +66,7 @@ else:
         "load_model": "networks",
         "opti_cam": "methods",
         "score": "lab.evaluate",
+        "wrap": "networks",
     }
 
     def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as tv
 
+from opticam.classifier import Classifier, Head
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -37,35 +39,42 @@ class ModelSpec:
     source: str
 
 
-class Classifier(nn.Module):
-    """A network that takes images in [0,1], with mean/std inside, and knows its layer, sizes and classes.
+def wrap(
+    network: nn.Module,
+    layer: str,
+    *,
+    head: Head = "softmax",
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    input_size: int = 224,
+    resize: int | None = None,
+    class_names: Sequence[str] = (),
+    name: str | None = None,
+) -> Classifier:
+    """Your own network as a `Classifier`: what has to be known of it is said once, here.
 
-    Attributes:
-        network: the bare network.
-        name: its key in `MODELS`.
-        layer: dotted name of its target layer, as `network` names it.
-        input_size: side of the square input, in pixels.
-        resize: shorter side before the centre crop, in pixels.
-        class_names: one name a class, in the order of the logits.
+    Args:
+        network: returns logits (B,C), or (B,1) or (B,) of one class.
+        layer: dotted name of the target layer inside the network.
+        head: "softmax", one class per image, or "sigmoid", each class for itself.
+        mean: of the normalisation, per channel, for images in [0,1]; by default none.
+        std: of the normalisation.
+        input_size: side of the square the network was trained for, in pixels.
+        resize: shorter side before the centre crop, in pixels; by default `input_size` / 0.875.
+        class_names: one name per class.
+        name: what to call it; by default its type.
     """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, name: str, spec: ModelSpec, class_names: list[str]) -> None:
-        super().__init__()
-        self.network = network
-        self.name = name
-        self.layer = spec.layer
-        self.input_size = spec.input_size
-        self.resize = spec.resize
-        self.class_names = class_names
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B,C) of images (B,3,H,W) in [0,1]."""
-        return self.network((images - self.mean) / self.std)
+    return Classifier(
+        network,
+        name or type(network).__name__,
+        layer,
+        head=head,
+        mean=tuple(mean),
+        std=tuple(std),
+        input_size=input_size,
+        resize=resize or round(input_size / 0.875),
+        class_names=list(class_names),
+    )
 
 
 def imagenet_classes() -> list[str]:
@@ -152,7 +161,16 @@ def load_model(
     if weights is not None:
         _check_fit(weights, network, f"checkpoint: {checkpoint} does not fit {name} with {classes} classes")
         network.load_state_dict(weights)
-    classifier = Classifier(network, name, spec, list(class_names))
+    classifier = wrap(
+        network,
+        spec.layer,
+        name=name,
+        mean=spec.mean,
+        std=spec.std,
+        input_size=spec.input_size,
+        resize=spec.resize,
+        class_names=class_names,
+    )
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

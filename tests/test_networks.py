@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from opticam import networks
 from opticam.features import feature_maps
-from opticam.networks import MODELS, ModelSpec, class_index, imagenet_classes, load_model
+from opticam.networks import MODELS, ModelSpec, class_index, imagenet_classes, load_model, wrap
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_classifier_normalises_inside(lite0):
 def test_every_model_has_its_target_layer(name, shape):
     with torch.device("meta"):  # shapes without the cost of the numbers
         network = MODELS[name].build(False)
-    classifier = networks.Classifier(network.to_empty(device="cpu").eval(), name, MODELS[name], imagenet_classes())
+    classifier = wrap(network.to_empty(device="cpu").eval(), MODELS[name].layer, input_size=MODELS[name].input_size)
     side = classifier.input_size
     (features,), logits = feature_maps(classifier, torch.zeros(1, 3, side, side))
     assert features.shape == (1, *shape)
@@ -129,8 +128,7 @@ def test_random_weights_come_from_torchs_generator():
 
 
 def test_mean_and_std_move_with_the_classifier():
-    spec = ModelSpec(lambda pretrained: nn.Flatten(), "", (0.5, 0, 0), (1, 1, 1), 2, 2, "here")
-    classifier = networks.Classifier(spec.build(False), "flat", spec, ["a"]).double()
+    classifier = wrap(nn.Flatten(), "", mean=(0.5, 0, 0)).double()
     assert classifier(torch.full((1, 3, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0, 0.5, 0.5]]
 
 

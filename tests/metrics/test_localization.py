@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from opticam import metrics
-from opticam.lab.files import REPOSITORY
 from opticam.lab.evaluate import score
+from opticam.lab.files import REPOSITORY
 from opticam.metrics import (
     box_experiment_masks,
     box_hits,
