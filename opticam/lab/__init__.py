@@ -1,4 +1,37 @@
 """The laboratory: photos and data sets, evaluation, tables of results, summaries, pictures and the explorer.
 
-It builds on the core, which knows nothing of it. Needs the extra `lab`.
+It builds on the core, which knows nothing of it, and needs the extra `lab`. Its public names are found here, loaded
+when they are asked for: `from opticam import lab`, then `lab.demo()`.
 """
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "datasets": "DATASETS Photos Sample demo imagefolder imagenet imagenette load_dataset maps_to_input read_image to_input",
+    "evaluate": "evaluate score stored_saliency stream",
+    "explorer": "Explorer describe",
+    "files": "REPOSITORY",
+    "findings": "compare finding report",
+    "plotting": "condition_panels difference_dots explanation_figure gallery image_grid interval_table latex_table"
+    " metric_bars metric_scatter metric_values objective_curve overlay overview probability_bars save_figure show_boxes"
+    " similarity_curves to_picture use_style",
+    "results": "read_arrays read_evidence read_rows read_shards write_arrays write_rows",
+    "summary": "Estimate box_accuracies estimate estimate_of interval paired proportion_interval ratio_of_means spearman"
+    " summarize summarize_differences",
+    "synthetic": "PATTERNS draw_scenes",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """A public name of the laboratory."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'opticam.lab' has no attribute {name!r}")
+    module = import_module(f"opticam.lab.{_HOMES[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

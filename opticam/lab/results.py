@@ -65,6 +65,11 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return table.to_pandas(), json.loads(metadata[PROVENANCE])
 
 
+def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`."""
+    return read_rows(REPOSITORY / "data" / "evidence" / f"{name}.parquet")
+
+
 def write_arrays(
     arrays: Mapping[str, np.ndarray], path: str | Path, parameters: Mapping[str, Any], device: str = "cpu"
 ) -> Path:
