@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if arguments is None and options.command is explain:
         _keep_memory()
-    if arguments is None:  # this process is ours: ended politely, by a cluster too, it clears up as after Ctrl-C
+    if arguments is None:  # this process is ours: asked to end, by a cluster say, it clears up as after Ctrl-C
         for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(ending, signal.default_int_handler)
     try:
         return options.command(options)
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # whoever read the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (NotebookError, ValueError, OSError, MemoryError, ImportError) as error:
@@ -128,7 +128,7 @@ def explain(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _waiting(what: Callable[[], str]) -> Iterator[None]:
-    """Tells a person at a terminal, in a line that goes in the end, what is being done and for how long."""
+    """Show a person at a terminal what is being done and for how long; the line is removed at the end."""
     if not sys.stderr.isatty():
         yield
         return
@@ -150,18 +150,18 @@ def _waiting(what: Callable[[], str]) -> Iterator[None]:
 
 
 def _keep_memory() -> None:
-    """What `runner.KEEP_MEMORY` does, for this process, which began without it; only glibc knows these settings."""
+    """Do for this process what `runner.KEEP_MEMORY` does for one to be started; only glibc has these settings."""
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not KEEP_MEMORY.keys() & os.environ.keys():
         m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
-        if mallopt(m_mmap_threshold, most):  # older versions refuse, and the other alone would do harm
+        if mallopt(m_mmap_threshold, most):  # older versions refuse this one, and the other alone would do harm
             mallopt(m_trim_threshold, most)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run notebooks side by side, one with parameters."""
+    """Run notebooks side by side, or one with parameters."""
     if options.help and not options.notebooks:
         options.parser.print_help()
         return 0
@@ -195,14 +195,14 @@ def run(options: argparse.Namespace) -> int:
     start = time.time()
     try:
         run_notebooks(outputs, given, jobs=options.jobs)
-    finally:  # also of the pages that ran before one failed
+    finally:  # also for the pages that ran before one failed
         if not given:
             _show_findings([path.stem for path in notebooks], since=start)
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Show what the committed notebooks claim beside what their last run found here."""
+    """Show what the committed notebooks claim beside what the last run here found."""
     if not _show_findings([path.stem for path in list_notebooks()]):
         raise ValueError("results: no findings of a run here; wanted opticam run before")
     return 0
@@ -221,7 +221,7 @@ def _show_findings(pages: Sequence[str], since: float = 0.0) -> bool:
 
 
 def _from_here(path: str) -> str:
-    """A path of the caller's folder as notebooks need it, which run in their own."""
+    """A path of the caller as notebooks need it: they run in a folder of their own."""
     return str(Path(path).expanduser().absolute())
 
 
@@ -236,7 +236,7 @@ def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
 
 
 def batch(options: argparse.Namespace) -> int:
-    """Run a notebook over a grid of parameters, here or on a cluster; what is done already is skipped."""
+    """Run a notebook over a grid of parameters, here or on a cluster; runs that are done are skipped."""
     try:
         from opticam.jobs.batch import read_batch, read_record, select_runs, write_index, write_summary
 
@@ -308,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set a parameter; figures and tables then go into a folder beside the output, of its name",
+        help="set a parameter; figures and tables then go into a folder beside the output, with its name",
     )
     command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
     command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
@@ -320,12 +320,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("batch", help="run a notebook over a grid", description=batch.__doc__)
     command.add_argument("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
-    command.add_argument("--dry-run", action="store_true", help="print the runs and what state they are in")
+    command.add_argument("--dry-run", action="store_true", help="print the runs and their states")
     command.add_argument(
         "--filter", action="append", default=[], metavar="NAME=PATTERN", help="only runs whose parameter matches"
     )
     command.add_argument("--jobs", type=int, help="runs at the same time on this machine")
-    command.add_argument("--retry-failed", action="store_true", help="also start again what failed before")
+    command.add_argument("--retry-failed", action="store_true", help="also repeat runs that failed before")
     command.add_argument(
         "--scheduler",
         metavar="ADDRESS|FILE",

@@ -40,7 +40,7 @@ def min_max(maps: Tensor) -> Tensor:
     """`n(s) = (s - min s)/(max s - min s)` per image; `n(constant) = 0`. The paper's default.
 
     A map counts as constant when its range is no more than rounding leaves of a constant after interpolation,
-    8 eps max|s|: without that, the rounding noise itself would be stretched to [0,1]. (The paper says nothing of it.)
+    8 eps max|s|: without that, the rounding noise itself would be stretched to [0,1]. (The paper does not mention it.)
 
     Args:
         maps: (B,1,H,W).
@@ -129,7 +129,7 @@ def check_saliency(images: Tensor, saliency: Tensor) -> None:
         saliency: (B,1,H,W) in [0,1], on the device of the images.
 
     Raises:
-        TypeError: the map is no tensor.
+        TypeError: the map is not a tensor.
         ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):

@@ -1,4 +1,4 @@
-"""A batch: one YAML file, many runs of a notebook; what state each run is in, and what all of them found.
+"""A batch: one YAML file, many runs of a notebook, the state of each run, and the rows of all.
 
 A run is done when its record says so for the key it has now: the notebook's source, the package and the parameters.
 """
@@ -28,7 +28,7 @@ BATCHES = REPOSITORY / "notebooks" / "batches"
 OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
 _FIELDS = {"notebook": str, "parameters": dict, "grid": dict, "shards": int, "resources": dict, "output": str}
 _KINDS = {str: "text", dict: "names with values", int: "a whole number"}
-_MOST_RUNS = 100_000  # more is a slip of the keyboard, which would fill the memory before anything is said
+_MOST_RUNS = 100_000  # more is a typing error, which would fill the memory before anything is reported
 Place = tuple[str | int, ...]
 
 
@@ -36,12 +36,12 @@ class Run(NamedTuple):
     """One notebook, executed once.
 
     Attributes:
-        name: of its files in `folder`; made of what the grid varies.
+        name: the name of its files in `folder`, made of what the grid varies.
         notebook: the source.
         parameters: of the notebook, without `figures` and `results`.
-        varied: those of them that differ between the runs of the batch.
-        folder: of the batch. The run writes NAME.ipynb or NAME.failed.ipynb, NAME.json (its record) and NAME/.
-        gpus: how many it has to itself.
+        varied: those parameters that differ between the runs of the batch.
+        folder: the batch's. The run writes NAME.ipynb or NAME.failed.ipynb, NAME.json (its record) and NAME/.
+        gpus: how many GPUs it has to itself.
         code: digest of the package that the key was made with.
         key: digest of all that its result depends on.
     """
@@ -57,12 +57,12 @@ class Run(NamedTuple):
 
     @property
     def output(self) -> Path:
-        """Of the executed notebook."""
+        """Path of the executed notebook."""
         return self.folder / f"{self.name}.ipynb"
 
     @property
     def table(self) -> Path:
-        """Of the rows that go into the summary, if the notebook writes any: the table of its own name."""
+        """Path of the rows for the summary: the table named after the notebook, if it writes one."""
         return self.folder / self.name / f"{self.notebook.stem}.parquet"
 
 
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     """What a YAML file asks for.
 
     Attributes:
-        name: of the file.
+        name: the file's, without its suffix.
         folder: for all that is written.
         runs: in the order of the grid, the last name varying fastest, shards innermost.
     """
@@ -84,14 +84,15 @@ def read_batch(path: str | Path) -> Batch:
     """The runs that a YAML file asks for; nothing is written or started.
 
     Fields: `notebook` (number, name or path), `parameters` (the same for all runs), `grid` (name -> list of values; all
-    combinations are run), `shards` (n: each of them is run n times, with `shard` = 0/n .. n-1/n), `resources` (`GPU`:
-    how many each run gets), `output` (folder; by default `data/results/batches/NAME`). Paths are relative to the file.
+    combinations are run), `shards` (n: each combination is run n times, with `shard` = 0/n .. n-1/n), `resources`
+    (`GPU`: how many each run gets), `output` (folder; by default `data/results/batches/NAME`). Paths are relative to
+    the file.
 
     Args:
         path: the file, or the name of one in `notebooks/batches`.
 
     Raises:
-        ValueError: everything that is wrong with the file, a line each, with its place.
+        ValueError: everything that is wrong with the file, one line per error, with its place.
         OSError: no such file.
     """
     path = _find(path)
@@ -123,7 +124,7 @@ def select_runs(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
         filters: `NAME=PATTERN` of a parameter, with the wildcards of a shell.
 
     Raises:
-        ValueError: a filter of another form or of no parameter, or no run passes.
+        ValueError: a filter has another form or names no parameter, or no run passes.
     """
     for text in filters:
         name, separator, pattern = text.partition("=")
@@ -139,7 +140,7 @@ def select_runs(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
 
 
 def read_record(run: Run) -> dict[str, Any]:
-    """What is known of a run: `status` is "new", "stale" (of another key), "done" or "failed"; see `write_record`."""
+    """The record of a run: `status` is "new", "stale" (of another key), "done" or "failed"; see `write_record`."""
     try:
         record = json.loads((run.folder / f"{run.name}.json").read_text(encoding="utf-8"))
         if record["key"] != run.key:
@@ -208,9 +209,9 @@ tr.failed td {{ background: #fdecea }} tr.new td, tr.stale td {{ color: #777 }}
 def write_summary(batch: Batch) -> Path | None:
     """Write the rows of all runs that are done to `summary.parquet` and `summary.csv`, run by run.
 
-    A run's rows are those of the table that has the notebook's name; its varied parameters are columns before the
-    table's own, where the table has no column of that name. Columns of bytes are left out of the CSV. The Parquet file
-    has a provenance, for `results.read_rows`: that of the runs, with the parameters that all of them share.
+    A run's rows are those of the table that has the notebook's name. Its varied parameters become columns before the
+    table's own, unless the table has a column of that name. Columns of bytes are left out of the CSV. The Parquet file
+    has a provenance for `results.read_rows`: that of the runs, with the parameters that all of them share.
 
     Returns:
         The path of the Parquet file; None if no run that is done has such a table.
@@ -288,7 +289,7 @@ def _dotted(place: Place) -> str:
 def _walk(
     node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]], seen: set[int]
 ) -> None:
-    """Notes the line of every place, and names that are given twice, which YAML's reader passes over."""
+    """Note the line of every place, and names that are given twice, which YAML's reader accepts."""
     lines[place] = node.start_mark.line + 1
     if id(node) in seen:  # an alias may stand for what it is in
         return
@@ -306,7 +307,7 @@ def _walk(
 
 
 def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run]:
-    """All runs; what is wrong is added to `faults`, and then the runs mean nothing."""
+    """All runs. Errors are added to `faults`; then the runs mean nothing."""
     if not isinstance(content, dict):
         faults.append(((), f"wanted names with values: notebook and, where needed, {', '.join(list(_FIELDS)[1:])}"))
         return []
@@ -417,7 +418,7 @@ def _combined(
         varied = dict(zip(grid, values, strict=True))
         parameters = {**fixed, **varied}
         if parameters.get("dataset") == "imagenet" and os.environ.get("OPTICAM_IMAGENET"):
-            # a worker elsewhere has not this environment, and other images make another result
+            # a worker elsewhere does not have this environment, and other images give another result
             parameters.setdefault("root", str(Path(os.environ["OPTICAM_IMAGENET"]).expanduser().absolute()))
         depends = json.dumps([cells, version("opticam"), code, parameters], sort_keys=True)
         key = hashlib.sha256(depends.encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""Runs of a batch on Dask: on workers that somebody started, or on an own local cluster; one notebook per worker.
+"""Runs of a batch on Dask: on workers that somebody started, or on a local cluster of its own; one notebook per worker.
 
-A worker takes one run at a time and holds a lock on it, so that no notebook is executed twice at the same time, whoever
-else started the batch. A worker that is killed takes its kernel with it, and another worker starts the run anew.
+A worker takes one run at a time and holds a lock on it. So no notebook is executed twice at the same time, even if
+somebody else started the same batch. A worker that is killed takes its kernel with it, and another worker starts the
+run again.
 """
 
 import fcntl
@@ -43,21 +44,21 @@ _ONE_AT_A_TIME = threading.Lock()  # kernels inherit the environment, and that b
 def run_batch(
     runs: Sequence[Run], *, scheduler: str | None = None, jobs: int | None = None, retry_failed: bool = False
 ) -> list[dict[str, Any]]:
-    """Execute what is not done, and show how it goes.
+    """Execute the runs that are not done, and show progress.
 
     Args:
         runs: of a batch.
         scheduler: address of a Dask scheduler, or the file that it wrote; None for a cluster on this machine.
         jobs: runs at the same time on this machine; by default one for each set of GPUs that a run wants, else one for
             every four cores but at least two. The cores are shared out among them.
-        retry_failed: start again what failed with the same notebook, package and parameters.
+        retry_failed: also start runs that failed before with the same notebook, package and parameters.
 
     Returns:
         The record of each run, in their order; `status` is "done" or "failed".
 
     Raises:
         OSError: the output cannot be written, or the scheduler cannot be reached or was lost.
-        ValueError: this machine has not the GPUs that a run wants, or `jobs` is not positive.
+        ValueError: this machine lacks the GPUs that a run wants, or `jobs` is not positive.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: wanted at least 1, got {jobs}")
@@ -126,7 +127,7 @@ def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
 
 @contextmanager
 def _watched(worker: Worker, tell: Callable[[], None]) -> Iterator[threading.Event]:
-    """Tells how it goes, and kills the kernel once the scheduler has cancelled the task; then the event is set."""
+    """Report progress; kill the kernel and set the event once the scheduler has cancelled the task."""
     key = worker.get_current_task()
     gone, ended = threading.Event(), threading.Event()
 
@@ -167,7 +168,7 @@ def _locked(path: Path, gone: threading.Event) -> Iterator[None]:
 def _execute_all(
     client: Client, runs: Sequence[Run], topic: str, watch: Callable[[], None]
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Each run with its record, as they end; `watch` is called while nothing does."""
+    """Each run with its record, as they end; `watch` is called while none ends."""
     ended: queue.Queue[Future] = queue.Queue()
     at_work: dict[Any, tuple[Run, Future]] = {}
     for run in runs:
@@ -188,7 +189,7 @@ def _execute_all(
             elif future.status == "error":
                 yield run, write_record(run, "failed", 0, f"its worker failed: {future.exception()}")
             else:
-                raise ConnectionError("scheduler: the connection was lost; the same command goes on where it was")
+                raise ConnectionError("scheduler: the connection was lost; the same command resumes")
     finally:  # interrupted: the workers end their kernels
         client.cancel([future for _, future in at_work.values()])
 
@@ -247,7 +248,7 @@ def _devices() -> list[str]:
 
 
 class _Board:
-    """What a person sees meanwhile: a table in a terminal, else a line a run that ends and a line a minute."""
+    """What a person sees meanwhile: a table in a terminal, else one line per finished run and one per minute."""
 
     def __init__(self, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -261,14 +262,14 @@ class _Board:
 
     @contextmanager
     def shown(self, client: Client, topic: str) -> Iterator[None]:
-        """Follow what the workers tell."""
+        """Follow what the workers report."""
         self.console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
         client.subscribe_topic(topic, self._told)
         with self.live or nullcontext():
             yield
 
     def _told(self, event: tuple[float, Mapping[str, str]]) -> None:
-        if event[1]["name"] not in self.over:  # what was told last may come after the result
+        if event[1]["name"] not in self.over:  # the last report may come after the result
             self.bars[event[1]["name"]] = event[1]["bar"]
 
     def end(self, run: Run, record: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Strict papermill: run a numbered notebook with checked parameters, or render it in place.
 
-papermill only warns of an unknown parameter, checks no type, and leaves a half-executed file under the final name. Here
-parameters are checked before anything starts, and a notebook is under its own name only if every cell ran.
+papermill only warns about an unknown parameter, checks no type, and leaves a half-executed file under the final name.
+Here parameters are checked before anything starts, and a notebook gets its own name only if every cell ran.
 
-To be imported at once, papermill, nbclient and nbformat are so only where a notebook is executed.
+papermill, nbclient and nbformat are imported only where a notebook is executed, so this module loads at once.
 """
 
 import ast
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 NOTEBOOKS = REPOSITORY / "notebooks"
 RENDERED_FIGURES = "../figures/rendered"  # as notebooks see it
 PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
-# of a process that computes on a CPU: else glibc hands every large tensor back to the system, and fetches zeroed pages
-# for the next
+# for a process that computes on a CPU: else glibc gives every large tensor back to the system, and fetches zeroed
+# pages for the next
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
-# of a process with several threads: by default those of libgomp, torch's OpenMP, wait for each other at full speed for
-# milliseconds, also on a core that another process wants
+# for a process with several threads: by default those of libgomp, torch's OpenMP, wait for each other at full speed
+# for milliseconds, even on a core that another process wants
 SHORT_SPIN = {"GOMP_SPINCOUNT": "5000"}
-_KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is told as an error
+_KERNEL = ["--IPKernelApp.log_level=50"]  # else the interrupt that ends an idle kernel is reported as an error
 if sys.platform == "linux":
-    # a kernel whose starter is killed would compute on, beside the run that takes its place; Linux can end it at once
+    # a kernel whose starter is killed would keep computing beside the run that replaces it; Linux can end it at once
     _KERNEL.append("--IPKernelApp.exec_lines=__import__('ctypes').CDLL(None).prctl(1, 9);")
 
 
 class NotebookError(RuntimeError):
-    """A notebook was started and did not come to its end."""
+    """A notebook was started and did not finish."""
 
 
 def list_notebooks() -> list[Path]:
     """The numbered notebooks, in reading order.
 
     Raises:
-        ValueError: there are none, as the package was installed without its repository.
+        ValueError: there are none, because the package was installed without its repository.
     """
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not found:
@@ -81,12 +81,12 @@ def find_notebook(name: str | Path) -> Path:
 
 
 class Cell(NamedTuple):
-    """What the result of a cell depends on.
+    """The parts of a cell that its result depends on.
 
     Attributes:
         kind: "code", "markdown" or "raw".
         source: text.
-        tags: "parameters" marks the first cell, which papermill's values come after.
+        tags: "parameters" marks the first code cell; papermill puts its values after it.
     """
 
     kind: str
@@ -98,7 +98,7 @@ def read_cells(path: Path) -> list[Cell]:
     """The cells of a Python notebook.
 
     Raises:
-        ValueError: the file is none.
+        ValueError: the file is not a Python notebook.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -191,10 +191,10 @@ def places_beside(output: Path, known: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and try to write in it.
+    """Make a folder and check that files can be written in it.
 
     Raises:
-        OSError: it cannot be made, or not be written in.
+        OSError: it cannot be made or written in.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_run(source: Path, output: Path | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As `check_parameters`, for a run into `output`, which must not be the notebook itself."""
+    """As `check_parameters`, for a run into `output`; that must not be the notebook itself."""
     checked = check_parameters(source, parameters or {})
     if output and output.resolve() == source.resolve():
         raise ValueError(f"output: {output} is the notebook itself; wanted another name, or opticam render")
@@ -213,7 +213,7 @@ def check_run(source: Path, output: Path | None, parameters: Mapping[str, Any] |
 
 
 def temporary_name(output: Path, process: int) -> Path:
-    """Where this process writes a notebook before it has its own name."""
+    """Where this process writes a notebook before it gets its own name."""
     return output.with_name(f".{output.stem}.{process}.ipynb")
 
 
@@ -230,7 +230,7 @@ def run_notebook(
         notebook: as `find_notebook`.
         output: where the executed notebook goes; folders are made.
         parameters: see `check_parameters`.
-        progress: a file in which to say how far it is, for `latest`.
+        progress: a file for its progress, see `latest`.
 
     Returns:
         The path of the executed notebook: `output`.
@@ -263,7 +263,7 @@ def run_notebook(
         told.write_text(f"cell {cell_index + 1}/{number_of_cells}")
 
     client = {"extra_arguments": _KERNEL, "on_cell_start": tell}
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the user's
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's
     os.environ["TQDM_DISABLE"] = "1"  # for the kernel: a saved bar stays where it stood
     os.environ["OPTICAM_PROGRESS"] = str(told.with_suffix(".bar"))
     for name, value in (KEEP_MEMORY | SHORT_SPIN).items():
@@ -275,7 +275,7 @@ def run_notebook(
             temporary,
             parameters=checked,
             kernel_name="python3",
-            start_timeout=300,  # many start at once on a busy machine
+            start_timeout=300,  # on a busy machine many start at once
             cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
             progress_bar=False,
             config=Config({"KernelManager": transport, "NotebookClient": client}),
@@ -298,7 +298,7 @@ def run_notebook(
 
 
 def latest(progress: Path) -> str:
-    """What a run says of itself in a file: its cell, for how long, and the kernel's bar; "" before it begins."""
+    """The progress that a run wrote: its cell, for how long, and the kernel's bar; "" before it begins."""
     bar, text = progress.with_suffix(".bar"), b""
     try:
         cell, seconds = progress.read_text(), max(0.0, time.time() - progress.stat().st_mtime)
@@ -315,7 +315,7 @@ def latest(progress: Path) -> str:
 def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Path:
     """Execute a notebook at its own defaults and write it back canonically: two renders are byte-identical.
 
-    Its figures go to `figures/rendered`, its findings to `data/findings`; there all of them must hold.
+    Its figures go to `figures/rendered`, its findings to `data/findings`. All findings must hold.
 
     Args:
         notebook: as `find_notebook`.
@@ -325,8 +325,8 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
         The path of the notebook.
 
     Raises:
-        NotebookError: it did not come to its end, a finding does not hold, or an output shows a path of this machine;
-            it is left as it was.
+        NotebookError: it did not finish, a finding does not hold, or an output shows a path of this machine. The
+            notebook is left as it was.
         ValueError: unknown notebook.
     """
     import nbformat
@@ -358,11 +358,10 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
 
 
 def canonical(notebook: "nbformat.NotebookNode") -> str:
-    """The notebook as text without anything that differs between two equal runs.
+    """The notebook as text, without anything that differs between two equal runs.
 
-    Cells keep source, outputs and tags; ids and execution counts number them; timestamps, papermill's metadata and
-    injected parameters, the interpreter's version and references to widgets, which live only as long as their kernel,
-    go.
+    Cells keep source, outputs and tags; ids and execution counts number them. Removed are timestamps, papermill's
+    metadata and injected parameters, the interpreter's version, and references to widgets, which end with the kernel.
 
     Args:
         notebook: executed.
@@ -373,7 +372,7 @@ def canonical(notebook: "nbformat.NotebookNode") -> str:
     import nbformat
 
     kept = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    executed = 0  # papermill's cell of parameters counted, too
+    executed = 0  # papermill's cell of parameters was counted too
     for number, cell in enumerate(kept):
         cell["id"] = f"cell-{number:02d}"
         tags = cell.metadata.get("tags", [])

@@ -1,4 +1,4 @@
-"""Notebooks side by side, each in a process of its own, after those whose results it reads; what one sees meanwhile."""
+"""Notebooks side by side, each in its own process, after those whose results it reads; progress meanwhile."""
 
 import json
 import os
@@ -30,11 +30,11 @@ from opticam.jobs.runner import (
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SECONDS = 0.2  # between two looks at the notebooks that run
 _QUIET = 5.0  # at most, between two lines of a log
-_PATIENCE = 20.0  # seconds for a notebook that is told to end
+_PATIENCE = 20.0  # seconds for a notebook to end once told
 _UNWRITABLE = 2  # exit code of a notebook's process that could not write
 _PROGRAM = "import sys; from opticam.jobs.side_by_side import _main; sys.exit(_main())"  # of that process
 if sys.platform == "linux":
-    # it is told to end with its starter, and clears up; where its starter was gone before, nobody tells it
+    # it is told to end when its starter dies, and clears up; had that died before, nobody would tell it
     _PROGRAM = (
         "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.getppid() == int(sys.argv[1]) or sys.exit(1); "
         + _PROGRAM
@@ -65,10 +65,10 @@ def _first_text(notebook: Path) -> str:
 def run_notebooks(
     outputs: Mapping[Path, Path | None], parameters: Mapping[str, Any] | None = None, *, jobs: int | None = None
 ) -> None:
-    """Execute notebooks side by side, each after those whose results it reads, and show how it goes.
+    """Execute notebooks side by side, each after those whose results it reads, and show progress.
 
-    Where one fails, those that do not read its results run all the same. The kernels share out the cores; but to
-    render, each has one thread, so that no digit depends on what runs beside it.
+    Where one fails, those that do not read its results still run. The kernels share the cores. In a render each has
+    one thread, so no digit depends on what runs beside it.
 
     Args:
         outputs: notebook -> where the executed one goes, see `run_notebook`, or None to render it.
@@ -133,7 +133,7 @@ def run_notebooks(
 
 
 def _longest_first(reads: Mapping[Path, Sequence[Path]]) -> list[Path]:
-    """The order in which to start, by a notebook's time and that of what waits for it, so that no core idles late."""
+    """The order to start in: by a notebook's time and that of what waits for it, so no core idles at the end."""
     seconds = {path: _expected_seconds(path) for path in reads}
     after = {path: max((seconds[other] for other in reads if path in reads[other]), default=0.0) for path in reads}
     return sorted(reads, key=lambda path: seconds[path] + after[path], reverse=True)
@@ -142,7 +142,7 @@ def _longest_first(reads: Mapping[Path, Sequence[Path]]) -> list[Path]:
 class _Run(NamedTuple):
     notebook: Path
     output: Path | None
-    folder: Path  # where its process says how it goes
+    folder: Path  # where its process reports progress
     start: float
     process: subprocess.Popen[bytes]
 
@@ -160,13 +160,13 @@ def _start(notebook: Path, output: Path | None, parameters: Mapping[str, Any], t
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C comes here, and is passed on once
+            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
         )
     return _Run(notebook, output, folder, time.monotonic(), process)
 
 
 def _main() -> int:
-    """In the process of one notebook: execute it, and say what went wrong in a file."""
+    """In the process of one notebook: execute it, and write what went wrong to a file."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     notebook, output, parameters, folder = json.loads(sys.argv[2])
     try:
@@ -191,7 +191,7 @@ def _error(run: _Run) -> str:
 
 
 def _end(runs: Sequence[_Run]) -> None:
-    """They clear up and are gone."""
+    """End them, and wait until they have cleared up."""
     for run in runs:
         run.process.terminate()
     for run in runs:
@@ -209,7 +209,7 @@ def _line(run: _Run) -> str:
 
 
 class _Screen:
-    """What a person sees meanwhile on the standard error: a line for each run, in a log all of them now and then."""
+    """Progress on the standard error: one line per run in a terminal, in a log all of them now and then."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -221,7 +221,7 @@ class _Screen:
         print(text, file=file, flush=True)
 
     def show(self, lines: Sequence[str]) -> None:
-        """Lines in the place of those shown before."""
+        """Lines that replace those shown before."""
         if self.terminal:
             size = os.get_terminal_size(sys.stderr.fileno())
             shown = [line[: (size.columns or 80) - 1] for line in lines][: (size.lines or 24) - 1]

@@ -1,7 +1,7 @@
-"""Findings: what a page claims of its numbers, in words, beside what another machine finds.
+"""Findings: what a page claims about its numbers, in words, beside what another machine finds.
 
 Exact facts are asserts. A finding is an estimate that lies, with its interval, on one side of a bound. Where one does
-not hold, the page says so and goes on; only a render, which commits the page, ends there.
+not hold, the page says so and continues. Only a render, which commits the page, stops there.
 """
 
 import json
@@ -48,12 +48,12 @@ def finding(
 
     Args:
         statement: what is claimed, in words, with the unit.
-        estimate: from `summary.estimate`; or a number, of which no interval is asked.
+        estimate: from `summary.estimate`; or a number, which needs no interval.
         above: what the interval must lie above.
         below: what the interval must lie below.
 
     Raises:
-        ValueError: no bound, which every estimate would meet.
+        ValueError: no bound is given; every estimate would meet the claim.
     """
     if above == -math.inf and below == math.inf:
         raise ValueError("above, below: wanted at least one bound")
@@ -67,7 +67,7 @@ def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any]
     Args:
         page: name of the notebook.
         findings: what it claims.
-        parameters: all that they depend on; committed values of other parameters are not shown.
+        parameters: all parameters that they depend on; committed values for other parameters are not shown.
         results: folder of the run's tables; the file is `findings/PAGE.json` inside.
 
     Returns:
@@ -103,7 +103,7 @@ def compare(results: str | Path, since: float = 0.0) -> pd.DataFrame:
 
     Args:
         results: folder of the run's tables.
-        since: findings written before are left out; in seconds, as `time.time` gives them.
+        since: findings written before this time are left out; in seconds, as from `time.time`.
 
     Returns:
         As `report`, with the page before each row; pages that the run did not reach are left out.

@@ -105,7 +105,7 @@ def use_plain_style() -> None:
 
 
 def to_picture(image: Tensor) -> np.ndarray:
-    """An image (3,H,W) or map (1,H,W) in [0,1] as matplotlib wants it: (H,W,3) or (H,W), float."""
+    """An image (3,H,W) or map (1,H,W) in [0,1] in matplotlib's layout: (H,W,3) or (H,W), float."""
     array = image.detach().cpu().float().permute(1, 2, 0).numpy()
     return array[..., 0] if array.shape[-1] == 1 else array.clip(0, 1)
 
@@ -250,7 +250,7 @@ def gallery(
     *,
     size: float = _WIDTH / 6,
 ) -> Figure:
-    """Photos and, a row a method, their maps, with the probability of the class before (p) and after masking (o).
+    """Photos and, one row per method, their maps, with the probability of the class before (p) and after masking (o).
 
     Args:
         photos: (n,3,H,W) in [0,1].
@@ -353,7 +353,7 @@ def _tiles(maps: Tensor) -> np.ndarray:
 
 
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
-    """Bars of means with their intervals, one panel a metric, one bar a method.
+    """Bars of means with their intervals, one panel per metric, one bar per method.
 
     Args:
         summary: from `summary.summarize`, in percent.
@@ -381,7 +381,7 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
 
 
 def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
-    """One metric against another, one point a method, with the intervals of both.
+    """One metric against another, one point per method, with the intervals of both.
 
     Args:
         summary: from `summary.summarize`, with both columns.
@@ -406,7 +406,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
 
 
 def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
-    """Means with their intervals under several conditions: one panel a title, in it one group of points a condition.
+    """Means with their intervals: one panel per title, in it one group of points per condition.
 
     Args:
         panels: title -> condition -> summary, from `summary.summarize`.
@@ -439,7 +439,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
 
 
 def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure:
-    """What each metric gives for every pair of p and o, as shades of gray, and where the images lie, by method.
+    """The value of each metric for every pair of p and o, as shades of gray, and where the images lie, by method.
 
     Args:
         rows: with the columns `method`, `prob` (p) and `masked_prob` (o), from `evaluate`.
@@ -471,7 +471,7 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
 
 
 def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> Figure:
-    """Mean differences to a reference with their intervals, one panel a metric, one dot a variant, group by group.
+    """Mean differences to a reference with their intervals, one panel per metric, one dot per variant, group by group.
 
     Filled where the interval excludes 0, hollow where it does not.
 
@@ -512,7 +512,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
 
 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
-    """How alike maps of trained and of randomised networks are, stage by stage, one curve a method.
+    """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
 
     Args:
         curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
@@ -548,7 +548,7 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
 
 
 def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: int = 1) -> "pd.DataFrame":
-    """The summary as people read it: "mean [low, high]", one row a method; empty where there is none.
+    """The summary as people read it: "mean [low, high]", one row per method; empty where there is no value.
 
     Args:
         summary: from `summary.summarize`.
@@ -556,7 +556,7 @@ def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: 
         digits: after the point.
 
     Returns:
-        Index `method` by label, one text column a heading.
+        Index `method` by label, one text column per heading.
     """
     import pandas as pd
 

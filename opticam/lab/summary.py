@@ -46,7 +46,7 @@ def interval(
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
             n images in R repeats that all images share, such as seeds of random weights.
-        statistic: from as many arrays as given, along their last axis, to numbers; of (n,R) the mean.
+        statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
         confidence: share of the interval.
         num_resamples: bootstrap samples.
 
@@ -54,7 +54,7 @@ def interval(
         (low, high); NaN for a single image, which has no interval.
 
     Raises:
-        ValueError: no values, or another statistic of repeats than the mean.
+        ValueError: no values, or a statistic other than the mean for repeats.
 
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
@@ -104,7 +104,7 @@ def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
 
 
 def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.ndarray:
-    """What a method has more of a column than another, image by image; images that lack one of the two are left out.
+    """How much more of a column one method has than another, image by image, for images that have both.
 
     Args:
         rows: one row per image and method.

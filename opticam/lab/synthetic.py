@@ -1,7 +1,7 @@
-"""Pictures made here, whose truth is known to the pixel: two patterned squares on a cloudy ground.
+"""Pictures whose evidence is known to the pixel: two patterned squares on a cloudy ground.
 
-The pattern of a square is its class, and every pixel of the square shows it, so that the box is the evidence, all of it
-and nothing else. Both squares speak for a class each, so that a map must say which of the two it explains.
+The pattern of a square is its class, and every pixel of the square shows it. So the box is the evidence, all of it and
+nothing else. Each square speaks for one class, so a map must show which of the two it explains.
 """
 
 import math
@@ -34,15 +34,15 @@ def draw_scenes(count: int, size: int = 64, seed: int = 0) -> Scenes:
 
     Where a wave of period S/8 is positive a square has its light colour, else its dark one: `sin v` (horizontal), `sin
     u` (vertical), `sin(u + v)` (rising), `sin(u - v)` (falling), `sin u sin v` (checks), `max(sin u, sin v) - 0.7`
-    (grid), with random phases, colours, sides of 0.28 to 0.38 S and places. Colours say nothing of the class.
+    (grid), with random phases, colours, sides of 0.28 to 0.38 S and places. Colours say nothing about the class.
 
     Args:
         count: B.
         size: S, in pixels; a multiple of 8.
-        seed: of all that is random; a picture depends on the count too.
+        seed: for everything that is random; a picture depends on the count too.
 
     Raises:
-        ValueError: no picture, or a size that is no multiple of 8.
+        ValueError: no picture, or a size that is not a multiple of 8.
     """
     if count < 1:
         raise ValueError(f"count: wanted at least 1 picture, got {count}")
