@@ -1,10 +1,10 @@
 # make figures: run every notebook on the embedded demo and write the figures; make test: lint, types, tests;
-# make check: the same without the slow tests, for every change.
+# make check: the same without the slow tests, for every change; make docs: the pages as a site, in docs/_build/html.
 # Each target but bench-gpu sets up .venv first; a stamp file remembers that this was done.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks bench bench-gpu soak check test
+.PHONY: setup figures notebooks docs bench bench-gpu soak check test
 
 setup: .venv/.installed
 
@@ -20,6 +20,14 @@ figures: setup
 
 notebooks: setup
 	$(BIN)/opticam render
+
+docs: .venv/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo "the site begins at docs/_build/html/index.html"
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 bench: setup
 	$(BIN)/python benchmarks/published.py

@@ -2,19 +2,40 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
+from functools import cache
+from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
+from torchvision.models import resnet18
 
-from opticam import METHODS
+import opticam
+from opticam import METHODS, METRICS
+from opticam.jobs.batch import read_batch
 from opticam.jobs.runner import list_notebooks
 from opticam.lab.files import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def tracked(pattern):
+    found = subprocess.run(["git", "ls-files", pattern], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return [REPOSITORY / name for name in found.stdout.splitlines() if (REPOSITORY / name).exists()]
+
+
+@cache
+def printed(notebook):
+    """What a committed notebook shows as text."""
+    cells = nbformat.read(REPOSITORY / "notebooks" / notebook, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in outputs)
 
 
 def test_environment_agrees_with_pyproject():
@@ -25,7 +46,7 @@ def test_environment_agrees_with_pyproject():
     assert f"python{PROJECT['requires-python']}" in packages
     (install,) = (entry for entry in pip if entry.startswith("-e "))
     extras = re.fullmatch(r"-e \.\[(.+)\]", install).group(1).split(",")
-    assert set(extras) == set(PROJECT["optional-dependencies"])
+    assert set(extras) == set(PROJECT["optional-dependencies"]) - {"docs"}, "make docs installs its own"
     assert f"'.[{','.join(extras)}]'" in (REPOSITORY / "Makefile").read_text()
     versions = [entry for entry in [*packages, *pip] if re.search(r"\d", entry) and not entry.startswith("python>=")]
     assert not versions, "versions live in pyproject.toml"
@@ -42,16 +63,50 @@ def test_constraints_pin_every_dependency_by_name_and_version_only():
     assert {re.split(r"[><=\[]", entry)[0] for entry in named} - {PROJECT["name"]} <= normal
 
 
-def test_the_tables_of_the_readme_are_the_output_of_notebook_03():
-    readme = (REPOSITORY / "README.md").read_text()
-    tables = re.findall(r"<!-- printed by notebooks/03_faithfulness -->\n(.+?)\n\n", readme, re.S)
-    notebook = nbformat.read(REPOSITORY / "notebooks" / "03_faithfulness.ipynb", as_version=4)
-    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "\n".join(data.get("text/markdown", "") for data in outputs)
-    assert len(tables) == 2
-    for table in tables:
-        assert table.count("\n") >= 4
-        assert table in printed
+def test_one_version():
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+    newest = re.search(r"^## ([\d.]+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M).group(1)
+    assert newest == PROJECT["version"]
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_the_code_of_the_readme_explains_a_network(capsys):
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    torch.manual_seed(0)
+    names = {"network": resnet18().eval(), "images": torch.rand(2, 3, 64, 64)}
+    exec(code, names)  # noqa: S102  (our own page)
+    assert names["saliency"].shape == (2, 1, 64, 64)
+    gain = opticam.average_gain(names["p"], names["o"])
+    assert (gain > 0).all()
+    assert capsys.readouterr().out.startswith("tensor([")
+
+
+def test_the_table_of_the_readme_is_from_notebook_03():
+    (table,) = re.findall(r"<!-- rows printed by notebooks/03_faithfulness -->\n(.+?)\n\n", README, re.S)
+    rows = table.splitlines()
+    assert 4 <= len(rows) <= 5, "two or three rows"
+    tables = printed("03_faithfulness.ipynb").split("\n\n")
+    assert any(set(rows) <= set(whole.splitlines()) for whole in tables)
+
+
+def test_the_numbers_of_the_findings_are_on_the_pages_they_link_to():
+    section = README.partition("\n## Three findings")[2].partition("\n## ")[0]
+    findings = re.findall(r"^\d\. .+?(?=^\S|^$)", section, re.M | re.S)
+    assert len(findings) == 3
+    for finding in findings:
+        pages = "".join(printed(name) for name in re.findall(r"\(notebooks/(.+?\.ipynb)\)", finding))
+        for number in re.findall(r"\d+\.\d+", finding):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", pages), number
+
+
+def test_commands_of_the_pages_are_targets_of_make():
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    pages = "".join(page.read_text() for page in tracked("*.md"))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", pages, re.M)) <= targets
 
 
 def test_the_page_of_methods_names_each_of_them_once():
@@ -59,24 +114,64 @@ def test_the_page_of_methods_names_each_of_them_once():
     assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.M)) == sorted(METHODS)
 
 
-def test_the_schedules_of_the_readme_are_the_measured_ones():
-    readme = (REPOSITORY / "README.md").read_text()
+def test_the_page_of_metrics_names_them():
+    page = (REPOSITORY / "opticam" / "metrics" / "README.md").read_text()
+    rows = " ".join(re.findall(r"^\| (`.+?) \|", page, re.M))
+    assert set(METRICS) <= set(re.findall(r"`(\w+)`", rows)) <= set(opticam.metrics.__all__)
+
+
+def test_the_page_of_batches_names_each_of_them():
+    page = (REPOSITORY / "notebooks" / "batches" / "README.md").read_text()
+    batches = {path.stem for path in tracked("notebooks/batches/*.yaml")}
+    assert set(re.findall(r"^\| \[`(\w+)`\]", page, re.M)) == batches
+    assert all(read_batch(name).runs for name in batches)
+
+
+def test_the_schedules_of_the_benchmarks_page_are_the_measured_ones():
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text()
     measured = json.loads((REPOSITORY / "benchmarks" / "results" / "schedules.json").read_text())["rows"]
-    table = re.search(r"<!-- benchmarks/results/schedules.json -->\n(.+?)\n\n", readme, re.S).group(1)
-    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert told == [
+    table = re.search(r"<!-- benchmarks/results/schedules.json -->\n(.+?)\n\n", page, re.S).group(1)
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert shown == [
         [row["schedule"], str(row["passes"]), f"{row['masked logit']:.2f}"]
         + [f"{row[column]:.{digits}f}" for column, digits in (("AG %", 1), ("AI %", 1), ("AD %", 2))]
         for row in measured
     ]
 
 
-def test_links_in_markdown_resolve():
-    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for page in (REPOSITORY / name for name in tracked.stdout.split()):
-        for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)[)\"]", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def markdown(page):
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = nbformat.read(page, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def anchors(page):
+    """The anchors of the headings of a page, as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.+?^```", "", markdown(page), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*tracked("*.md"), *tracked("*.ipynb")], ids=lambda page: page.name)
+def test_links_resolve(page):
+    text = re.sub(r"`[^`\n]+`", "", re.sub(r"^```.+?^```", "", markdown(page), flags=re.M | re.S))
+    for link in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)[)\"]", text):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        place = (page.parent / target).resolve() if target else page
+        assert place.is_file(), f"{page.name} links to {link}; the site has no folders"
+        assert not anchor or anchor in anchors(place), f"{page.name} links to {link}"
+
+
+def test_the_site_has_every_page_and_every_module():
+    pages = runpy.run_path(str(REPOSITORY / "docs" / "conf.py"))["PAGES"]
+    on_site = {f"{name}.md" for names in pages.values() for name in names} | {"README.md"}
+    assert on_site == {page.relative_to(REPOSITORY).as_posix() for page in tracked("*.md") if page.name != "table.md"}
+    reference = "".join(page.read_text() for page in tracked("docs/reference/*.md"))
+    modules = [Path(path).relative_to(REPOSITORY).with_suffix("") for path in tracked("opticam/*.py")]
+    names = {".".join(path.parts) for path in modules if not path.name.startswith("_")}
+    assert names <= set(re.findall(r"automodule:: (\S+)", reference))
 
 
 def test_the_gallery_of_notebooks_repeats_their_answers():
@@ -87,6 +182,17 @@ def test_the_gallery_of_notebooks_repeats_their_answers():
         first = nbformat.read(path, as_version=4).cells[0].source
         assert first.startswith(f"# {question}\n")
         assert set(re.findall(r"\d+\.\d+", answer)) <= set(re.findall(r"\d+\.\d+", first))
+
+
+def test_every_notebook_and_batch_of_the_map_of_the_paper_exists():
+    page = (REPOSITORY / "notebooks" / "README.md").read_text()
+    rows = re.findall(r"^\|.+\|$", page.partition("## The map of the paper")[2], re.M)[2:]
+    states = [row.split("|")[4].strip() for row in rows]
+    assert {state.split(",")[0] for state in states} == {"done", "small n", "never run"}
+    for number in re.findall(r"opticam run (\d\d)", "".join(rows)):
+        assert any(path.name.startswith(number) for path in list_notebooks())
+    for name in re.findall(r"opticam batch (\w+)", "".join(rows)):
+        assert read_batch(name).runs
 
 
 @pytest.mark.slow
