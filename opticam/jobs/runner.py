@@ -425,7 +425,7 @@ def cast(name: str, value: Any, kind: str) -> Any:
         kind: int, float, bool, str or list[str].
 
     Raises:
-        ValueError: it is not of the type; NaN and infinity are no numbers here.
+        ValueError: it is not of the type; NaN and infinity do not count as numbers.
     """
     wanted = ValueError(f"parameter {name}: wanted {_WORDS.get(kind, kind)}, got {value!r}")
     if kind == "str" and isinstance(value, str):

@@ -93,7 +93,7 @@ def run_notebooks(
         order.prepare()
     except CycleError as error:
         names = " and ".join(sorted({path.stem for path in error.args[1]}))
-        raise ValueError(f"notebooks: {names} read each other's results; wanted one that begins") from error
+        raise ValueError(f"notebooks: {names} read each other's results; wanted one that reads no other's") from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(outputs))
     ranks = _longest_first(reads)

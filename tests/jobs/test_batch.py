@@ -117,14 +117,14 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ),
     ],
 )
-def test_every_fault_is_told_at_once_with_its_place(folder, text, faults, capsys):
-    with pytest.raises(ValueError, match=r"some\.yaml") as told:
+def test_all_errors_are_reported_at_once_with_their_places(folder, text, faults, capsys):
+    with pytest.raises(ValueError, match=r"some\.yaml") as raised:
         read(folder, text)
-    assert len(str(told.value).splitlines()) == len(faults)
-    for line, fault in zip(str(told.value).splitlines(), faults, strict=True):
+    assert len(str(raised.value).splitlines()) == len(faults)
+    for line, fault in zip(str(raised.value).splitlines(), faults, strict=True):
         assert fault in line
     assert cli.main(["batch", str(folder / "some.yaml")]) == 2
-    assert capsys.readouterr().err == "".join(f"opticam: {line}\n" for line in str(told.value).splitlines())
+    assert capsys.readouterr().err == "".join(f"opticam: {line}\n" for line in str(raised.value).splitlines())
     assert sorted(path.name for path in folder.iterdir()) == ["10_tiny.ipynb", "some.yaml"]
 
 

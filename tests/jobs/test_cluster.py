@@ -162,7 +162,7 @@ def test_killed_workers_and_drivers_lose_nothing_and_repeat_nothing(folder, capf
     started = len(log_of(folder))
     code, _, errors = finish(path, capfd)
     assert code == 1
-    assert errors.count("AssertionError: too large") == 2, "failures are told again"
+    assert errors.count("AssertionError: too large") == 2, "failures are reported again"
     assert len(log_of(folder)) == started, "but nothing is started again"
 
 
@@ -280,7 +280,7 @@ def test_ctrl_c_ends_everything(folder):
     assert {read_record(run)["status"] for run in read_batch(path).runs} == {"new"}
 
 
-def test_a_driver_that_is_told_to_end_leaves_nothing_half_done(folder):
+def test_a_terminated_driver_leaves_nothing_half_done(folder):
     path = write(folder, range(2), 300.0)
     driver = start(path, "--jobs", "2")
     wait_for(lambda: len(log_of(folder)) == 2)

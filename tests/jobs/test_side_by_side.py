@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_written_ends_with_two(write, out, capfd):
     assert not Path("trace").exists()
 
 
-def test_faults_are_told_before_anything_starts(write, out):
+def test_errors_are_reported_before_anything_starts(write, out):
     first = write("10_first", says="Reads `data/results/10_rows.parquet` and `data/results/11_rows.parquet`.")
     second = write("11_second", says="Reads `data/results/10_rows.parquet`.")
     with pytest.raises(ValueError, match="10_first and 11_second read each other's results"):
@@ -174,7 +174,7 @@ time.sleep(1)
 
 
 @pytest.mark.slow
-def test_a_log_tells_what_runs_now_and_then(write, out, capfd, monkeypatch):
+def test_a_log_reports_progress_now_and_then(write, out, capfd, monkeypatch):
     monkeypatch.setattr(side_by_side, "_QUIET", 0.1)
     path = write("10_some", BAR)
     run_notebooks({path: out / path.name})

@@ -37,7 +37,7 @@ def test_estimates_read_as_people_write_them():
     assert estimate(np.stack([values, values + 1], 1)).value == 3.5
 
 
-def test_a_run_says_what_does_not_hold_and_goes_on(tmp_path, committed, monkeypatch):
+def test_a_run_reports_what_does_not_hold_and_continues(tmp_path, committed, monkeypatch):
     monkeypatch.setenv(findings.RENDERING, "1")
     report("07_checks", [finding("falls", Estimate(-2, -3, -1), below=0)], {"limit": 6}, tmp_path / "rendered")
     monkeypatch.delenv(findings.RENDERING)
