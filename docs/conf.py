@@ -63,7 +63,7 @@ def mathml(writer, node):
     from docutils.utils.math.latex2mathml import tex2mathml
 
     block = node.__class__.__name__ == "math_block"
-    formula = tex2mathml(node.astext(), as_block=block)
+    formula = tex2mathml(node.astext().replace(r"\big", ""), as_block=block)  # browsers stretch brackets by themselves
     writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise SkipNode
 

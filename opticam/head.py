@@ -24,10 +24,8 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
         layer: see `resolve_layer`.
 
     Returns:
-        head: from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of the images that they stand
-            for, to logits (n,C), without gradients.
-        output: (B, ...), of the layer.
-        logits: (B,C).
+        (head, output, logits): the function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of
+        the images that they stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
     """
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])

@@ -113,7 +113,7 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
 def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """F1 of each image, the best over its boxes B of the harmonic mean of soft precision and recall. Higher is better.
 
-    Precision `sum(S*B)/sum(S)`, recall `sum(S*B)/|B|`, hence `F1 = 2 sum(S*B)/(sum(S) + |B|)`; |B| counts what lies
+    Precision `sum(S*B)/sum(S)`, recall `sum(S*B)/|B|`, hence `F1 = 2 sum(S*B)/(sum(S) + |B|)`; `|B|` counts what lies
     outside the frame too. (The published code adds 1e-6 to the denominators; here a perfect map has exactly 1.)
 
     Args:
