@@ -30,10 +30,13 @@ include_patterns = [
 ]
 html_theme = "furo"
 html_title = f"Opti-CAM {version}"
+html_static_path = html_css_files = ["style.css"]
+html_show_copyright = False
 html_extra_path = ["index.html"]  # a site begins at index.html, ours at README.html
 html_copy_source = False
 
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # outputs have tables, which plain CommonMark does not know
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
