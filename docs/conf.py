@@ -14,6 +14,11 @@ PAGES = {  # heading of the navigation -> pages
     "Reference": ["docs/reference/core", "docs/reference/lab", "docs/reference/jobs"],
     "Develop": ["CONTRIBUTING", "CHANGELOG"],
 }
+MODULES = {  # page of the reference -> modules of the package
+    "docs/reference/core": ["[!_]*.py", "methods/*.py", "metrics/*.py"],
+    "docs/reference/lab": ["lab/[!_]*.py"],
+    "docs/reference/jobs": ["jobs/[!_]*.py", "cli.py"],
+}
 NOTEBOOKS = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 project = "Opti-CAM"
@@ -51,13 +56,19 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Reference"]
 
 
-def navigation(app, docname, source):
-    """The pages that the navigation shows, appended to the two pages that lead to others."""
+def append(app, docname, source):
+    """What a page lacks where the code is shown: navigation on two pages, docstrings on those of the reference."""
     if docname == root_doc:
         for caption, pages in PAGES.items():
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
     if docname == "notebooks/README":
         source[0] += "\n```{toctree}\n:hidden:\n\n" + "\n".join(NOTEBOOKS) + "\n```\n"
+    for pattern in MODULES.get(docname, []):
+        for path in sorted((REPOSITORY / "opticam").glob(pattern)):
+            if path.stem != "cli" or pattern == "cli.py":
+                name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+                directive = f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n"
+                source[0] += f"\n## `{name}`\n\n```{{eval-rst}}\n{directive}```\n"
 
 
 def mathml(writer, node):
@@ -78,6 +89,6 @@ def skipped(app, kind, name, member, skip, options):
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("source-read", navigation)
+    app.connect("source-read", append)
     app.connect("autodoc-skip-member", skipped)
     app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
