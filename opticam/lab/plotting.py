@@ -75,10 +75,10 @@ def use_style() -> None:
 
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     use_plain_style()
-    if shell := get_ipython():
+    if (shell := get_ipython()) and (formatter := shell.display_formatter):
         plt.switch_backend(mpl.get_backend())  # loaded later, it would set formatters of its own
         for kind in ("png", "jpeg"):
-            shell.display_formatter.formatters[f"image/{kind}"].for_type(Figure, partial(_printed, kind=kind))
+            formatter.formatters[f"image/{kind}"].for_type(Figure, partial(_printed, kind=kind))
 
 
 def _printed(figure: Figure, kind: str) -> str | None:
