@@ -1,7 +1,8 @@
 """What a network takes and gives: images in [0,1] or its own, and logits under a softmax or a sigmoid per class."""
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ class Classifier(nn.Module):
         name: what it is called; a key of `MODELS` for those.
         layer: dotted name of its target layer, as `network` names it.
         head: "softmax", one class per image, or "sigmoid", each class for itself.
+        to_logits: from what `network` returns to what this returns; None where that is the same.
         input_size: side of the square input, in pixels.
         resize: shorter side before the centre crop, in pixels.
-        class_names: one name per class, in the order of the logits.
+        class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
+            for and of its absence.
     """
 
     mean: Tensor
@@ -31,34 +34,41 @@ class Classifier(nn.Module):
         name: str,
         layer: str,
         *,
-        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
-        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
         head: Head = "softmax",
+        to_logits: Callable[[Any], Any] | None = None,
         input_size: int = 224,
         resize: int = 256,
         class_names: list[str],
     ) -> None:
         super().__init__()
+        check_head(head)
         self.network = network
         self.name = name
         self.layer = layer
         self.head = head
+        self.to_logits = to_logits
         self.input_size = input_size
         self.resize = resize
         self.class_names = class_names
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        weights = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+        for key, values in (("mean", mean), ("std", std)):
+            constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)
+            self.register_buffer(key, constant.view(1, -1, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Output of the network for images (B,3,H,W) in [0,1]."""
-        return self.network((images - self.mean) / self.std)
+    def forward(self, images: Tensor) -> Any:
+        """What the network returns for images (B,C,H,W) in [0,1]."""
+        returned = self.network((images - self.mean) / self.std)
+        return returned if self.to_logits is None else self.to_logits(returned)
 
 
 class Output(NamedTuple):
     """What a network says of images.
 
     Attributes:
-        logits: (B,C); of a network with one logit y, (B,2): y and -y, of the class it stands for and of its absence.
+        logits: (B,C). Of a network with one logit y they are (B,2): y for the class that it stands for, -y for the
+            absence of that class.
         head: how probabilities follow from them.
     """
 
@@ -66,48 +76,136 @@ class Output(NamedTuple):
     head: Head
 
 
+def own(model: nn.Module) -> Classifier | None:
+    """The `Classifier` that the model is, compiled by `torch.compile` or not; None for any other network."""
+    if type(model).__name__ == "OptimizedModule":
+        model = model._modules.get("_orig_mod") or model
+    return model if isinstance(model, Classifier) else None
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a `Classifier`; any other network itself, whatever its attributes are called."""
-    return model.network if isinstance(model, Classifier) else model
+    classifier = own(model)
+    return model if classifier is None else classifier.network
 
 
 def read(model: nn.Module, images: Tensor) -> Output:
     """One pass of the network, and what it says.
 
     Args:
-        model: any network; of a `Classifier`, its own `head` counts, of any other a softmax is taken, unless it has one
-            logit.
-        images: (B,C,H,W) float; a network that works in place works on a copy.
+        model: any network. The head of a `Classifier` is the one it was given; of any other a softmax is taken, unless
+            the network has one logit, which is a sigmoid.
+        images: (B,C,H,W) float. A network that works in place works on a copy.
 
     Raises:
-        TypeError: the output holds no tensor of logits.
-        ValueError: the logits are not (B,C) of the images.
+        TypeError: the network wants more than the images, or returns no floating-point logits.
+        ValueError: the logits are not (B,C) of the images, or images in a graph lead to logits outside of it.
     """
-    logits = _logits(model(images.clone() if images.is_leaf else images))
-    if logits.ndim == 1:
-        logits = logits[:, None]
-    if logits.ndim != 2 or len(logits) != len(images):
-        raise ValueError(f"model: wanted logits ({len(images)},C), got shape {tuple(logits.shape)}; see opticam.wrap")
+    if images.is_leaf and own(model) is None:  # mean/std of a classifier make a copy of their own
+        images = images.clone()
+    try:
+        returned = model(images)
+    except TypeError as error:
+        if wanted := _further_inputs(bare(model)):
+            raise TypeError(
+                f"model: {type(bare(model)).__name__} wants {', '.join(wanted)} beside the images; "
+                "wanted a module that takes the images alone and gives it the rest"
+            ) from error
+        raise
+    output = as_output(model, returned, len(images))
+    if torch.is_grad_enabled() and images.requires_grad and not output.logits.requires_grad:
+        raise ValueError(
+            f"model: the logits of {type(bare(model)).__name__} carry no gradient (no_grad, inference_mode or detach "
+            "in its forward); wanted a network that can be differentiated, or a method without gradients"
+        )
+    return output
+
+
+def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
+    """What the network says, from what it returned.
+
+    Args:
+        model: the network.
+        returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
+            the name `logits` or as the only tensor with a number or a row per image. Of a single image the batch
+            dimension may be missing.
+        num_images: B.
+
+    Raises:
+        TypeError: no such logits, or several tensors that might be.
+        ValueError: the logits are not (B,C).
+    """
+    logits = usable(find_logits(returned, num_images))
+    if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
+        logits = logits.reshape(num_images, -1)
+    if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; see opticam.wrap")
+    if not logits.is_floating_point():
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; see opticam.wrap")
+    classifier = own(model)
     if logits.shape[1] == 1:
         return Output(torch.cat([logits, -logits], 1), "sigmoid")
-    return Output(logits, model.head if isinstance(model, Classifier) else "softmax")
+    return Output(logits, "softmax" if classifier is None else classifier.head)
 
 
-def _logits(output: object) -> Tensor:
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise TypeError(f"model: wanted a network that returns logits, got {type(output).__name__}; see opticam.wrap")
-    return output
+def find_logits(returned: Any, num_images: int) -> Tensor:
+    if isinstance(returned, Tensor):
+        return returned
+    named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    parts = returned.values() if isinstance(returned, Mapping) else returned
+    tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, _COLLECTIONS) else []
+    found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
+    if len(found) != 1:
+        raise TypeError(
+            f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
+            f"that may be; say which by opticam.wrap(..., to_logits=lambda output: ...)"
+        )
+    return found[0]
+
+
+_COLLECTIONS = (tuple, list, type({}.values()))
+
+
+def _further_inputs(network: nn.Module) -> list[str]:
+    """Names of what `forward` needs beside its first argument."""
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return needed[1:]
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
     """The logit of each image's class, (B,), from logits (B,C) and classes (B,) int64."""
     return logits.gather(1, class_idx[:, None])[:, 0]
+
+
+def check_head(head: str) -> None:
+    """Refuse a head that is not known."""
+    if head not in get_args(Head):
+        raise ValueError(f"head: wanted one of {', '.join(get_args(Head))}, got {head!r}")
+
+
+def probabilities(logits: Tensor, head: Head = "softmax") -> Tensor:
+    """The probability of every class.
+
+    Args:
+        logits: (B,C).
+        head: "softmax" or "sigmoid".
+
+    Returns:
+        (B,C) in [0,1], of the dtype of the logits.
+    """
+    check_head(head)
+    return logits.softmax(1) if head == "softmax" else logits.sigmoid()
 
 
 def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -124,7 +222,49 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     Returns:
         Logits (B,C) and class_idx as given, or, of a sigmoid, logits (B,2) and zeros.
     """
+    check_head(head)
     if head == "softmax":
         return logits, class_idx
     y = class_logit(logits, class_idx)
     return torch.stack([y, torch.zeros_like(y)], 1), torch.zeros_like(class_idx)
+
+
+def logits_of_softmax(probs: Tensor) -> Tensor:
+    """Logits `log p` of a network that ends in a softmax, for `wrap(..., to_logits=logits_of_softmax)`.
+
+    Args:
+        probs: (B,C) in [0,1], rows of sum 1; zeros count as the smallest positive number, so that gradients are finite.
+
+    Returns:
+        (B,C), whose softmax is `probs`.
+
+    Raises:
+        ValueError: not such rows.
+    """
+    _check_probabilities(probs)
+    if ((probs.sum(1) - 1).abs() > 1e-2).any():
+        raise ValueError("to_logits: wanted probabilities with rows of sum 1 from the network")
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+
+
+def logits_of_sigmoid(probs: Tensor) -> Tensor:
+    """Logits `log p/(1 - p)` of a network that ends in a sigmoid, for `wrap(..., to_logits=logits_of_sigmoid)`.
+
+    Args:
+        probs: (B,C), (B,1) or (B,) in [0,1]; 0 and 1 count as their nearest neighbours, so that gradients are finite.
+
+    Returns:
+        Of the shape of `probs`, which is its sigmoid.
+
+    Raises:
+        ValueError: values outside [0,1].
+    """
+    _check_probabilities(probs)
+    number = torch.finfo(probs.dtype)
+    p = probs.clamp(number.tiny, 1 - number.eps / 2)
+    return p.log() - (-p).log1p()
+
+
+def _check_probabilities(probs: Tensor) -> None:
+    if ((probs < 0) | (probs > 1)).any():
+        raise ValueError("to_logits: wanted probabilities in [0,1] from the network")

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(options: argparse.Namespace) -> int:
-    """Explain one photo: print the top-5 classes and what masking does, write a picture."""
+    """Explain one photo: print the five most probable classes and what masking does, write a picture."""
     if options.schedule is not None and options.method != "opti_cam":
         raise ValueError(f"schedule: only the method opti_cam has one, got {options.method}")
     with _waiting(lambda: "loading"):
@@ -68,13 +68,16 @@ def explain(options: argparse.Namespace) -> int:
         matplotlib.use("agg")
         import torch
 
-        from opticam.features import count_passes
+        from opticam.checks import examine
+        from opticam.classifier import probabilities, read
+        from opticam.features import count_passes, prepared
         from opticam.lab.datasets import read_image, to_input
         from opticam.lab.plotting import METHOD_LABELS, explanation_figure, save_figure, use_plain_style
         from opticam.methods import SCHEDULES, find_method
         from opticam.metrics import average_drop, average_gain, class_probability
         from opticam.networks import class_index, load_model
         from opticam.saliency import apply_mask
+        from opticam.state import frozen
 
         method = find_method(options.method)
         if options.schedule not in (None, *SCHEDULES):
@@ -87,9 +90,9 @@ def explain(options: argparse.Namespace) -> int:
         model = load_model(options.model, device=options.device)
         named = None if options.class_name is None else class_index(options.class_name, model.class_names)
         images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
-        with torch.no_grad():
-            logits = model(images)
-    top = logits[0].double().softmax(0).topk(5)
+        with frozen(model), torch.no_grad():
+            logits, head = examine(model, prepared(model, images))
+    top = probabilities(logits.double(), head)[0].topk(min(5, logits.shape[1]))
     side = model.input_size
     print(f"{options.photo}  {photo.width}x{photo.height}, seen by {model.name} as its centre, {side}x{side}")
     for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
@@ -104,8 +107,8 @@ def explain(options: argparse.Namespace) -> int:
         saliency = method(model, images, class_idx, layer=options.layer, **given)
     masked = apply_mask(images, saliency)
     with torch.no_grad():
-        masked_logits = model(masked)
-    p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
+        masked_logits = read(model, masked).logits
+    p, o = (class_probability(y, class_idx, head) for y in (logits, masked_logits))
     before, after = f"{100 * p.item():.1f} %", f"{100 * o.item():.1f} %"
     drop, gain = 100 * average_drop(p, o).item(), 100 * average_gain(p, o).item()
     name = model.class_names[chosen]

@@ -9,36 +9,32 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opticam.checks import check_class_range, examine
+from opticam.classifier import bare, class_logit, find_logits, own, read, usable
+from opticam.state import changed, frozen, hooked
+
 Layer = nn.Module | str | None
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, its parameters out of the graph and gradients recorded; on exit all as before.
-
-    Gradients are recorded inside even if the caller is under `no_grad` or `inference_mode`. Flags are restored module
-    by module and parameter by parameter, after an exception too.
+def prepared(model: nn.Module, images: Tensor) -> Tensor:
+    """The images as the network takes them, out of any graph.
 
     Args:
         model: any network.
+        images: (B,C,H,W).
+
+    Returns:
+        The same values: in the memory format channels_last for a `Classifier` with such weights, as `load_model` makes
+        them, else contiguous, since a foreign network may rely on that.
     """
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    classifier = own(model)
+    last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
+    return usable(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
@@ -52,21 +48,22 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     Raises:
         ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
     """
+    classifier = own(model)
     if layer is None:
-        layer = getattr(model, "layer", None)
-        if layer is None:
+        if classifier is None:
             raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
+        layer = classifier.layer
     if isinstance(layer, nn.Module):
         if not any(module is layer for module in model.modules()):
             raise ValueError(f"layer: {type(layer).__name__} is not a module of the given model")
         return layer
     if not isinstance(layer, str):
         raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
-    network = getattr(model, "network", model)
+    network = bare(model)
     names = dict(network.named_modules())
     if not layer or layer not in names:
-        own = [name for name in [getattr(model, "layer", None)] if isinstance(name, str)]
-        close = difflib.get_close_matches(layer, filter(None, names), n=3) or own or list(names)[-3:]
+        target = [] if classifier is None else [classifier.layer]
+        close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
         raise ValueError(
             f"layer: no {layer!r} in {type(network).__name__}; wanted a dotted name such as {', '.join(close)}"
         )
@@ -75,60 +72,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
 
 def layer_name(model: nn.Module, layer: nn.Module) -> str | None:
     """The dotted name by which `resolve_layer` finds a module of the model; None for a module of another."""
-    modules = getattr(model, "network", model).named_modules()
-    return next((name for name, module in modules if module is layer), None)
-
-
-def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
-    """Refuse, in one sentence, what would fail later or go wrong in silence.
-
-    Args:
-        model: any network; of a `Classifier`, the range of the images and of the class indices is checked too.
-        images: (B,C,H,W) float, of the device and dtype of the model.
-        class_idx: (B,) int64 on the same device.
-
-    Raises:
-        TypeError: an argument is no tensor, or has the wrong dtype.
-        ValueError: an argument has the wrong shape, device or range.
-    """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: wanted a tensor (B,3,H,W), got {type(images).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
-    if not isinstance(class_idx, Tensor):
-        raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
-    if class_idx.dtype != torch.int64:
-        raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
-    if class_idx.shape != images.shape[:1]:
-        raise ValueError(f"class_idx: wanted shape ({len(images)},), one class an image, got {tuple(class_idx.shape)}")
-    if class_idx.device != images.device:
-        raise ValueError(f"class_idx: wanted on the device of the images, {images.device}, got {class_idx.device}")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is not None and parameter.device != images.device:
-        raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
-    if parameter is not None and parameter.dtype != images.dtype:
-        raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
-    if hasattr(model, "mean") and hasattr(model, "std"):
-        low, high = (value.item() for value in images.aminmax())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise ValueError(f"images: wanted values in [0,1], before mean/std, got [{low:.3g}, {high:.3g}]")
-
-
-def check_class_range(class_idx: Tensor, num_classes: int) -> None:
-    """Refuse class indices outside the classes of the network.
-
-    Args:
-        class_idx: (B,) int64.
-        num_classes: number C of logits.
-
-    Raises:
-        ValueError: an index is not in 0..C-1.
-    """
-    low, high = (int(value) for value in class_idx.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
+    return next((name for name, module in bare(model).named_modules() if module is layer), None)
 
 
 def feature_maps(
@@ -161,9 +105,9 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
     captured: list[list[Tensor]] = [[] for _ in layers]
     with frozen(model), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
-            hooks.enter_context(_hooked(resolve_layer(model, name), partial(_keep, place)))
-        logits = model(usable(images))
-    return [_reached(place) for place in captured], logits
+            hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
+        logits = examine(model, prepared(model, images)).logits
+    return [usable(_reached(place)) for place in captured], logits
 
 
 def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
@@ -173,15 +117,15 @@ def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tens
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
         return output.clone() if next(calls) == call else own
 
-    with frozen(model), torch.no_grad(), _hooked(layer, replace):
-        return model(usable(images))
+    with frozen(model), torch.no_grad(), hooked(layer, replace):
+        return read(model, prepared(model, images)).logits
 
 
 def count_calls(model: nn.Module, images: Tensor, layer: nn.Module) -> int:
     """How often one pass of the network calls the layer."""
     calls: list[None] = []
-    with frozen(model), torch.no_grad(), _hooked(layer, lambda module, args, output: calls.append(None)):
-        model(usable(images))
+    with frozen(model), torch.no_grad(), hooked(layer, lambda module, args, output: calls.append(None)):
+        read(model, prepared(model, images))
     return len(calls)
 
 
@@ -209,16 +153,19 @@ def features_and_gradients(
         captured[:] = [_tensor(output).detach().requires_grad_()]
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
-    with frozen(model), _hooked(resolve_layer(model, layer), restart_graph):
-        logits = model(usable(images))
+    with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
+        logits = examine(model, prepared(model, images)).logits
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured)
-        class_logits = logits.gather(1, usable(class_idx)[:, None])
+        class_logits = class_logit(logits, usable(class_idx))
         gradients = None
         if class_logits.requires_grad:
             (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
     if gradients is None:
-        raise ValueError("layer: the logits do not depend on its output")
+        raise ValueError(
+            "layer: the logits do not depend on its output, or the network hides how (no_grad, inference_mode or "
+            "detach in its forward); wanted another layer, or a method without gradients"
+        )
     dtype = torch.promote_types(features.dtype, torch.float32)
     grids = (as_grid(maps.detach().to(dtype), model, images) for maps in (features, gradients))
     return *grids, logits.detach()
@@ -248,20 +195,19 @@ def attention_maps(
     with frozen(model), ExitStack() as undo:
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
-                undo.enter_context(_hooked(module, partial(_attend, captured)))
+                undo.enter_context(hooked(module, partial(_attend, captured)))
             elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
-                undo.callback(setattr, module, "fused_attn", module.fused_attn)
-                module.fused_attn = False  # type: ignore[assignment]
-                undo.enter_context(_hooked(dropout, lambda dropout, args, output: captured.append(output)))
-        x = usable(images).detach().requires_grad_(with_gradients)
+                undo.enter_context(changed([(module, "fused_attn", False)]))
+                undo.enter_context(hooked(dropout, lambda dropout, args, output: captured.append(output)))
+        x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
-            logits = model(x)
+            logits = examine(model, x).logits
         check_class_range(class_idx, logits.shape[1])
         if not captured:
             raise ValueError(f"model: no attention in {_name(model)}; wanted a ViT or DeiT of torchvision or timm")
         gradients: Sequence[Tensor] = ()
         if with_gradients:
-            class_logits = logits.gather(1, usable(class_idx)[:, None])
+            class_logits = class_logit(logits, usable(class_idx))
             gradients = torch.autograd.grad(class_logits.sum(), captured, allow_unused=True, materialize_grads=True)
     return [maps.detach() for maps in captured], list(gradients), logits.detach()
 
@@ -281,19 +227,23 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
     """Counts, while it is open, the images that go through the whole network: [forward, backward].
 
     Args:
-        model: any network. Passes of its parts, such as a split-off head, are not counted.
+        model: any network. Passes of other threads are not counted, nor those by which `examine` looks closer, nor
+            passes of its parts, such as a split-off head, are not counted.
     """
     passes = [0, 0]
 
-    def backward(gradient: Tensor) -> None:
-        passes[1] += len(gradient)
+    def forward(module: nn.Module, args: tuple, output: Any) -> None:
+        num_images = len(args[0])
 
-    def forward(module: nn.Module, args: tuple, output: Tensor) -> None:
-        passes[0] += len(output)
-        if output.requires_grad:
-            output.register_hook(backward)
+        def backward(gradient: Tensor) -> None:
+            passes[1] += num_images
 
-    with _hooked(model, forward):
+        passes[0] += num_images
+        logits = find_logits(output, num_images)
+        if logits.requires_grad:
+            logits.register_hook(backward)
+
+    with hooked(model, forward):
         yield passes
 
 
@@ -309,30 +259,16 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
     with ExitStack() as hooks:
         for module in model.modules():
             if not isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm):
-                hooks.enter_context(_hooked(module, lambda *_, module=module: call(module)))
+                hooks.enter_context(hooked(module, lambda *_, module=module: call(module)))
         yield
-
-
-def usable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _keep(place: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
     place[:] = [_tensor(output).detach().clone()]
 
 
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _name(model: nn.Module) -> str:
-    return type(getattr(model, "network", model)).__name__
+    return type(bare(model)).__name__
 
 
 def _tensor(output: object) -> Tensor:

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from opticam.features import Layer, count_calls, frozen, layer_outputs, logits_with, resolve_layer
+from opticam.classifier import as_output
+from opticam.features import Layer, count_calls, layer_outputs, logits_with, prepared, resolve_layer
+from opticam.state import frozen
+from opticam.tracing import Tracer
 
 Head = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,7 +22,7 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     of a layer that it calls several times, the last output.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
         images: (B,3,H,W).
         layer: see `resolve_layer`.
 
@@ -51,17 +54,6 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     return whole, output, logits
 
 
-class _Tracer(fx.Tracer):
-    """Looks only into the modules that contain the layer, since only they are cut."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is self.layer or all(inner is not self.layer for inner in m.modules())
-
-
 class _Recorder(fx.Interpreter):
     """Keeps the values of some nodes of one run."""
 
@@ -86,7 +78,8 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
     with frozen(model), torch.no_grad():
-        graph = _Tracer(layer).trace(model)
+        # only the modules that contain the layer are cut
+        graph = Tracer(lambda m: m is not layer and any(inner is layer for inner in m.modules())).trace(model)
         network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
@@ -94,7 +87,7 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         of_images = _downstream([node for node in graph.nodes if node.op == "placeholder"])
         needed = {node for later in after for node in later.all_input_nodes} - after - {place}
         recorder = _Recorder(network, needed)
-        recorder.run(images)
+        recorder.run(prepared(model, images).clone())  # the network may work in place
 
     def head(changed: Tensor, rows: Tensor) -> Tensor:
         known: dict[fx.Node, object] = dict.fromkeys(node for node in graph.nodes if node not in after)
@@ -103,6 +96,6 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
             known[node] = value[rows] if per_image else value  # type: ignore[index]
         known[place] = changed.clone()
         with frozen(model), torch.no_grad():
-            return fx.Interpreter(network).run(initial_env=known)
+            return as_output(model, fx.Interpreter(network).run(initial_env=known), len(rows)).logits
 
     return head

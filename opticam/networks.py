@@ -44,8 +44,9 @@ def wrap(
     layer: str,
     *,
     head: Head = "softmax",
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
+    to_logits: Callable[[Any], Any] | None = None,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
     input_size: int = 224,
     resize: int | None = None,
     class_names: Sequence[str] = (),
@@ -54,21 +55,36 @@ def wrap(
     """Your own network as a `Classifier`: what has to be known of it is said once, here.
 
     Args:
-        network: returns logits (B,C), or (B,1) or (B,) of one class.
+        network: takes images (B,C,H,W) and returns logits, alone or in a record, dict or tuple, see
+            `classifier.as_output`. One logit, (B,1) or (B,), is a sigmoid by itself: class 0 is what it stands for,
+            class 1 the absence of that.
         layer: dotted name of the target layer inside the network.
         head: "softmax", one class per image, or "sigmoid", each class for itself.
-        mean: of the normalisation, per channel, for images in [0,1]; by default none.
+        to_logits: from what the network returns to its logits, where that is not clear. For a network that ends in a
+            softmax or a sigmoid `classifier.logits_of_softmax` or `classifier.logits_of_sigmoid`.
+        mean: of the normalisation, per channel or one for all, for images in [0,1]; by default none.
         std: of the normalisation.
         input_size: side of the square the network was trained for, in pixels.
         resize: shorter side before the centre crop, in pixels; by default `input_size` / 0.875.
-        class_names: one name per class.
+        class_names: one name per class; of a network with one logit, one name or two.
         name: what to call it; by default its type.
+
+    Raises:
+        TypeError: `network` is not a module.
+        ValueError: an unknown head or layer; mean and std of different length, or an std that is not positive.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(f"std: wanted a positive number for each of mean, {tuple(mean)}, got {tuple(std)}")
+    if len(class_names) == 1:
+        class_names = [*class_names, f"not {class_names[0]}"]
     return Classifier(
         network,
         name or type(network).__name__,
         layer,
         head=head,
+        to_logits=to_logits,
         mean=tuple(mean),
         std=tuple(std),
         input_size=input_size,

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from opticam.features import Layer, check_class_range, check_inputs, count_passes, frozen, layer_name
+from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.classifier import Output, as_output, class_logit, own, read
+from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.identity import describe, digest_of, network_digest
 from opticam.lab.results import is_done, write_rows
@@ -41,6 +43,7 @@ from opticam.metrics import (
     soft_f1,
 )
 from opticam.saliency import apply_mask, baseline_of, check_saliency
+from opticam.state import frozen
 
 Method = Callable[..., Tensor]
 Samples = Photos | Sequence[Sample | Skipped]
@@ -53,7 +56,7 @@ class Explained(NamedTuple):
         model: the classifier.
         images: (B,3,H,W).
         class_idx: (B,) int64.
-        logits: (B,C) of the images.
+        output: logits (B,C) of the images, and the head.
         boxes: (n,4) of each image.
         saliency: (B,1,H,W).
         method: that made the maps.
@@ -63,7 +66,7 @@ class Explained(NamedTuple):
     model: nn.Module
     images: Tensor
     class_idx: Tensor
-    logits: Tensor
+    output: Output
     boxes: Sequence[Tensor]
     saliency: Tensor
     method: Method
@@ -75,18 +78,18 @@ def score(
     images: Tensor,
     class_idx: Tensor,
     saliency: Tensor,
-    logits: Tensor | None = None,
+    logits: Output | Tensor | None = None,
     *,
     baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
 ) -> pd.DataFrame:
     """What masking by given maps does to the class: one row per image.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
-        logits: (B,C) of the images, where they are known.
+        logits: of the images, where they are known: what `model` returned or `classifier.read` gave.
         baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
             in `BASELINES`; None for black, as published.
 
@@ -101,13 +104,17 @@ def score(
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)
     with frozen(model), torch.no_grad():
-        logits = model(images) if logits is None else logits
-        check_class_range(class_idx, logits.shape[1])
-        masked_logits = model(apply_mask(images, saliency, baseline_of(images, baseline)))
-    p, o = class_probability(logits, class_idx), class_probability(masked_logits, class_idx)
+        x = prepared(model, images)
+        if logits is None:
+            y, head = examine(model, x)
+        else:
+            y, head = logits if isinstance(logits, Output) else as_output(model, logits, len(images))
+        check_class_range(class_idx, y.shape[1])
+        masked_y = read(model, apply_mask(x, saliency, baseline_of(x, baseline))).logits
+    p, o = class_probability(y, class_idx, head), class_probability(masked_y, class_idx, head)
     columns = {
-        "logit": logits.gather(1, class_idx[:, None])[:, 0],
-        "masked_logit": masked_logits.gather(1, class_idx[:, None])[:, 0],
+        "logit": class_logit(y, class_idx),
+        "masked_logit": class_logit(masked_y, class_idx),
         "prob": p,
         "masked_prob": o,
         **{name: metric(p, o) for name, metric in METRICS.items()},
@@ -137,7 +144,9 @@ def _adcc(batch: Explained) -> dict[str, Any]:
 
 
 def _localization(batch: Explained) -> dict[str, Any]:
-    correct = torch.tensor(batch.scores["predicted"]) == batch.class_idx.cpu()
+    logits, head = batch.output
+    right = logits.argmax(1) == batch.class_idx if head == "softmax" else class_logit(logits, batch.class_idx) > 0
+    correct = right.cpu()
     saliency, boxes = batch.saliency.cpu(), batch.boxes
     hits = box_hits(saliency, boxes)
     return {
@@ -157,7 +166,7 @@ def _box_experiment(batch: Explained) -> dict[str, Any]:
     columns = {}
     for name, mask in masks.items():
         if name != "S":
-            table = score(batch.model, batch.images, batch.class_idx, mask, batch.logits)
+            table = score(batch.model, batch.images, batch.class_idx, mask, batch.output)
             columns[f"masked_prob[{name}]"] = table["masked_prob"].where(with_box)
     return columns
 
@@ -209,7 +218,7 @@ def evaluate(
     """Explain the label of every image by every method, and score the maps.
 
     Args:
-        model: takes images (B,3,H,W) in [0,1] and returns logits (B,C). Left as found.
+        model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
         scores: what to compute beside AD, AG and AI: names in `SCORES`.
@@ -280,12 +289,11 @@ def stream(
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "photos"):
         raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
-    if shard_size < 1:
-        raise ValueError(f"shard_size: wanted at least 1 image, got {shard_size}")
+    check_at_least(1, shard_size=shard_size)
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     computed = {
         "methods": {name: describe(method, model) for name, method in methods.items()},
-        "layer": _layer_name(model, getattr(model, "layer", None)),
+        "layer": _layer_name(model, None),
         "scores": list(scores),
         "batch_size": batch_size,
         "weights": network_digest(model),
@@ -328,10 +336,12 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     for name in scores:
         if name not in SCORES:
             raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
-    own, other = (getattr(side, "class_names", None) for side in (model, dataset))
-    if own and other and len(own) != len(other):
-        raise ValueError(f"dataset: its labels are {len(other)} classes; wanted the {len(own)} of the model")
-    if own and other and list(own) != list(other) and sorted(own) == sorted(other):
+    classifier = own(model)
+    names = [] if classifier is None else classifier.class_names
+    others = list(getattr(dataset, "class_names", None) or [])
+    if names and others and len(names) != len(others):
+        raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
+    if names != others and any(name in names and names.index(name) != others.index(name) for name in others):
         raise ValueError("dataset: its classes are in another order than the model's; wanted the same order")
 
 
@@ -402,9 +412,9 @@ def _rows_at_once(
     if batch:
         images = torch.stack([sample.image for sample in batch.values()]).to(device, _dtype(model))
         with frozen(model), torch.no_grad():
-            logits = model(images)
+            logits, head = examine(model, prepared(model, images))
         known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]
-        images, logits = images[known], logits[known]
+        images, output = images[known], Output(logits[known], head)
         for i in [i for i, right in zip(batch, known, strict=True) if not right]:
             reasons[i] = f"label: wanted a class in 0..{logits.shape[1] - 1}, got {batch.pop(i).label}"
     tables = []
@@ -414,7 +424,7 @@ def _rows_at_once(
         if batch:
             class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
             boxes = [sample.boxes for sample in batch.values()]
-            table = _scored(model, images, class_idx, boxes, logits, name, method, scores)
+            table = _scored(model, images, class_idx, boxes, output, name, method, scores)
             tables.append(table.set_axis(list(batch)).assign(method=name))
         bar.update(len(samples))
     rows = pd.concat([table for table in tables if len(table)]).sort_index(kind="stable")
@@ -438,7 +448,7 @@ def _scored(
     images: Tensor,
     class_idx: Tensor,
     boxes: Sequence[Tensor],
-    logits: Tensor,
+    output: Output,
     name: str,
     method: Method,
     scores: Sequence[str],
@@ -452,18 +462,18 @@ def _scored(
     if not isinstance(saliency, Tensor) or saliency.shape != wanted:
         got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
         raise ValueError(f"methods: {name} returned {got}; wanted a tensor {wanted}, as the functions in METHODS do")
-    finite = (saliency.isfinite().flatten(1).all(1) & logits.isfinite().all(1)).cpu().numpy()
+    finite = (saliency.isfinite().flatten(1).all(1) & output.logits.isfinite().all(1)).cpu().numpy()
     constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
     saliency = saliency.nan_to_num(0, 0, 0)
-    table = score(model, images, class_idx, saliency, logits)
-    table.insert(0, "predicted", logits.argmax(1).cpu().numpy())
-    batch = Explained(model, images, class_idx, logits, boxes, saliency, method, table)
+    table = score(model, images, class_idx, saliency, output)
+    table.insert(0, "predicted", output.logits.argmax(1).cpu().numpy())
+    batch = Explained(model, images, class_idx, output, boxes, saliency, method, table)
     for kind in scores:
         for column, values in SCORES[kind](batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
     return table.assign(
-        layer=_layer_name(model, getattr(method, "keywords", {}).get("layer") or getattr(model, "layer", None)),
+        layer=_layer_name(model, getattr(method, "keywords", {}).get("layer")),
         seconds=seconds / len(images),
         forward_passes=passes[0] / len(images),
         backward_passes=passes[1] / len(images),
@@ -473,8 +483,7 @@ def _scored(
 
 
 def _batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
     return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
@@ -504,6 +513,8 @@ def _now(device: torch.device) -> float:
 
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:
+    classifier = own(model)
+    layer = classifier.layer if layer is None and classifier is not None else layer
     return str((layer_name(model, layer) if isinstance(layer, nn.Module) else layer) or "")
 
 

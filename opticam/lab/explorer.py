@@ -19,13 +19,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from opticam.features import count_passes, frozen, watched
+from opticam.checks import examine
+from opticam.classifier import Head, probabilities, read
+from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
 from opticam.lab.plotting import METHOD_LABELS, objective_curve, overlay, probability_bars, to_picture
 from opticam.methods import METHODS, class_logit, find_method
 from opticam.metrics import METRICS, class_probability
 from opticam.networks import MODELS, Classifier, class_index, load_model
 from opticam.saliency import apply_mask, min_max
+from opticam.state import frozen
 
 KEPT = 50  # maps on the way of Opti-CAM, at most, besides the first and the best
 MOST_STEPS = 1000
@@ -46,6 +49,7 @@ class Explanation(NamedTuple):
         image: (3,H,W) in [0,1].
         logits: (C,), of the image.
         masked_logits: (C,), of the image masked by the map.
+        head: how probabilities follow from them.
         saliency: (1,H,W) in [0,1], the map.
         step: after how many steps it was reached.
         maps: step -> (1,H,W) in [0,1], some on the way and the map itself.
@@ -58,11 +62,22 @@ class Explanation(NamedTuple):
     image: Tensor
     logits: Tensor
     masked_logits: Tensor
+    head: Head
     saliency: Tensor
     step: int
     maps: dict[int, Tensor]
     objective: Tensor
     masked_prob: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """(C,) float64 in [0,1], of the image."""
+        return probabilities(self.logits[None].double(), self.head)[0]
+
+    @property
+    def masked_probs(self) -> Tensor:
+        """(C,) float64 in [0,1], of the masked image."""
+        return probabilities(self.masked_logits[None].double(), self.head)[0]
 
 
 class _Recorder:
@@ -103,7 +118,7 @@ def explain(
     """One decision explained by one method, with the way there if it is Opti-CAM.
 
     Args:
-        model: takes images (B,3,H,W) and returns logits (B,C). Left as found, also when stopped.
+        model: takes images (B,3,H,W), see `classifier.read`. Left as found, also when stopped.
         image: (3,H,W) float in [0,1].
         class_idx: the class to explain.
         method: a name in `METHODS`.
@@ -131,22 +146,24 @@ def explain(
     with count_passes(model) as passes, watched(model, watch):
         saliency = find_method(method)(model, images, target, **(recorded if method == "opti_cam" else {}))
         with frozen(model), torch.no_grad():
-            logits, masked_logits = model(images), model(apply_mask(images, saliency))
+            x = prepared(model, images)
+            logits, head = examine(model, x)
+            masked_logits = read(model, apply_mask(x, saliency)).logits
     if recorder.logits:
         objective, masked_prob = torch.stack(recorder.logits), torch.stack(recorder.probs)
     else:
         objective = class_logit(masked_logits, logits, target)
-        masked_prob = class_probability(masked_logits, target)
+        masked_prob = class_probability(masked_logits, target, head)
     step = int(objective.argmax())
     maps = dict(sorted({**recorder.maps, step: saliency[0]}.items()))
     return Explanation(
-        method, class_idx, image, logits[0], masked_logits[0], saliency[0], step, maps, objective, masked_prob
+        method, class_idx, image, logits[0], masked_logits[0], head, saliency[0], step, maps, objective, masked_prob
     )
 
 
 def describe(found: Explanation, class_names: Sequence[str]) -> str:
     """The outcome in one line: what masking does to the class, with Average Drop and Average Gain of this photo."""
-    p, o = (found_logits.double().softmax(0)[[found.class_idx]] for found_logits in (found.logits, found.masked_logits))
+    p, o = (probs[[found.class_idx]] for probs in (found.probs, found.masked_probs))
     drop, gain = (100 * METRICS[name](p, o).item() for name in ("average_drop", "average_gain"))
     label = METHOD_LABELS.get(found.method, found.method)
     line = (
@@ -361,7 +378,7 @@ class Explorer:
         model = self.model
         self.image = to_input(photo, model.input_size, model.resize).to(self.device)
         with torch.no_grad():
-            top = model(self.image[None]).double().softmax(1)[0].topk(min(5, len(model.class_names)))
+            top = probabilities(*read(model, self.image[None]))[0].double().topk(min(5, len(model.class_names)))
         self.class_choice.options = [
             (f"{model.class_names[index]} ({100 * prob:.1f} %)", index)
             for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -412,8 +429,8 @@ class Explorer:
         class_idx = self._chosen_class()
         found = self._explain(self.method_choice.value, class_idx)
         self.explanation = found
-        probs, masked_probs = (logits.double().softmax(0).cpu() for logits in (found.logits, found.masked_logits))
-        self.bars.value = _png(probability_bars(probs, masked_probs, self.model.class_names, class_idx))
+        bars = probability_bars(found.probs.cpu(), found.masked_probs.cpu(), self.model.class_names, class_idx)
+        self.bars.value = _png(bars)
         self.step.disabled = len(found.maps) == 1
         self.step.options = [(str(step), step) for step in found.maps]
         self.step.value = found.step

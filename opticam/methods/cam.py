@@ -5,19 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from opticam.features import (
-    Layer,
-    as_grid,
-    check_class_range,
-    check_inputs,
-    feature_maps,
-    features_and_gradients,
-    frozen,
-    usable,
-)
+from opticam.checks import check_at_least, check_class_range, check_inputs
+from opticam.classifier import class_logit, read, usable
+from opticam.features import Layer, as_grid, feature_maps, features_and_gradients, prepared
 from opticam.folding import folded
 from opticam.head import split_head
 from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
+from opticam.state import frozen
 
 
 def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
@@ -125,19 +119,18 @@ def ablation_cam(
         localization, WACV 2020, eq. 1 and 2.
     """
     check_inputs(model, images, class_idx)
-    x = usable(images)
+    x, c = prepared(model, images), usable(class_idx)
     head, output, logits = split_head(model, x, layer)
     check_class_range(class_idx, logits.shape[1])
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision overflow
-    y = logits.to(dtype).gather(1, class_idx[:, None])
+    y = class_logit(logits.to(dtype), c)
     features = as_grid(output, model, x).to(dtype)
     lost = torch.empty_like(features[:, :, 0, 0])
     for rows, channels in _pairs(lost, batch_size):
         ablated = output[rows]
         as_grid(ablated, model, x)[torch.arange(len(rows)), channels] = 0
-        without = head(ablated, rows).gather(1, class_idx[rows][:, None])[:, 0]
-        lost[rows, channels] = y[rows, 0] - without
-    weights = torch.where(y != 0, lost / y, 0)
+        lost[rows, channels] = y[rows] - class_logit(head(ablated, rows), c[rows])
+    weights = torch.where(y[:, None] != 0, lost / y[:, None], 0)
     return saliency_map(combine(features, weights), images.shape[-2:])
 
 
@@ -161,18 +154,18 @@ def score_cam(
         2020, arXiv 1910.01279, eq. 6 to 9.
     """
     check_inputs(model, images, class_idx)
-    x = usable(images).contiguous(memory_format=torch.channels_last)
+    x, c = prepared(model, images), usable(class_idx)
     (features,), logits = feature_maps(model, x, layer)
     check_class_range(class_idx, logits.shape[1])
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with frozen(model), torch.no_grad():
         network = folded(model, x, logits)
-        black = network(torch.zeros_like(x[:1]))[0, class_idx].to(features.dtype)
+        black = read(network, torch.zeros_like(x[:1])).logits[0, c].to(features.dtype)
         scores = black[:, None].repeat(1, features.shape[1])
         for rows, channels in _pairs(scores, batch_size, features.amax((2, 3)) > features.amin((2, 3))):
             masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
-            masked_logits = network(apply_mask(x[rows], masks))
-            scores[rows, channels] = masked_logits.gather(1, class_idx[rows][:, None])[:, 0].to(scores.dtype)
+            masked_logits = read(network, apply_mask(x[rows], masks)).logits
+            scores[rows, channels] = class_logit(masked_logits, c[rows]).to(scores.dtype)
     return saliency_map(combine(features, scores.softmax(1)), images.shape[-2:])
 
 
@@ -206,8 +199,7 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
 
 def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and columns (n,) of a (B,K) table, all or the wanted ones, at most `batch_size` at a time."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
     if wanted is None:
         wanted = torch.ones_like(table, dtype=torch.bool)
     rows, columns = wanted.nonzero(as_tuple=True)

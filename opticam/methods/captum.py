@@ -2,13 +2,18 @@
 
 import importlib
 import inspect
+from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opticam.features import Layer, as_grid, check_class_range, check_inputs, frozen, resolve_layer, usable
+from opticam.checks import check_class_range, check_inputs, examine
+from opticam.classifier import read, usable
+from opticam.features import Layer, as_grid, prepared, resolve_layer
 from opticam.saliency import saliency_map
+from opticam.state import frozen
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "IntegratedGradients": {"n_steps": 32, "internal_batch_size": 32},
@@ -45,25 +50,40 @@ def captum_attribution(
     attribution = find_attribution(name)
     check_inputs(model, images, class_idx)
     with frozen(model):
-        known = [(module, set(vars(module))) for module in model.modules()]
-        x = usable(images).detach().clone().requires_grad_()
+        x = prepared(model, images).clone().requires_grad_()
         with torch.no_grad():
-            check_class_range(class_idx, model(x[:1]).shape[1])
+            check_class_range(class_idx, examine(model, x[:1]).logits.shape[1])
+        wants_layer = "layer" in inspect.signature(attribution).parameters
+        target = resolve_layer(model, layer) if wants_layer else None
         try:
-            wants_layer = "layer" in inspect.signature(attribution).parameters
-            method = attribution(model, resolve_layer(model, layer)) if wants_layer else attribution(model)
+            network, target = _apart(model, target)
+            method = attribution(_Logits(network), target) if wants_layer else attribution(_Logits(network))
             values = method.attribute(x, target=usable(class_idx), **DEFAULTS.get(name, {}) | options)
             values = values[0] if isinstance(values, tuple) else values
         except torch.OutOfMemoryError:
             raise
         except (TypeError, AssertionError, AttributeError, RuntimeError) as error:
             raise ValueError(f"method: captum cannot compute {name} here ({error})") from error
-        finally:
-            for module, names in known:
-                for left in vars(module).keys() - names:  # some of captum's leave activations in the modules
-                    delattr(module, left)
     grid = as_grid(values.detach(), model, images)
     return saliency_map(grid.sum(1, keepdim=True), images.shape[-2:])
+
+
+class _Logits(nn.Module):
+    """A network that returns logits (B,C), whatever the one inside returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return read(self.network, images).logits
+
+
+def _apart(model: nn.Module, layer: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
+    """Copies of the network and its layer with the same weights: captum sets hooks and leaves activations behind."""
+    weights: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    network = deepcopy(model, weights)
+    return network, None if layer is None else weights[id(layer)]
 
 
 def find_attribution(name: str) -> Any:

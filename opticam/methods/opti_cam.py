@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opticam.features import Layer, check_class_range, check_inputs, feature_maps, frozen, usable
+from opticam.checks import check_class_range, check_inputs
+from opticam.classifier import as_softmax, read, usable
+from opticam.features import Layer, feature_maps, prepared
 from opticam.folding import folded
 from opticam.methods.ascent import Optimizer, Rows, Space, adam, maximise, weight_space
 from opticam.saliency import apply_mask, baseline_of, min_max, upsample
+from opticam.state import frozen
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -129,7 +132,8 @@ def opti_cam(
         images: (B,3,H,W) float in [0,1]; mean/std are the model's own business.
         class_idx: (B,) int64, the class to explain.
         layer: a module or its dotted name, or several; by default the model's own target layer.
-        objective: from (masked_logits, logits, class_idx) to (B,), maximised image by image; see `OBJECTIVES`.
+        objective: from (masked_logits, logits, class_idx) to (B,), maximised image by image; see `OBJECTIVES`. Of a
+            network with a sigmoid it gets what `classifier.as_softmax` makes of them.
         normalize: from upsampled maps (B,1,H,W) to saliency in [0,1]; see `NORMALIZATIONS`.
         baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
             in `BASELINES`; None for black, as published.
@@ -170,7 +174,7 @@ def opti_cam(
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
     def explain(part: slice) -> OptiCAMResult:
-        x = usable(images[part]).detach().contiguous(memory_format=torch.channels_last)
+        x = prepared(model, images[part])
         c = usable(class_idx[part])
         dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
         reduced = partial(torch.autocast, x.device.type, autocast, enabled=autocast is not None)
@@ -187,14 +191,14 @@ def opti_cam(
 
         def problem(rows: Rows) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
             x_r, y_r, c_r, b_r = x[rows], y[rows].to(dtype), c[rows], None if b is None else b[rows]
-            x_r = x_r.contiguous(memory_format=torch.channels_last)
+            x_r = prepared(model, x_r)
             features_r = [maps[rows] for maps in features]
 
             def value(point: Tensor) -> Tensor:
                 masked = apply_mask(x_r, saliency(point, features_r), b_r)
                 with reduced():
-                    masked_logits = network(masked)
-                return objective(masked_logits.to(dtype), y_r, c_r)
+                    masked_logits, head = read(network, masked)
+                return objective(as_softmax(masked_logits.to(dtype), c_r, head)[0], *as_softmax(y_r, c_r, head))
 
             return value, lambda point: space.settle(point, features_r)
 

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.features import Layer, check_class_range, check_inputs, frozen, usable
+from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.classifier import class_logit, probabilities, read, usable
+from opticam.features import Layer, prepared
 from opticam.folding import folded
 from opticam.saliency import apply_mask, saliency_map
+from opticam.state import frozen
 
 
 def rise(
@@ -25,7 +28,7 @@ def rise(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Tensor:
-    """RISE maps: `S = sum_i softmax(f(x * M_i))_c M_i / (N p)` over N random masks, then `min_max`.
+    """RISE maps: `S = sum_i p_c(x * M_i) M_i / (N p)` over N random masks, then `min_max`, p_c by the head.
 
     Each mask is a grid of `cells` x `cells` zeros and ones (1 with probability `p`), made bilinearly a cell larger than
     the image and cut out at a random place. The same masks serve all images. N passes.
@@ -53,28 +56,26 @@ def rise(
         arXiv 1806.07421, eq. 6.
     """
     check_inputs(model, images, class_idx)
-    for name, number in (("num_masks", num_masks), ("cells", cells), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {number}")
+    check_at_least(1, num_masks=num_masks, cells=cells, batch_size=batch_size)
     if not 0 < p <= 1:
         raise ValueError(f"p: wanted a probability above 0, got {p}")
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     per_image = max(1, batch_size // len(images))
     with frozen(model), torch.no_grad():
-        x, c = usable(images).contiguous(memory_format=torch.channels_last), usable(class_idx)
+        x, c = prepared(model, images), usable(class_idx)
         total = torch.zeros_like(x[:, :1], dtype=dtype)
-        logits = model(x[:1])
+        logits = examine(model, x[:1]).logits
         check_class_range(c, logits.shape[1])
         network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
             for part in range(0, len(x), batch_size):
-                some = x[part : part + batch_size]
-                n = len(some)
-                logits = network(apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(n, 1, 1, 1)))
-                probs = logits.to(dtype).softmax(1).unflatten(0, (n, len(masks)))
-                scores = probs.gather(2, c[part : part + n, None, None].expand(n, len(masks), 1))[..., 0]
-                total[part : part + n, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
+                some, c_some = (tensor[part : part + batch_size] for tensor in (x, c))
+                masked = apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(len(some), 1, 1, 1))
+                logits, head = read(network, masked)
+                probs = class_logit(probabilities(logits.to(dtype), head), c_some.repeat_interleave(len(masks)))
+                scores = probs.view(len(some), len(masks))
+                total[part : part + len(some), 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
     return saliency_map(total / (num_masks * p), size)
 
 
@@ -138,14 +139,13 @@ def extremal_perturbation(
     check_inputs(model, images, class_idx)
     if not 0 < area < 1:
         raise ValueError(f"area: wanted a share of the image between 0 and 1, got {area}")
-    for name, number, least in (("num_steps", num_steps, 0), ("batch_size", batch_size, 1)):
-        if number is not None and number < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {number}")
+    check_at_least(0, num_steps=num_steps)
+    check_at_least(1, batch_size=batch_size)
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     masks = []
     with frozen(model):
-        parts = (usable(tensor).detach().split(batch_size or len(images)) for tensor in (images, class_idx))
-        for x, c in zip(*parts, strict=True):
+        given = usable(images).detach().contiguous(), usable(class_idx)
+        for x, c in zip(*(tensor.split(batch_size or len(images)) for tensor in given), strict=True):
             pyramid = blur_pyramid(x.to(dtype))  # half precision convolves at a crawl on some processors
             coarse = torch.ones(len(x), 1, *(math.ceil(side / STEP) for side in size), device=x.device, dtype=dtype)
             coarse.requires_grad_()
@@ -157,11 +157,13 @@ def extremal_perturbation(
             for step in range(num_steps):
                 mask = smooth_mask(coarse, kernel, size)
                 seen = from_pyramid(pyramid, mask).to(x.dtype)
-                logits = network(seen.flip(3) if step % 2 else seen)
                 if step == 0:
+                    logits = examine(model, seen).logits
                     check_class_range(c, logits.shape[1])
                     network = folded(model, seen.detach(), logits.detach())
-                reward = logits.gather(1, c[:, None])[:, 0].to(dtype)
+                else:
+                    logits = read(network, seen.flip(3) if step % 2 else seen).logits
+                reward = class_logit(logits, c).to(dtype)
                 penalty = (mask.flatten(1).sort(1).values - wanted).square().mean(1)
                 (coarse.grad,) = torch.autograd.grad((reward - 300 * 1.0035**step * penalty).sum(), coarse)
                 ascent.step()

@@ -1,7 +1,8 @@
 """Metrics of faithfulness: what masking does to the probability of the class.
 
-One value per image; means are the caller's. Average Drop, Increase and Gain take `p = softmax(f(x))_c` of the image and
-`o = softmax(f(x * S))_c` of the masked image; ADCC takes maps. Insertion, deletion and ROAD make passes of their own.
+One value per image; means are the caller's. Average Drop, Increase and Gain take the probability p of the class for the
+image and o for the masked image, both by the head of the network; ADCC takes maps. Insertion, deletion and ROAD make
+passes of their own.
 """
 
 import math
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.features import check_class_range, check_inputs, frozen, usable
+from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.classifier import Head, class_logit, own, probabilities, read, usable
+from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
+from opticam.state import frozen
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -24,17 +28,21 @@ if TYPE_CHECKING:
 Curve = tuple[Tensor, Tensor]
 
 
-def class_probability(logits: Tensor, class_idx: Tensor) -> Tensor:
-    """Softmax probability of each image's class, in float64, so that `1 - p` keeps its digits.
+def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
+    """Probability of each image's class, in float64, so that `1 - p` keeps its digits.
 
     Args:
         logits: (B,C).
         class_idx: (B,) int64.
+        head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
 
     Returns:
         (B,) float64 in [0,1].
+
+    Raises:
+        ValueError: an unknown head.
     """
-    return logits.double().softmax(1).gather(1, class_idx[:, None])[:, 0]
+    return class_logit(probabilities(logits.double(), head), class_idx)
 
 
 def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -126,7 +134,7 @@ def insertion(
     salient pixels is unspecified; the class is given and not the predicted one.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1].
@@ -214,7 +222,7 @@ def road(
     batch and that of a constant map is 0; the noise is added to images in [0,1], before mean/std, and not clipped.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1].
@@ -239,7 +247,7 @@ def road(
         raise ValueError(
             f"fractions: wanted at least one, each between 0 and 1 and of one pixel or more, got {fractions}"
         )
-    x = usable(images.detach())
+    x = prepared(model, images)
     generator = torch.Generator().manual_seed(seed)
     noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
     orders = [_rank(saliency, descending) for descending in (False, True)]
@@ -374,8 +382,7 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
 def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, batch_size: int) -> None:
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: wanted at least 1 image, got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
 
 
 def _prepared(
@@ -391,15 +398,16 @@ def _prepared(
     _check(model, images, class_idx, saliency, batch_size)
     *_, channels, height, width = images.shape
     step = 8 * width if pixels_per_step is None else pixels_per_step
-    if step < 1:
-        raise ValueError(f"pixels_per_step: wanted at least 1, got {step}")
-    mean = getattr(model, "mean", None) if mean is None else mean
-    if not isinstance(mean, Tensor) or mean.numel() != channels:
+    check_at_least(1, pixels_per_step=step)
+    classifier = own(model)
+    mean = classifier.mean if mean is None and classifier is not None else mean
+    if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
         got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
-    x = usable(images.detach()).contiguous(memory_format=torch.channels_last)
+    x = prepared(model, images)
     counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
-    return x, mean.detach().to(x).view(1, channels, 1, 1), _rank(saliency), counts
+    color = mean.detach().to(x).reshape(1, -1, 1, 1).expand(1, channels, 1, 1)
+    return x, color, _rank(saliency), counts
 
 
 def _rank(saliency: Tensor, descending: bool = True) -> Tensor:
@@ -413,7 +421,7 @@ def _blurred(x: Tensor, color: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     centered = F.pad((x - color).to(dtype), [5] * 4)
     blurred = TF.gaussian_blur(centered, [11, 11], [5.0, 5.0])[..., 5:-5, 5:-5]
-    return (blurred + color.to(dtype)).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x).copy_(blurred + color.to(dtype))  # in the memory format of x
 
 
 def _revealed(
@@ -429,8 +437,7 @@ def _imputed(x: Tensor, removed: Tensor, noise: Tensor, batch_size: int) -> Iter
     """Imputed images for all masks (B,n,1,H,W), and whose they are."""
     for flat in torch.arange(len(x) * removed.shape[1], device=x.device).split(batch_size):
         rows = flat // removed.shape[1]
-        imputed = impute(x[rows], removed.flatten(0, 1)[flat], noise)
-        yield imputed.contiguous(memory_format=torch.channels_last), rows
+        yield impute(x[rows], removed.flatten(0, 1)[flat], noise), rows
 
 
 def _probabilities(
@@ -438,14 +445,15 @@ def _probabilities(
 ) -> Tensor:
     """(B,n) class probabilities of n masked images an image, all images' in one row of batches; NaN for a NaN map."""
     probs: list[Tensor] = []
-    network = model
+    network, class_idx = model, usable(class_idx)
     with frozen(model), torch.no_grad():
         for masked, rows in batches:
-            logits = network(masked)
+            masked = prepared(model, masked)
+            logits, head = read(network, masked) if probs else examine(model, masked)
             if not probs:
                 check_class_range(class_idx, logits.shape[1])
                 network = folded(model, masked, logits)
-            probs.append(class_probability(logits, class_idx[rows]))
+            probs.append(class_probability(logits, class_idx[rows], head))
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
     return torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan)
 

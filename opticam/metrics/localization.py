@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.features import check_class_range, check_inputs, frozen, usable
+from opticam.checks import check_class_range, check_inputs, examine
+from opticam.classifier import as_softmax, class_logit, usable
+from opticam.features import prepared
 from opticam.saliency import check_saliency
+from opticam.state import frozen
 
 BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
 
@@ -144,11 +147,11 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor) -> Tensor:
     """SM of each image, `log max(a, 0.05) - log p(c | crop)`. Lower is better: a small box that shows the class.
 
-    The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame.
+    The probability p is by the head of the network. The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame.
     One batched forward pass. Where no box is predicted (see `predicted_box`) the whole image is taken, a = 1: **ours**.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1].
@@ -170,12 +173,13 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
     crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height]))
     resized = [
         F.interpolate(image[None, :, y0:y1, x0:x1], (height, width), mode="bilinear", align_corners=False)
-        for image, (x0, y0, x1, y1) in zip(usable(images), crops.tolist(), strict=True)
+        for image, (x0, y0, x1, y1) in zip(usable(images).detach(), crops.tolist(), strict=True)
     ]
     with frozen(model), torch.no_grad():
-        logits = model(torch.cat(resized))
+        logits, head = examine(model, prepared(model, torch.cat(resized)))
     check_class_range(class_idx, logits.shape[1])
-    log_prob = logits.double().log_softmax(1).gather(1, class_idx[:, None])[:, 0]
+    two, c = as_softmax(logits.double(), usable(class_idx), head)
+    log_prob = class_logit(two.log_softmax(1), c)
     area = _areas(crops).to(log_prob) / (height * width)
     return (area.clamp(min=0.05).log() - log_prob).masked_fill(_has_nan(saliency), torch.nan)
 

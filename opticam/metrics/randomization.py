@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opticam.classifier import bare
 from opticam.features import resolve_layer
 
 
@@ -163,7 +164,7 @@ def _randomized_by_stage(
 def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:
     """Stages in the order of `named_modules`, each with the places in `model.modules()` of the modules to randomise."""
     place = {id(module): i for i, module in enumerate(model.modules())}
-    network = getattr(model, "network", model)
+    network = bare(model)
     if stages is None:
         return [
             (name or type(network).__name__, [place[id(module)]])

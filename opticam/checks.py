@@ -1,0 +1,202 @@
+"""Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from opticam.classifier import Output, bare, find_logits, own, read
+from opticam.state import aside
+
+
+def check_network(model: nn.Module) -> None:
+    """Refuse networks that cannot be explained.
+
+    Args:
+        model: any network.
+
+    Raises:
+        TypeError: not a module, TorchScript, or quantised.
+        ValueError: weights without values, or batch norms by which an image's result depends on its batch.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError("model: TorchScript hides its layers; wanted the network that it was made from")
+        if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
+            raise TypeError(f"model: {kind.__name__} is quantised and has no gradients; wanted floating-point weights")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model: {kind.__name__} without running statistics makes an image's result depend on its batch; "
+                "wanted track_running_stats=True, or a norm of each image alone"
+            )
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_meta:
+                raise ValueError("model: weights on the meta device have no values; wanted the weights loaded")
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.dtype in (torch.int8, torch.uint8):
+                raise TypeError(f"model: {kind.__name__} is quantised; wanted floating-point weights")
+
+
+def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
+    """Refuse, in one sentence, what would fail later or go wrong in silence.
+
+    Args:
+        model: any network, see `check_network`; of a `Classifier`, the images' range and number of channels are checked
+            too.
+        images: (B,C,H,W) float, of the device and dtype of the model.
+        class_idx: (B,) int64 on the same device.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has the wrong dtype; a network of a wrong kind.
+        ValueError: an argument has the wrong shape, device or range.
+    """
+    check_network(model)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: wanted a tensor (B,3,H,W), got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
+    if not isinstance(class_idx, Tensor):
+        raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
+    if class_idx.dtype != torch.int64:
+        raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
+    if class_idx.shape != images.shape[:1]:
+        raise ValueError(f"class_idx: wanted shape ({len(images)},), one class per image, got {tuple(class_idx.shape)}")
+    if class_idx.device != images.device:
+        raise ValueError(f"class_idx: wanted on the device of the images, {images.device}, got {class_idx.device}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None and parameter.device != images.device:
+        raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
+    if images.is_meta:
+        raise ValueError("images: tensors on the meta device have no values; wanted pixels")
+    if parameter is not None and parameter.dtype != images.dtype:
+        raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
+    classifier = own(model)
+    if classifier is not None:
+        if classifier.mean.numel() not in (1, images.shape[1]):
+            raise ValueError(f"images: wanted {classifier.mean.numel()} channels, got {images.shape[1]}")
+        low, high = (value.item() for value in images.aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            raise ValueError(f"images: wanted values in [0,1], before mean/std, got [{low:.3g}, {high:.3g}]")
+
+
+def check_class_range(class_idx: Tensor, num_classes: int) -> None:
+    """Refuse class indices outside the classes of the network.
+
+    Args:
+        class_idx: (B,) int64.
+        num_classes: number C of logits; 2 for a network with one.
+
+    Raises:
+        ValueError: an index is not in 0..C-1.
+    """
+    low, high = (int(value) for value in class_idx.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
+
+
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below the least that makes sense; None, where it stands for a default, passes.
+
+    Raises:
+        ValueError: a number is smaller, or not whole.
+    """
+    for name, number in numbers.items():
+        if number is not None and not isinstance(number, int):
+            raise ValueError(f"{name}: wanted a whole number, got {number!r}")
+        if number is not None and number < least:
+            raise ValueError(f"{name}: wanted at least {least}, got {number}")
+
+
+def examine(model: nn.Module, images: Tensor) -> Output:
+    """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
+
+    Only where something looks suspicious are there further passes, of a few images, which no hook hears.
+
+    Args:
+        model: any network, inside `frozen`.
+        images: (B,C,H,W) float.
+
+    Raises:
+        TypeError: see `read`.
+        ValueError: see `read`; outputs that are probabilities; two passes that differ; class names that are not one per
+            class.
+    """
+    before = _state(model, images)
+    output = read(model, images)
+    classifier = own(model)
+    num_names, num_classes = len(classifier.class_names) if classifier is not None else 0, output.logits.shape[1]
+    if num_names not in (0, num_classes):
+        raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
+    if _state(model, images) != before:
+        x = images[:1].detach()
+        with aside(), torch.no_grad():
+            first, second = (read(model, x).logits for _ in range(2))
+        if (first - second).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
+            raise ValueError(
+                f"model: two passes of {type(bare(model)).__name__} over one image differ in eval mode (dropout by "
+                "function, random numbers or a state that it changes); wanted a network that gives the same each time"
+            )
+    logits = output.logits.detach()
+    if output.head == "sigmoid" and num_classes == 2:
+        logits = logits[:, :1]  # of a network with one logit the second is the first with another sign
+    low, high = logits.aminmax()
+    if low >= 0 and high <= 1:
+        with aside(), torch.enable_grad():
+            ending = _ending(model, images[:1].detach())
+        if ending is not None:
+            raise ValueError(
+                f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are probabilities; wanted "
+                f"logits: leave the last layer out, or say opticam.wrap(..., to_logits=logits_of_{ending})"
+            )
+    return output
+
+
+def _state(model: nn.Module, images: Tensor) -> tuple:
+    """What a pass changes if it draws random numbers or writes into buffers."""
+    buffers = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
+    generator = torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.get_rng_state()
+    return bytes(generator.numpy()), *(0 if tensor.is_inference() else tensor._version for tensor in buffers)
+
+
+def _ending(model: nn.Module, image: Tensor) -> str | None:
+    """ "softmax" or "sigmoid" where the network ends in one: seen from its graph, and from how extreme images fare."""
+    images = torch.cat([image, image.flip(3), image / 2, 50 * image, -50 * image]).requires_grad_()
+    try:
+        raw = find_logits(model(images.clone()), len(images))
+    except (RuntimeError, ValueError, TypeError):  # it may take neither five images nor such
+        return None
+    values, last = raw.detach().double(), _last_operation(raw)
+    if not ((values >= 0) & (values <= 1)).all():
+        return None
+    sums = values.flatten(1).sum(1) if values.ndim > 1 and values[0].numel() > 1 else torch.zeros_like(values)
+    if ((sums - 1).abs() <= max(1e-4, 4 * torch.finfo(raw.dtype).eps)).all():
+        return "softmax"
+    low, high = values.aminmax()
+    return "sigmoid" if last in ("Sigmoid", "Softmax", "Hardsigmoid") or high - low > 0.9 else None
+
+
+def _last_operation(tensor: Tensor) -> str:
+    """Name of the operation that made a tensor, whatever only shaped its result aside."""
+    node = tensor.grad_fn
+    while node is not None and node.name().startswith(_SHAPING):
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name().partition("Backward")[0]
+
+
+_SHAPING = (
+    "View",
+    "Unsafe",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Select",
+    "Slice",
+    "Clone",
+    "ToCopy",
+    "Alias",
+    "Permute",
+)

@@ -1,0 +1,101 @@
+"""What a call changes in a network while it lasts: hooks and flags.
+
+The network is left as it was found, and state belongs to the call: hooks hear only passes of the thread that set them,
+and what several calls have changed is restored by the last.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_lock = threading.Lock()
+_held: dict[tuple[int, str], list[Any]] = {}  # (id of an object, attribute) -> [how many calls hold it, value before]
+_thread = threading.local()  # .aside: whether passes of this thread are heard by no hook
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, its parameters out of the graph and gradients recorded; on exit all as before.
+
+    Gradients are recorded inside even if the caller is under `no_grad` or `inference_mode`. Weights that were made
+    under `inference_mode` are copies inside, since they cannot enter a graph. Flags are restored module by module and
+    parameter by parameter, after an exception too, by the last of all calls in all threads that froze them.
+
+    Args:
+        model: any network.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model)):
+        yield
+
+
+def _freezing(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    for module in model.modules():
+        yield module, "training", False
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            if tensor.is_inference():
+                copy = tensor.clone()
+                yield module, name, nn.Parameter(copy, False) if name in module._parameters else copy
+            elif (id(module), name) in _held:  # by another call, which made that copy
+                yield module, name, tensor
+            elif name in module._parameters and (tensor.requires_grad or (id(tensor), "requires_grad") in _held):
+                yield tensor, "requires_grad", False
+
+
+@contextmanager
+def changed(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes set to other values while it is open, as (object, name, value)."""
+    mine = []
+    try:
+        with _lock:
+            for thing, name, value in changes:
+                key = id(thing), name
+                if key not in _held:
+                    before = getattr(thing, name)
+                    if before is value:
+                        continue
+                    _held[key] = [0, before]
+                _held[key][0] += 1
+                mine.append((thing, name))
+                if _held[key][0] == 1:
+                    setattr(thing, name, value)
+        yield
+    finally:
+        with _lock:
+            for thing, name in mine:
+                entry = _held[id(thing), name]
+                entry[0] -= 1
+                if not entry[0]:
+                    setattr(thing, name, entry[1])
+                    del _held[id(thing), name]
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    """A forward hook that hears the passes of this thread."""
+    thread = threading.get_ident()
+
+    def heard(*call: Any) -> Any:
+        return hook(*call) if threading.get_ident() == thread and not getattr(_thread, "aside", False) else None
+
+    with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
+        handle = module.register_forward_hook(heard)
+    try:
+        yield
+    finally:
+        with _lock:
+            handle.remove()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    _thread.aside = True
+    try:
+        yield
+    finally:
+        _thread.aside = False
