@@ -1,7 +1,7 @@
 """What a network takes and gives: images in [0,1] or its own, and logits under a softmax or a sigmoid per class."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, ValuesView
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -165,7 +165,7 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     return found[0]
 
 
-_COLLECTIONS = (tuple, list, type({}.values()))
+_COLLECTIONS = (tuple, list, ValuesView)
 
 
 def _further_inputs(network: nn.Module) -> list[str]:

@@ -60,7 +60,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     if not isinstance(layer, str):
         raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
     network = bare(model)
-    names = dict(network.named_modules())
+    names = dict(network.named_modules(remove_duplicate=False))
     if not layer or layer not in names:
         target = [] if classifier is None else [classifier.layer]
         close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
@@ -167,8 +167,8 @@ def features_and_gradients(
             "detach in its forward); wanted another layer, or a method without gradients"
         )
     dtype = torch.promote_types(features.dtype, torch.float32)
-    grids = (as_grid(maps.detach().to(dtype), model, images) for maps in (features, gradients))
-    return *grids, logits.detach()
+    features, gradients = (as_grid(maps.detach().to(dtype), model, images) for maps in (features, gradients))
+    return features, gradients, logits.detach()
 
 
 def attention_maps(
@@ -228,7 +228,7 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
 
     Args:
         model: any network. Passes of other threads are not counted, nor those by which `examine` looks closer, nor
-            passes of its parts, such as a split-off head, are not counted.
+            passes of its parts, such as a split-off head.
     """
     passes = [0, 0]
 
@@ -303,7 +303,7 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     if output.ndim != 3:
         raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
     tokens = output.shape[1]
-    prefix = getattr(getattr(model, "network", model), "num_prefix_tokens", None)
+    prefix = getattr(bare(model), "num_prefix_tokens", None)
     for extra in range(tokens) if prefix is None else (prefix,):
         rows = math.isqrt((tokens - extra) * height // width)
         if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:

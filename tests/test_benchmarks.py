@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TinyViT
 
-from opticam import opti_cam
+from opticam import opti_cam, wrap
 from opticam.lab.files import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -25,8 +25,7 @@ def test_the_published_way_has_the_maps_of_opti_cam(monkeypatch, images, class_i
     from published import published_loop
 
     torch.manual_seed(0)
-    model = TinyViT().double().eval()  # tokens; of maps, published.py checks it before it times anything
-    model.layer = "blocks"
+    model = wrap(TinyViT().double().eval(), "features")  # tokens; of maps, published.py checks it before it times
     torch.set_default_dtype(torch.float64)
     try:
         theirs = published_loop(model, images, class_idx, 2)  # still rising: the last map is the best

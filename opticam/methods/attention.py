@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from opticam.features import Layer, as_grid, attention_maps, check_inputs
+from opticam.checks import check_inputs
+from opticam.classifier import bare
+from opticam.features import Layer, as_grid, attention_maps
 from opticam.saliency import saliency_map
 
 
@@ -72,7 +74,7 @@ def _identity(maps: Tensor) -> Tensor:
 
 def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     """The map of the first row of (B,N,N), without the tokens that are no part of the image."""
-    network = getattr(model, "network", model)
+    network = bare(model)
     grid = as_grid(rollout[:, 0, :, None], model, images) if len(rollout) == len(images) else None
     if grid is None or grid[0].numel() == rollout.shape[-1] or not getattr(network, "has_class_token", True):
         raise ValueError(f"model: {type(network).__name__} has no class token; wanted a ViT or DeiT with one")

@@ -147,8 +147,9 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor) -> Tensor:
     """SM of each image, `log max(a, 0.05) - log p(c | crop)`. Lower is better: a small box that shows the class.
 
-    The probability p is by the head of the network. The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame.
-    One batched forward pass. Where no box is predicted (see `predicted_box`) the whole image is taken, a = 1: **ours**.
+    The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame,
+    p is by the head of the network. One batched forward pass. Where no box is predicted (see `predicted_box`) the whole
+    image is taken, a = 1: **ours**.
 
     Args:
         model: takes `images`, see `classifier.read`. Left as found.

@@ -14,7 +14,7 @@ import references
 import torch
 from tqdm import tqdm
 
-from opticam import METHODS, evaluate, load_model, metrics, opti_cam, score
+from opticam import METHODS, evaluate, load_model, metrics, opti_cam, score, wrap
 from opticam.lab import results
 from opticam.lab.datasets import Photo, Sample, Skipped, demo
 from opticam.lab.evaluate import SCORES, stored_saliency, stream
@@ -72,7 +72,7 @@ def test_score_refuses_wrong_maps_and_classes(tiny, images, class_idx):
 
 
 def test_evaluate_does_not_depend_on_the_batch(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     methods = {name: METHODS[name] for name in ("fake_cam", "grad_cam")}
     tables = [evaluate(tiny, samples, methods, batch_size=size) for size in (1, 2, 5)]
     for table in tables:
@@ -87,7 +87,7 @@ def test_constant_maps_are_counted_as_degenerate(tiny, samples):
 
 
 def test_maps_are_kept_where_asked_for(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     method = METHODS["grad_cam"]
     torn = Skipped("torn.png", 2, "torn")
     rows = evaluate(tiny, [*samples, torn], {"grad_cam": method}, scores=["saliency"], batch_size=2)
@@ -121,7 +121,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     nan = samples[0]._replace(name="nan.png", image=torch.full_like(samples[0].image, torch.nan))
     strange = samples[1]._replace(name="strange.png", label=5)
     torn = Skipped("torn.png", 2, "image: torn.png is damaged")
@@ -156,7 +156,7 @@ def test_only_unreadable_images(tiny):
 
 
 def test_costs_are_counted(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     methods = {
         "grad_cam": METHODS["grad_cam"],
         "opti_cam": partial(METHODS["opti_cam"], num_steps=3, layer="features.2"),
@@ -209,7 +209,7 @@ def test_the_bar_moves_with_every_method_and_back_where_memory_ends(tiny, sample
 
 
 def test_processes_that_decode_change_nothing(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     tables = [evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]}, batch_size=2, num_workers=n) for n in (0, 2)]
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
 
@@ -240,7 +240,7 @@ def test_a_map_that_is_not_finite_has_no_scores(tiny, samples):
 
 
 def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
-    tiny.layer, tiny.mean = "features", torch.full((1, 3, 1, 1), 0.5, dtype=torch.float64)
+    tiny = wrap(tiny, "features", mean=[0.5], std=[1.0])
     method = partial(METHODS["opti_cam"], num_steps=2, layer="features.0")
     boxes = [torch.tensor([[b, 2.0, 20.0, 9.0 + b]]) for b in range(5)]
     samples = [sample._replace(boxes=box) for sample, box in zip(samples, boxes, strict=True)]
@@ -290,7 +290,7 @@ def run_stream(folder, model, samples, **changed):
 
 
 def test_a_stream_has_the_rows_of_evaluate_and_is_not_computed_twice(tiny, samples, tmp_path, monkeypatch):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     folder = run_stream(tmp_path, tiny, samples)
     rows, provenance = read_shards(folder)
     direct = evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]})
@@ -324,7 +324,7 @@ def written(folder):
     ],
 )
 def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatch, what):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     run_stream(tmp_path, tiny, samples)
     before, changed = written(tmp_path), {}
     if what == "parameters":
@@ -343,7 +343,7 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
     elif what == "method":
         changed = {"methods": {"grad_cam": partial(METHODS["grad_cam"], layer="features.0")}}
     elif what == "layer":
-        tiny.layer = "features.0"
+        tiny = wrap(tiny, "features.0")
     elif what == "frame":
         monkeypatch.setattr(Numbered, "input_size", 25)
     elif what == "scores":
@@ -359,7 +359,7 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("what", ["code", "torn file"])
 def test_a_file_that_cannot_be_trusted_is_written_anew(tiny, samples, tmp_path, monkeypatch, what):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     run_stream(tmp_path, tiny, samples)
     if what == "code":
         monkeypatch.setattr(results, "code_digest", lambda: "other")
@@ -393,7 +393,7 @@ def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp
 
 
 def test_methods_and_datasets_of_another_kind(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     for method, got in (
         (opti_cam, "OptiCAMResult"),
         (lambda *_: np.ones((5, 1, 24, 32)), "ndarray"),
@@ -414,7 +414,7 @@ def test_layers_are_recorded_by_the_name_that_finds_them(samples):
 
 
 def test_a_half_precision_network(tiny, samples):
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     exact = evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]})
     half = evaluate(tiny.bfloat16(), samples, {"grad_cam": METHODS["grad_cam"]})
     assert half.status.equals(exact.status)
@@ -456,7 +456,7 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
 
 def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_path):
     """SIGKILL at random moments of a run of some 0.2 s, then one start more: the rows of an undisturbed run."""
-    tiny.layer = "features"
+    tiny = wrap(tiny, "features")
     many = [samples[i % 5]._replace(name=f"{i}.png") for i in range(24)]
     undisturbed, _ = read_shards(run_stream(tmp_path / "undisturbed", tiny, many))
     random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
 
-from opticam import METHODS, opti_cam
+from opticam import METHODS, opti_cam, wrap
 from opticam.lab.datasets import demo, to_input
 from opticam.lab.explorer import KEPT, Explanation, Explorer, Stopped, describe, explain, read_upload
 from opticam.lab.plotting import to_picture
@@ -20,9 +20,7 @@ mpl.use("agg")
 
 @pytest.fixture
 def model(tiny):
-    tiny.layer = "features.3"
-    tiny.train()
-    return tiny
+    return wrap(tiny, "features.3").train()
 
 
 def state(model):

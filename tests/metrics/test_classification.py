@@ -7,6 +7,7 @@ import references
 import torch
 from torch import nn
 
+from opticam.classifier import Classifier
 from opticam.metrics import (
     METRICS,
     adcc,
@@ -86,14 +87,12 @@ CURVES = {"insertion": insertion, "deletion": deletion}
 SCORES = {**CURVES, "insertion_deletion": insertion_deletion, "road": road}
 
 
-class Normalized(nn.Module):
-    """A network with mean/std inside, as a `Classifier`; counts the images of each pass; drops logits in training."""
+class Normalized(Classifier):
+    """Counts the images of each pass; drops logits in training."""
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor([0.5, 0.25, 0.375]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.25, 0.5, 0.125]).view(1, 3, 1, 1))
+        mean, std = (0.5, 0.25, 0.375), (0.25, 0.5, 0.125)
+        super().__init__(network, "normalized", "features", mean=mean, std=std, class_names=[])
         self.dropout = nn.Dropout(0.5)
         self.passes: list[int] = []
         self.extremes: list[float] = []
@@ -106,8 +105,6 @@ class Normalized(nn.Module):
 
 class OnePixel(nn.Module):
     """Two classes; class 0 has probability 3/4 where the first pixel is bright, else 1/2."""
-
-    mean = torch.zeros(1, 3, 1, 1)
 
     def forward(self, images):
         bright = images[:, 0, 0, 0] > 0.9
@@ -158,7 +155,7 @@ def test_curves_of_a_network_that_reads_one_pixel():
     c = torch.tensor([0])
 
     def run(metric, saliency):
-        area, curve = metric(OnePixel(), image, c, saliency, pixels_per_step=1)
+        area, curve = metric(OnePixel(), image, c, saliency, pixels_per_step=1, mean=torch.zeros(3))
         return [area.item(), *curve[0].tolist()]
 
     early, late = (0.25 + 3 * 0.75 + 0.375) / 4, (0.25 + 3 * 0.5 + 0.375) / 4  # trapezoids: half the first and last
@@ -280,7 +277,7 @@ def test_scores_refuse(model, images, class_idx, saliency, name):
         run(class_idx + 3, saliency)
     with pytest.raises(ValueError, match=r"images: wanted values in \[0,1\]"):
         SCORES[name](model, 255 * images, class_idx, saliency)
-    with pytest.raises(ValueError, match="batch_size: wanted at least 1 image, got 0"):
+    with pytest.raises(ValueError, match="batch_size: wanted at least 1, got 0"):
         run(class_idx, saliency, batch_size=0)
     if name == "road":
         for fractions in ((), (0.0, 0.5), (0.5, 1.0), (0.9999,), (0.0001,), np.array([])):

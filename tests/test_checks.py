@@ -1,0 +1,283 @@
+"""What is refused at the door, in one sentence, and what must not be."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from opticam import METHODS, grad_cam, opti_cam, score, wrap
+from opticam.checks import check_at_least, check_inputs, check_network, examine
+from opticam.classifier import logits_of_sigmoid, logits_of_softmax
+from opticam.features import count_passes
+from opticam.state import frozen
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": "photo.jpg"}, TypeError, "images: wanted a tensor"),
+        ({"images": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images: wanted a floating-point dtype"),
+        ({"images": torch.zeros(3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
+        ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
+        ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images: wanted the dtype of the model, torch.float64"),
+        ({"images": torch.zeros(5, 3, 8, 8, device="meta")}, ValueError, "wanted on the device"),
+        ({"class_idx": 3}, TypeError, "class_idx: wanted an int64 tensor"),
+        ({"class_idx": torch.zeros(5)}, TypeError, "class_idx: wanted dtype torch.int64"),
+        ({"class_idx": torch.zeros(4, dtype=torch.int64)}, ValueError, r"class_idx: wanted shape \(5,\)"),
+    ],
+)
+def test_bad_input_in_one_sentence(tiny, images, class_idx, change, error, message):
+    given = {"model": tiny, "images": images, "class_idx": class_idx, **change}
+    with pytest.raises(error, match=message) as raised:
+        check_inputs(**given)
+    assert "\n" not in str(raised.value)
+
+
+class Own(nn.Module):
+    """A network around another, with a forward of somebody's own."""
+
+    def __init__(self, network, forward):
+        super().__init__()
+        self.inner, self.own = network, forward
+
+    def forward(self, images):
+        return self.own(self.inner, images)
+
+
+def first_pass(model, images):
+    with frozen(model), torch.no_grad():
+        return examine(model, images)
+
+
+def refused(error, message, call):
+    with pytest.raises(error, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+
+
+def quantised(tiny):
+    return torch.ao.quantization.quantize_dynamic(tiny.float(), {nn.Linear}, dtype=torch.qint8)
+
+
+def stored_as_int8(tiny):
+    tiny.fc.weight = nn.Parameter(tiny.fc.weight.mul(100).to(torch.int8), requires_grad=False)
+    return tiny
+
+
+def half_on_meta(tiny):
+    tiny.fc = tiny.fc.to("meta")
+    return tiny
+
+
+def batch_statistics(tiny):
+    tiny.features.append(nn.BatchNorm2d(6, track_running_stats=False))
+    return tiny
+
+
+FOREIGN = {
+    "scripted": (torch.jit.script, TypeError, "model: TorchScript"),
+    "traced": (lambda tiny: torch.jit.trace(tiny, torch.rand(1, 3, 24, 32).double()), TypeError, "model: TorchScript"),
+    "scripted inside": (lambda tiny: nn.Sequential(torch.jit.script(tiny)), TypeError, "model: TorchScript"),
+    "quantised": (quantised, TypeError, "model: Linear is quantised"),
+    "int8 weights": (stored_as_int8, TypeError, "model: Linear is quantised"),
+    "meta": (lambda tiny: tiny.to("meta"), ValueError, "model: weights on the meta device"),
+    "meta in part": (half_on_meta, ValueError, "model: weights on the meta device"),
+    "batch norm of the batch": (batch_statistics, ValueError, "model: BatchNorm2d without running statistics"),
+    "a function": (
+        lambda tiny: lambda images: tiny(images),
+        TypeError,
+        r"model: wanted a torch\.nn\.Module, got function",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_networks_in_one_sentence(tiny, images, class_idx, kind):
+    change, error, message = FOREIGN[kind]
+    model = change(tiny)
+    for call in (
+        lambda: grad_cam(model, images, class_idx, layer="features"),
+        lambda: opti_cam(model, images, class_idx, layer="features", num_steps=1),
+        lambda: METHODS["fake_cam"](model, images, class_idx),
+        lambda: METHODS["rise"](model, images, class_idx, num_masks=2),
+        lambda: score(model, images, class_idx, images[:, :1]),
+    ):
+        refused(error, message, call)
+    if isinstance(model, nn.Module):
+        refused(error, message, lambda: check_network(wrap(model, "features")))
+
+
+def test_a_norm_of_each_image_alone_passes(tiny):
+    check_network(nn.Sequential(nn.InstanceNorm2d(3), nn.BatchNorm2d(3), nn.GroupNorm(1, 3)))
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "opti_cam", "rise", "score_cam"])
+def test_a_network_of_two_inputs(tiny, images, class_idx, name):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny
+
+        def forward(self, images, age, *, sex):
+            return self.inner(images) + age + sex
+
+    for model in (Two(), wrap(Two(), "inner.features")):
+        call = lambda model=model: METHODS[name](model, images, class_idx, layer="inner.features")  # noqa: E731
+        refused(TypeError, "model: Two wants age, sex beside the images; wanted a module that takes", call)
+
+
+def test_a_type_error_of_the_networks_own_is_not_hidden(tiny, images, class_idx):
+    model = Own(tiny, lambda inner, images: inner(images) + "a")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        grad_cam(model, images, class_idx, layer="inner.features")
+
+
+def test_complex_images_and_other_numbers_of_channels(tiny, images, class_idx):
+    refused(
+        TypeError,
+        "images: wanted a floating-point dtype, got torch.complex128",
+        lambda: grad_cam(tiny, images.to(torch.complex128), class_idx, layer="features"),
+    )
+    model = wrap(tiny, "features", mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+    refused(ValueError, "images: wanted 3 channels, got 1", lambda: grad_cam(model, images[:, :1], class_idx))
+
+
+ENDINGS = {
+    "softmax": lambda y: y.softmax(1),
+    "softmax of a record": lambda y: {"logits": y.softmax(-1)},
+    "exponential of log-softmax": lambda y: F.log_softmax(y, 1).exp(),
+    "sigmoid": lambda y: y.sigmoid(),
+    "sigmoid by hand": lambda y: 1 / (1 + torch.exp(-20 * y)),
+    "one sigmoid": lambda y: y[:, :1].sigmoid(),
+    "one sigmoid without dimension": lambda y: y[:, 0].sigmoid().squeeze(),
+    "one of two by softmax": lambda y: y[:, :2].softmax(1)[:, 1],
+    "probabilities cut from the graph": lambda y: y.detach().softmax(1),
+}
+
+
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_networks_that_return_probabilities_are_recognised(tiny, images, class_idx, kind, number):
+    model = Own(tiny, lambda inner, x: ENDINGS[kind](inner(x)))
+    x, c = images[:number], torch.zeros(number, dtype=torch.int64)
+    name = "softmax" if kind.startswith(("softmax", "exp", "prob")) else "sigmoid"
+    message = (
+        rf"model: Own ends in a {name}, so its outputs are probabilities; wanted logits.*to_logits=logits_of_{name}"
+    )
+    refused(ValueError, message, lambda: score(model, x, c, x[:, :1]))
+    refused(ValueError, message, lambda: METHODS["rise"](model, x, c, num_masks=2))
+    for head in ("softmax", "sigmoid"):
+        refused(ValueError, message, lambda head=head: first_pass(wrap(model, "inner.features", head=head), x))
+
+
+def test_probabilities_as_the_caller_says(tiny, images, class_idx):
+    S = images[:, :1]
+    for ending, function, head in (
+        (lambda y: y.softmax(1), logits_of_softmax, "softmax"),
+        (lambda y: y.sigmoid(), logits_of_sigmoid, "sigmoid"),
+    ):
+        ends = Own(tiny, lambda inner, x, ending=ending: ending(inner(x)))
+        model = wrap(ends, "inner.features", head=head, to_logits=function)
+        plain = wrap(tiny, "features", head=head)
+        for ours, wanted in zip(
+            score(model, images, class_idx, S)[["prob", "masked_prob"]].to_numpy().T,
+            score(plain, images, class_idx, S)[["prob", "masked_prob"]].to_numpy().T,
+            strict=True,
+        ):
+            assert ours == pytest.approx(wanted, rel=1e-10)
+    torch.testing.assert_close(grad_cam(model, images, class_idx), grad_cam(plain, images, class_idx))  # of the sigmoid
+
+
+REAL = {
+    "small logits": lambda y: y.abs() / 10,
+    "one small logit": lambda y: 0.4 + y[:, 0] / 100,
+    "logits of one image with sum 1": lambda y: y - y[:1] + 0.2,
+    "log-softmax": lambda y: y.log_softmax(1),
+    "rectified": lambda y: y.relu(),
+    "all the same": lambda y: 0 * y,
+    "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_real_logits_are_never_refused(tiny, images, kind, head):
+    model = wrap(Own(tiny, lambda inner, x: REAL[kind](inner(x))), "inner.features", head=head)
+    for number in (1, 5):
+        with count_passes(model) as passes:
+            first_pass(model, images[:number])
+        assert passes[0] == number  # a closer look is not a pass of the method
+
+
+class Counting(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += 1
+        return images + self.share * self.calls
+
+
+RANDOM = {
+    "dropout by function": lambda tiny: Own(tiny, lambda inner, x: inner(F.dropout(x, 0.5))),
+    "noise": lambda tiny: Own(tiny, lambda inner, x: inner(x + 0.1 * torch.randn_like(x))),
+    "state": lambda tiny: nn.Sequential(Counting(0.1), tiny),
+}
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "score_cam", "rise", "opti_cam", "ablation_cam"])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_networks_that_differ_from_pass_to_pass_are_refused(tiny, images, class_idx, kind, name):
+    model = RANDOM[kind](tiny)
+    message = f"model: two passes of {type(model).__name__} over one image differ in eval mode"
+    refused(ValueError, message, lambda: METHODS[name](model, images, class_idx, layer=tiny.features))
+
+
+def test_dropout_as_a_module_and_harmless_state_pass(tiny, images, class_idx):
+    expected = grad_cam(tiny, images, class_idx, layer="features")
+    drops = Own(tiny, lambda inner, x: inner(F.dropout(x, 0.5, training=inner.training))).train()
+    torch.testing.assert_close(grad_cam(drops, images, class_idx, layer="inner.features"), expected)
+    counts = nn.Sequential(Counting(0.0), tiny)
+    torch.testing.assert_close(grad_cam(counts, images, class_idx, layer=tiny.features), expected)
+    draws = Own(tiny, lambda inner, x: (torch.rand(1), inner(x))[1])  # and throws it away
+    torch.testing.assert_close(grad_cam(draws, images, class_idx, layer="inner.features"), expected)
+
+
+NO_GRADIENT = {
+    "no_grad": torch.no_grad()(lambda inner, x: inner(x)),
+    "inference_mode": torch.inference_mode()(lambda inner, x: inner(x)),
+    "detach": lambda inner, x: inner.fc(inner.features(x).mean((2, 3)).detach()),
+    "through numpy": lambda inner, x: inner.fc(torch.from_numpy(inner.features(x).mean((2, 3)).detach().numpy())),
+}
+
+
+@pytest.mark.parametrize("kind", NO_GRADIENT)
+def test_networks_without_gradients(tiny, images, class_idx, kind):
+    model = Own(tiny, NO_GRADIENT[kind])
+    call = lambda name, **options: METHODS[name](model, images, class_idx, **options)  # noqa: E731
+    reason = "no_grad, inference_mode or detach"
+    refused(ValueError, f"layer: .*{reason}", lambda: call("grad_cam", layer="inner.features"))
+    refused(ValueError, f"model: .*{reason}", lambda: call("opti_cam", layer="inner.features", num_steps=1))
+    refused(ValueError, f"model: .*{reason}", lambda: call("extremal_perturbation", num_steps=1))
+    for name, options in {"score_cam": {"layer": "features"}, "rise": {"num_masks": 5}}.items():
+        expected = METHODS[name](tiny, images, class_idx, **options)
+        named = {key: f"inner.{value}" if key == "layer" else value for key, value in options.items()}
+        torch.testing.assert_close(call(name, **named), expected)
+
+
+def test_class_names_that_are_not_one_per_class(tiny, images, class_idx):
+    model = wrap(tiny, "features", class_names=["a", "b", "c"])
+    refused(
+        ValueError,
+        "class_names: wanted 5, one per class of the network, got 3",
+        lambda: grad_cam(model, images, class_idx),
+    )
+
+
+def test_numbers():
+    check_at_least(1, batch_size=None, cells=1)
+    refused(ValueError, "cells: wanted at least 1, got 0", lambda: check_at_least(1, batch_size=3, cells=0))
+    refused(ValueError, "cells: wanted a whole number, got 2.5", lambda: check_at_least(1, cells=2.5))
