@@ -23,14 +23,8 @@ class Normed(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2),
-            nn.BatchNorm2d(8),
-            nn.ReLU(True),
-            nn.Conv2d(8, 6, 3),
-            nn.BatchNorm2d(6),
-            nn.ReLU(True),
-        )
+        first = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(True)
+        self.features = nn.Sequential(*first, nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(True))
         self.drop, self.fc = nn.Dropout(0.5), nn.Linear(6, 5)
 
     def forward(self, images):

@@ -1,0 +1,183 @@
+"""A sigmoid is a softmax over the class and its absence: methods and metrics of one must be those of the other."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyCNN, TinyViT
+from torch import nn
+
+from opticam import METHODS, evaluate, metrics, opti_cam, score, wrap
+from opticam.lab.datasets import Sample
+from opticam.lab.evaluate import SCORES
+from opticam.methods import OBJECTIVES, perturbation
+
+C = 3  # the class explained
+SHORT = {"opti_cam": {"num_steps": 4}, "rise": {"num_masks": 12}, "extremal_perturbation": {"num_steps": 3}}
+ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout"}
+
+
+def with_outputs(network, rows):
+    """A copy whose logits are these rows, from weights (K,) and a bias each, of the network's last layer."""
+    changed = copy.deepcopy(network)
+    weight, bias = (torch.stack([row[part] for row in rows]) for part in (0, 1))
+    fc = nn.Linear(weight.shape[1], len(rows)).double()
+    fc.weight.data, fc.bias.data = weight.clone(), bias.clone()
+    changed.fc = fc
+    if isinstance(changed, TinyViT):
+        changed.network.head = fc
+    return changed
+
+
+@pytest.fixture
+def network(request, images):
+    """Class C is found in some of the images, and is the most probable one in none."""
+    torch.manual_seed(0)
+    case = getattr(request.node, "callspec", None)
+    built = TinyViT() if case and case.params.get("name") in ATTENTION else TinyCNN()
+    built = built.double()
+    with torch.no_grad():
+        built.fc.weight.mul_(4)
+        y = built(images)
+        built.fc.bias[C] -= y[:, C].median() - 1e-3
+        built.fc.bias[0] += 9
+    return built
+
+
+@pytest.fixture
+def pair(network):
+    """Logits (y_c, 0) under a softmax: the class and its absence."""
+    w, b = network.fc.weight.detach(), network.fc.bias.detach()
+    return wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features")
+
+
+@pytest.fixture
+def one(network):
+    """The one logit y_c, as (B,)."""
+
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            w, b = network.fc.weight.detach(), network.fc.bias.detach()
+            self.inner = with_outputs(network, [(w[C], b[C])])
+
+        def forward(self, images):
+            return self.inner(images).squeeze()
+
+    return Squeezed()
+
+
+def same(values, expected, atol=1e-10):
+    torch.testing.assert_close(values, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name, network, pair, one, images, monkeypatch):
+    monkeypatch.setattr(perturbation, "SIGMA", 2.0)
+    options, first = SHORT.get(name, {}), torch.zeros(5, dtype=torch.int64)
+    expected = METHODS[name](pair, images, first, **options)
+    several = wrap(network, "features", head="sigmoid")
+    same(METHODS[name](several, images, first + C, **options), expected)
+    if name not in ATTENTION:
+        same(METHODS[name](one, images, first, layer="inner.features", **options), expected)
+        absent = METHODS[name](wrap(one, "inner.features"), images, first + 1, **options)
+        w, b = -network.fc.weight.detach(), -network.fc.bias.detach()
+        negative = wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features")
+        same(absent, METHODS[name](negative, images, first, **options))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(network, pair, one, images, objective):
+    first = torch.zeros(5, dtype=torch.int64)
+    options = {"objective": OBJECTIVES[objective], "num_steps": 3}
+    expected = opti_cam(pair, images, first, **options)
+    for found in (
+        opti_cam(wrap(network, "features", head="sigmoid"), images, first + C, **options),
+        opti_cam(one, images, first, layer="inner.features", **options),
+    ):
+        same(found.saliency, expected.saliency)
+        same(found.objective, expected.objective)
+    y = network(images * expected.saliency)[:, C].detach()  # the best map
+    p = 1 / (1 + (-y).exp())
+    by_hand = {"class_logit": y, "logit_margin": y, "probability": p, "log_probability": p.log()}
+    if objective in by_hand:
+        same(expected.objective.amax(1), by_hand[objective])
+
+
+def test_scores_by_hand(network, one, images):
+    S = torch.rand(5, 1, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    y, masked = (network(x)[:, C].tolist() for x in (images, images * S))
+    first = torch.zeros(5, dtype=torch.int64)
+    several = wrap(network, "features", head="sigmoid")
+    tables = {
+        1: [score(several, images, first + C, S), score(one, images, first, S)],
+        -1: [score(one, images, first + 1, S)],
+    }
+    gained = set()
+    for sign, found in tables.items():
+        for table in found:
+            for i in range(5):
+                p, o = (1 / (1 + math.exp(-sign * value)) for value in (y[i], masked[i]))
+                row = table.iloc[i]
+                gained.add(o > p)
+                assert row.logit == pytest.approx(sign * y[i])
+                assert row.masked_logit == pytest.approx(sign * masked[i])
+                assert [row.prob, row.masked_prob] == pytest.approx([p, o], rel=1e-12)
+                assert row.average_drop == pytest.approx(max(0, p - o) / p, rel=1e-9)
+                assert row.average_gain == pytest.approx(max(0, o - p) / (1 - p), rel=1e-9)
+                assert row.average_increase == (o > p)
+    assert gained == {True, False}
+
+
+@pytest.mark.parametrize("name", ["insertion", "deletion", "insertion_deletion", "road", "saliency_metric"])
+def test_metrics_that_ask_the_network(name, network, pair, one, images):
+    S = torch.rand(5, 1, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    S[:, :, 5:15, 5:20] += 1
+    S, first = S / 2, torch.zeros(5, dtype=torch.int64)
+    options = {} if name in ("road", "saliency_metric") else {"mean": torch.full((3,), 0.5)}
+    metric = lambda model, c: getattr(metrics, name)(model, images, c, S, **options)  # noqa: E731
+    expected = metric(pair, first)
+    torch.testing.assert_close(metric(wrap(network, "features", head="sigmoid"), first + C), expected)
+    torch.testing.assert_close(metric(one, first), expected)
+    if name == "saliency_metric":  # what it adds to the area is -log p: the positive class and its absence sum to 1
+        both = [metric(one, first + k) for k in (0, 1)]
+        box = metrics.predicted_box(S)
+        area = ((box[:, 2] - box[:, 0] + 1) * (box[:, 3] - box[:, 1] + 1)).double() / (24 * 32)
+        same(sum((area.clamp(min=0.05).log() - value).exp() for value in both), torch.ones(5).double())
+
+
+def test_tables(network, pair, one, images):
+    boxes = torch.tensor([[2.0, 2.0, 20.0, 12.0]])
+    samples = lambda c: [Sample(f"{i}.png", image, c, boxes) for i, image in enumerate(images)]  # noqa: E731
+    methods = {"grad_cam": METHODS["grad_cam"]}
+    several = wrap(network, "features", head="sigmoid")
+    single = wrap(one, "inner.features", class_names=["ill"])
+    tables = [
+        evaluate(model, samples(c), methods, scores=list(SCORES)) for model, c in ((pair, 0), (several, C), (single, 0))
+    ]
+    numbers = [
+        table.select_dtypes("number").drop(columns=["label", "class_idx", "predicted", "seconds"]) for table in tables
+    ]
+    for found in numbers[1:]:
+        np.testing.assert_allclose(found, numbers[0], atol=1e-9)
+    y = network(images)
+    assert tables[1].predicted.tolist() == y.argmax(1).tolist()
+    assert tables[2].predicted.tolist() == [0 if value > 0 else 1 for value in y[:, C].tolist()]
+    # correct is what the network says of this class, whatever it says of others
+    assert set((y[:, C] > 0).tolist()) == {True, False}
+    assert (y.argmax(1) == C).tolist() != (y[:, C] > 0).tolist()
+    for table in tables:
+        missed = (table.official_metric > table.localization_error) | (table.localization_error == 1)
+        assert (missed | (y[:, C] > 0).numpy()).all()
+
+
+def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
+    class Named(list):
+        class_names = ("healthy", "ill")
+
+    data = Named(Sample(f"{i}.png", image, 1, torch.zeros(0, 4)) for i, image in enumerate(images))
+    model = wrap(one, "inner.features", class_names=["ill"])
+    with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
+        evaluate(model, data, {"fake_cam": METHODS["fake_cam"]})
