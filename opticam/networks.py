@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from opticam.classifier import Classifier, Head
+from opticam.features import resolve_layer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -71,15 +72,15 @@ def wrap(
 
     Raises:
         TypeError: `network` is not a module.
-        ValueError: an unknown head or layer; mean and std of different length, or an std that is not positive.
+        ValueError: an unknown head or layer; mean and std that do not fit together.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"std: wanted a positive number for each of mean, {tuple(mean)}, got {tuple(std)}")
+    if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
+        raise ValueError(f"std: wanted positive numbers, as many as mean, {tuple(mean)}, got {tuple(std)}")
     if len(class_names) == 1:
         class_names = [*class_names, f"not {class_names[0]}"]
-    return Classifier(
+    classifier = Classifier(
         network,
         name or type(network).__name__,
         layer,
@@ -91,6 +92,8 @@ def wrap(
         resize=resize or round(input_size / 0.875),
         class_names=list(class_names),
     )
+    resolve_layer(classifier)
+    return classifier
 
 
 def imagenet_classes() -> list[str]:

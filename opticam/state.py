@@ -4,6 +4,7 @@ The network is left as it was found, and state belongs to the call: hooks hear o
 and what several calls have changed is restored by the last.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
     def heard(*call: Any) -> Any:
         return hook(*call) if threading.get_ident() == thread and not getattr(_thread, "aside", False) else None
 
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        heard = dynamo.disable(heard)  # a compiled network asks in vain in which thread it runs
     with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
         handle = module.register_forward_hook(heard)
     try:

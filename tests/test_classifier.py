@@ -190,11 +190,13 @@ def test_mean_and_std_are_where_the_weights_are(tiny, images):
     assert model.mean.dtype == torch.float64
     x = torch.stack([(images[:, k] - m) / s for k, (m, s) in enumerate(((0.5, 0.5), (0.25, 1.0), (0.1, 2.0)))], 1)
     torch.testing.assert_close(model(images), tiny(x), rtol=0, atol=1e-14)
-    gray = wrap(nn.Conv2d(1, 2, 3), "", mean=(0.5,), std=(0.25,))
+    gray = wrap(nn.Sequential(nn.Conv2d(1, 2, 3)), "0", mean=(0.5,), std=(0.25,))
     assert gray(torch.rand(1, 1, 4, 4)).shape == (1, 2, 2, 2)  # one mean for all channels
-    for mean, std in (((0.5, 0.5), (1.0,)), ((0.5,), (0.0,)), ((0.5,), (-1.0,))):
-        with pytest.raises(ValueError, match="std: wanted a positive number for each of mean"):
+    for mean, std in (((0.5, 0.5), (1.0, 1.0, 1.0)), ((0.5,), (0.0,)), ((0.5,), (-1.0,))):
+        with pytest.raises(ValueError, match="std: wanted positive numbers, as many as mean"):
             wrap(tiny, "features", mean=mean, std=std)
+    with pytest.raises(ValueError, match="layer: no 'feature' in TinyCNN; wanted a dotted name such as features"):
+        wrap(tiny, "feature")
     with pytest.raises(TypeError, match=r"network: wanted a torch\.nn\.Module, got function"):
         wrap(lambda x: x, "features")
 

@@ -128,7 +128,7 @@ def test_random_weights_come_from_torchs_generator():
 
 
 def test_mean_and_std_move_with_the_classifier():
-    classifier = wrap(nn.Flatten(), "", mean=(0.5, 0, 0)).double()
+    classifier = wrap(nn.Sequential(nn.Flatten()), "0", mean=(0.5, 0, 0)).double()
     assert classifier(torch.full((1, 3, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0, 0.5, 0.5]]
 
 

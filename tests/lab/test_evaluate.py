@@ -121,11 +121,10 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
-    tiny = wrap(tiny, "features")
     nan = samples[0]._replace(name="nan.png", image=torch.full_like(samples[0].image, torch.nan))
     strange = samples[1]._replace(name="strange.png", label=5)
     torn = Skipped("torn.png", 2, "image: torn.png is damaged")
-    methods = {name: METHODS[name] for name in ("grad_cam", "equal_weights")}
+    methods = {name: partial(METHODS[name], layer="features") for name in ("grad_cam", "equal_weights")}
     good = evaluate(tiny, samples, methods, batch_size=2)
     rows = evaluate(tiny, [torn, *samples[:2], strange, nan, *samples[2:]], methods, batch_size=8)
     reasons = rows[rows["status"] == "skipped"].groupby("image")["reason"].unique()
@@ -331,7 +330,7 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
         changed = {"parameters": {"model": "other"}}
     elif what == "weights":
         with torch.no_grad():
-            tiny.fc.bias[0] += 1
+            tiny.network.fc.bias[0] += 1
     elif what == "images":
         samples[-1] = samples[-1]._replace(name="other.png")
     elif what == "labels":
@@ -339,11 +338,11 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
     elif what == "upright":
         monkeypatch.setattr(Numbered, "upright", False)
     elif what == "network":
-        tiny.features[1] = torch.nn.GELU()
+        tiny.network.features[1] = torch.nn.GELU()
     elif what == "method":
         changed = {"methods": {"grad_cam": partial(METHODS["grad_cam"], layer="features.0")}}
     elif what == "layer":
-        tiny = wrap(tiny, "features.0")
+        tiny = wrap(tiny.network, "features.0")
     elif what == "frame":
         monkeypatch.setattr(Numbered, "input_size", 25)
     elif what == "scores":

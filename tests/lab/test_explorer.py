@@ -97,7 +97,7 @@ def test_description_by_a_worked_example():
     logits, masked_logits = torch.tensor([1.0, 3.0]).log(), torch.tensor([5.0, 3.0]).log()
     saliency = torch.linspace(0, 1, 4).view(1, 2, 2)
     found = Explanation(
-        "grad_cam", 0, torch.ones(3, 2, 2), logits, masked_logits, saliency, 0, {}, logits[:1], logits[:1]
+        "grad_cam", 0, torch.ones(3, 2, 2), logits, masked_logits, "softmax", saliency, 0, {}, logits[:1], logits[:1]
     )
     line = "Grad-CAM for cat: probability 25.0 % -> 62.5 % when masked (drop 0.0 %, gain 50.0 % of what was possible)"
     assert describe(found, ["cat", "dog"]) == line
@@ -105,6 +105,24 @@ def test_description_by_a_worked_example():
     back = found._replace(logits=masked_logits, masked_logits=logits, saliency=torch.zeros(1, 2, 2))
     assert "62.5 % -> 25.0 % when masked (drop 60.0 %, gain 0.0 %" in describe(back, ["cat", "dog"])
     assert describe(back, ["cat", "dog"]).endswith("The map is constant: nothing is found.")
+    # each class for itself: p = 1/(1 + 1/1) = 1/2 and o = 1/(1 + 1/5) = 5/6
+    sigmoid = found._replace(head="sigmoid")
+    assert "probability 50.0 % -> 83.3 % when masked (drop 0.0 %, gain 66.7 %" in describe(sigmoid, ["cat", "dog"])
+    assert sigmoid.probs.tolist() == pytest.approx([1 / 2, 3 / 4])
+    assert sigmoid.masked_probs.tolist() == pytest.approx([5 / 6, 3 / 4])
+
+
+@pytest.mark.parametrize("method", ["opti_cam", "grad_cam"])
+def test_networks_of_other_heads_are_explained(tiny, images, method):
+    several, y = wrap(tiny, "features", head="sigmoid"), tiny(images[:1])[0].detach()
+    found = explain(several, images[0], 3, method, num_steps=2)
+    assert found.probs.tolist() == pytest.approx((1 / (1 + (-y).exp())).tolist())
+    masked = tiny(images[:1] * found.saliency)[0, 3].item()
+    assert found.masked_prob[found.step].item() == pytest.approx(1 / (1 + np.exp(-masked)))
+    single = wrap(torch.nn.Sequential(tiny, torch.nn.Linear(5, 1).double()), "0.features", class_names=["ill"])
+    both = [explain(single, images[0], c, method, num_steps=2) for c in (0, 1)]
+    assert [both[0].probs.sum().item(), both[1].masked_probs.sum().item()] == pytest.approx([1, 1])
+    assert describe(both[1], single.class_names).split(":")[0].endswith("for not ill")
 
 
 def test_an_upload_is_read_like_a_file():

@@ -104,7 +104,7 @@ def test_a_network_without_attention_or_class_token_is_refused(tiny, images, cla
         METHODS[name](tiny, images, class_idx)
     assert isinstance(tiny, TinyCNN)
     pooled = TinyViT(class_token=False, global_pool="avg").double()
-    with pytest.raises(ValueError, match="model: VisionTransformer has no class token"):
+    with pytest.raises(ValueError, match="model: TinyViT has no class token"):
         METHODS[name](pooled, images, class_idx)
 
 

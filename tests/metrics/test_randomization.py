@@ -85,9 +85,10 @@ def test_stages_of_a_classifier_are_named_as_its_network_names_them():
 def test_what_belongs_to_no_layer_goes_by_the_name_of_the_class():
     model = TinyViT()
     names = [name for name, _ in cascading(model)]
-    assert names[0] == "head"
-    assert names[-1] == "VisionTransformer"
+    assert names[0] == "network.head"
+    assert names[-1] == "network"
     last = list(independent(model))[-1][1]
+    assert list(cascading(model.network))[-1][0] == "VisionTransformer"
     assert changed(model, last) == {"network.cls_token", "network.pos_embed"}
 
 
