@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (NotebookError, ValueError, OSError, MemoryError, ImportError) as error:
+    except (NotebookError, ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         for line in (str(error) or "not enough memory").splitlines():
             print(f"opticam: {line}", file=sys.stderr)
         return 1 if isinstance(error, NotebookError) else 2

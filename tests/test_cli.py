@@ -7,10 +7,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from opticam import METHODS, SCHEDULES, cli
+from opticam import METHODS, SCHEDULES, cli, networks, wrap
 from opticam.lab import findings
 from opticam.lab.datasets import demo
 from opticam.lab.findings import finding, report
@@ -47,6 +48,25 @@ def test_explain_another_class_by_name_with_another_method(capsys, folder):
     assert cli.main(["explain", PHOTO, "--class", "Kite", "--method", "grad_cam", "--output", "deep/out.pdf"]) == 0
     assert "Grad-CAM for kite (21)" in capsys.readouterr().out
     assert (folder / "deep" / "out.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("outputs", "head"), [(14, "sigmoid"), (1, "softmax")])
+def test_explain_a_network_of_another_head(capsys, monkeypatch, outputs, head):
+    body = [torch.nn.Conv2d(3, 4, 9, 8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    fc = torch.nn.Linear(4, outputs)
+    torch.nn.init.zeros_(fc.weight)
+    fc.bias.data = torch.arange(float(outputs)) + 1
+    names = [f"finding {index}" for index in range(outputs)]
+    model = wrap(torch.nn.Sequential(*body, fc), "1", head=head, class_names=names)
+    monkeypatch.setattr(networks, "load_model", lambda *_, **__: model)
+    assert cli.main(["explain", PHOTO, "--method", "fake_cam", "--class", "0"]) == 0
+    printed = capsys.readouterr().out  # 1/(1 + exp(-1)) = 73.1 %
+    assert " 73.1 %  finding 0  (0)" in printed or outputs > 5
+    assert (" 26.9 %  not finding 0  (1)" in printed) == (outputs == 1)
+    assert "Fake-CAM for finding 0 (0)\n  probability 73.1 % -> 73.1 % when masked, logit 1.00 -> 1.00" in printed
+    monkeypatch.setattr(model, "to_logits", lambda y: [y.tolist()])
+    assert cli.main(["explain", PHOTO, "--method", "fake_cam"]) == 2
+    assert "opticam: model: wanted a network that returns logits, got a list" in capsys.readouterr().err
 
 
 def test_explain_by_a_schedule(monkeypatch, folder):
