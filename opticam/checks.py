@@ -150,7 +150,7 @@ def examine(model: nn.Module, images: Tensor) -> Output:
         if ending is not None:
             raise ValueError(
                 f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are probabilities; wanted "
-                f"logits: leave the last layer out, or say opticam.wrap(..., to_logits=logits_of_{ending})"
+                f"logits: leave the last layer out, or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
             )
     return output
 

@@ -162,9 +162,7 @@ def test_networks_that_return_probabilities_are_recognised(tiny, images, class_i
     model = Own(tiny, lambda inner, x: ENDINGS[kind](inner(x)))
     x, c = images[:number], torch.zeros(number, dtype=torch.int64)
     name = "softmax" if kind.startswith(("softmax", "exp", "prob")) else "sigmoid"
-    message = (
-        rf"model: Own ends in a {name}, so its outputs are probabilities; wanted logits.*to_logits=logits_of_{name}"
-    )
+    message = rf"model: Own ends in a {name}, so its outputs are probabilities; wanted logits.*logits_of_{name}"
     refused(ValueError, message, lambda: score(model, x, c, x[:, :1]))
     refused(ValueError, message, lambda: METHODS["rise"](model, x, c, num_masks=2))
     for head in ("softmax", "sigmoid"):

@@ -9,7 +9,7 @@ import torch
 from conftest import TinyCNN, TinyViT
 from torch import nn
 
-from opticam import METHODS, evaluate, metrics, opti_cam, score, wrap
+from opticam import METHODS, evaluate, find_method, metrics, opti_cam, score, wrap
 from opticam.lab.datasets import Sample
 from opticam.lab.evaluate import SCORES
 from opticam.methods import OBJECTIVES, perturbation
@@ -50,7 +50,7 @@ def network(request, images):
 def pair(network):
     """Logits (y_c, 0) under a softmax: the class and its absence."""
     w, b = network.fc.weight.detach(), network.fc.bias.detach()
-    return wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features")
+    return wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features.0")
 
 
 @pytest.fixture
@@ -78,14 +78,27 @@ def test_methods(name, network, pair, one, images, monkeypatch):
     monkeypatch.setattr(perturbation, "SIGMA", 2.0)
     options, first = SHORT.get(name, {}), torch.zeros(5, dtype=torch.int64)
     expected = METHODS[name](pair, images, first, **options)
-    several = wrap(network, "features", head="sigmoid")
+    assert expected.amax() > 0.99
+    several = wrap(network, "features.0", head="sigmoid")
     same(METHODS[name](several, images, first + C, **options), expected)
     if name not in ATTENTION:
-        same(METHODS[name](one, images, first, layer="inner.features", **options), expected)
-        absent = METHODS[name](wrap(one, "inner.features"), images, first + 1, **options)
+        same(METHODS[name](one, images, first, layer="inner.features.0", **options), expected)
+        absent = METHODS[name](wrap(one, "inner.features.0"), images, first + 1, **options)
         w, b = -network.fc.weight.detach(), -network.fc.bias.detach()
-        negative = wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features")
+        negative = wrap(with_outputs(network, [(w[C], b[C]), (0 * w[C], 0 * b[C])]), "features.0")
         same(absent, METHODS[name](negative, images, first, **options))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["InputXGradient", "LayerGradCam", "FeatureAblation", "DeepLift"])
+def test_attributions_of_captum(name, network, pair, one, images):
+    pytest.importorskip("captum", reason="captum is an extra")
+    method, first = find_method(f"captum:{name}"), torch.zeros(2, dtype=torch.int64)
+    options = {"feature_mask": torch.arange(768).view(1, 1, 24, 32) // 96} if name == "FeatureAblation" else {}
+    expected = method(pair, images[:2], first, **options)
+    assert expected.amax() > 0.99
+    same(method(wrap(network, "features.0", head="sigmoid"), images[:2], first + C, **options), expected)
+    same(method(one, images[:2], first, layer="inner.features.0", **options), expected)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -94,8 +107,8 @@ def test_objectives(network, pair, one, images, objective):
     options = {"objective": OBJECTIVES[objective], "num_steps": 3}
     expected = opti_cam(pair, images, first, **options)
     for found in (
-        opti_cam(wrap(network, "features", head="sigmoid"), images, first + C, **options),
-        opti_cam(one, images, first, layer="inner.features", **options),
+        opti_cam(wrap(network, "features.0", head="sigmoid"), images, first + C, **options),
+        opti_cam(one, images, first, layer="inner.features.0", **options),
     ):
         same(found.saliency, expected.saliency)
         same(found.objective, expected.objective)
@@ -110,7 +123,7 @@ def test_scores_by_hand(network, one, images):
     S = torch.rand(5, 1, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     y, masked = (network(x)[:, C].tolist() for x in (images, images * S))
     first = torch.zeros(5, dtype=torch.int64)
-    several = wrap(network, "features", head="sigmoid")
+    several = wrap(network, "features.0", head="sigmoid")
     tables = {
         1: [score(several, images, first + C, S), score(one, images, first, S)],
         -1: [score(one, images, first + 1, S)],
@@ -139,7 +152,7 @@ def test_metrics_that_ask_the_network(name, network, pair, one, images):
     options = {} if name in ("road", "saliency_metric") else {"mean": torch.full((3,), 0.5)}
     metric = lambda model, c: getattr(metrics, name)(model, images, c, S, **options)  # noqa: E731
     expected = metric(pair, first)
-    torch.testing.assert_close(metric(wrap(network, "features", head="sigmoid"), first + C), expected)
+    torch.testing.assert_close(metric(wrap(network, "features.0", head="sigmoid"), first + C), expected)
     torch.testing.assert_close(metric(one, first), expected)
     if name == "saliency_metric":  # what it adds to the area is -log p: the positive class and its absence sum to 1
         both = [metric(one, first + k) for k in (0, 1)]
@@ -153,8 +166,8 @@ def test_tables(network, pair, one, images):
     boxes = metrics.predicted_box(maps)[:, None] + torch.tensor([0, 0, 1, 1])
     samples = lambda c: [Sample(f"{i}.png", images[i], c, boxes[i].float()) for i in range(5)]  # noqa: E731
     methods = {"equal_weights": METHODS["equal_weights"]}
-    several = wrap(network, "features", head="sigmoid")
-    single = wrap(one, "inner.features", class_names=["ill"])
+    several = wrap(network, "features.0", head="sigmoid")
+    single = wrap(one, "inner.features.0", class_names=["ill"])
     tables = [
         evaluate(model, samples(c), methods, scores=list(SCORES)) for model, c in ((pair, 0), (several, C), (single, 0))
     ]
@@ -179,6 +192,6 @@ def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
         class_names = ("healthy", "ill")
 
     data = Named(Sample(f"{i}.png", image, 1, torch.zeros(0, 4)) for i, image in enumerate(images))
-    model = wrap(one, "inner.features", class_names=["ill"])
+    model = wrap(one, "inner.features.0", class_names=["ill"])
     with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
         evaluate(model, data, {"fake_cam": METHODS["fake_cam"]})

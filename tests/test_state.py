@@ -9,7 +9,7 @@ import torch
 from conftest import TinyViT
 from torch import nn
 
-from opticam import METHODS, score, wrap
+from opticam import METHODS, find_method, score, wrap
 from opticam.features import count_passes, feature_maps, watched
 from opticam.folding import _pairs, folded
 from opticam.metrics import insertion_deletion
@@ -76,6 +76,18 @@ def test_methods_of_many_threads_on_one_network(names, images, class_idx, eager)
         torch.testing.assert_close(S, S_alone, rtol=0, atol=1e-10)
         assert passes == passes_alone
     assert flags(network) == before
+
+
+def test_captum_beside_other_methods(images, class_idx, eager):
+    """Its hooks change what ReLUs give backwards, for whoever uses the network at the same time."""
+    pytest.importorskip("captum", reason="captum is an extra")
+    model = wrap(Normed().double().eval(), "features.4")
+    names = ["grad_cam", "captum:GuidedBackprop", "layer_cam", "captum:LayerGradCam"]
+    explain = lambda name: find_method(name)(model, images, class_idx)  # noqa: E731
+    alone = [explain(name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        for i, S in enumerate(pool.map(explain, names * 4)):
+            torch.testing.assert_close(S, alone[i % 4])
 
 
 def test_metrics_of_many_threads_on_one_network(images, class_idx, eager):
