@@ -95,3 +95,19 @@ def test_an_error_of_the_network_is_not_hidden():
     model.fc.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         split_head(model, torch.rand(1, 3, 8, 8), "conv")
+
+
+@pytest.mark.parametrize("form", [lambda y: y[:, 0], lambda y: {"logits": y}], ids=["one logit", "dict"])
+def test_other_outputs_are_cut_too(tiny, images, form):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny
+
+        def forward(self, x):
+            return form(self.inner(x))
+
+    head, output, logits = split_head(Own(), images, tiny.features)
+    rows = torch.tensor([1, 0, 4])
+    assert passes_before(tiny.features[0], lambda: head(output[rows], rows)) == 0
+    torch.testing.assert_close(head(output[rows], rows), logits[rows])
