@@ -12,6 +12,7 @@ from torch import nn
 from opticam import METHODS, find_method, score, wrap
 from opticam.features import count_passes, feature_maps, watched
 from opticam.folding import _pairs, folded
+from opticam.methods import perturbation
 from opticam.metrics import insertion_deletion
 from opticam.state import frozen, hooked
 
@@ -45,6 +46,11 @@ def eager():
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture(autouse=True)
+def narrow_blur(monkeypatch):
+    monkeypatch.setattr(perturbation, "SIGMA", 2.0)  # one of 20 pixels is slow, and nothing here depends on it
 
 
 def flags(model):
