@@ -1,4 +1,4 @@
-"""What is read from a network: the feature maps of a layer and their gradients. The only file with hooks.
+"""What is read from a network: the feature maps of a layer and their gradients.
 
 Whatever happens inside, the network is left as it was found: no hook, no changed flag, no gradient.
 """
