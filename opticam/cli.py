@@ -72,8 +72,8 @@ def explain(options: argparse.Namespace) -> int:
         from opticam.classifier import probabilities, read
         from opticam.features import count_passes, prepared
         from opticam.lab.datasets import read_image, to_input
-        from opticam.lab.plotting import METHOD_LABELS, explanation_figure, save_figure, use_plain_style
-        from opticam.methods import SCHEDULES, find_method
+        from opticam.lab.plotting import explanation_figure, save_figure, use_plain_style
+        from opticam.methods import SCHEDULES, find_method, method_label
         from opticam.metrics import average_drop, average_gain, class_probability
         from opticam.networks import class_index, load_model
         from opticam.saliency import apply_mask
@@ -99,7 +99,7 @@ def explain(options: argparse.Namespace) -> int:
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
-    label, of_all = METHOD_LABELS.get(options.method, options.method), ""
+    label, of_all = method_label(options.method), ""
     given = {} if options.schedule is None else SCHEDULES[options.schedule]
     if options.method == "opti_cam":
         of_all = f" of {SCHEDULES[options.schedule or 'paper']['num_steps'] + 2}"
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--method",
         default="opti_cam",
-        help="opti_cam (default), grad_cam, ..., captum:NAME; an unknown name lists them all",
+        help="opti_cam (default), grad_cam, ..., captum:NAME, grad-cam:NAME, torchcam:NAME; an unknown name lists all",
     )
     command.add_argument("--schedule", help="of opti_cam: paper (default, 100 steps) or fast (18)")
     command.add_argument("--layer", help="dotted name of the target layer; default: the model's own")

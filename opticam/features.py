@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, examine
-from opticam.classifier import bare, class_logit, find_logits, own, read, usable
+from opticam.classifier import as_softmax, bare, class_logit, find_logits, own, read, usable
 from opticam.state import changed, frozen, hooked
 
 Layer = nn.Module | str | None
@@ -70,6 +70,14 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     return names[layer]
 
 
+def as_layers(layer: Layer | Sequence[Layer]) -> Sequence[Layer]:
+    """One layer or several as a sequence. ValueError: an empty one."""
+    layers = layer if isinstance(layer, Sequence) and not isinstance(layer, str | nn.Module) else [layer]
+    if not layers:
+        raise ValueError("layer: wanted at least one")
+    return layers
+
+
 def layer_name(model: nn.Module, layer: nn.Module) -> str | None:
     """The dotted name by which `resolve_layer` finds a module of the model; None for a module of another."""
     return next((name for name, module in bare(model).named_modules() if module is layer), None)
@@ -93,10 +101,7 @@ def feature_maps(
     Raises:
         ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
     """
-    layers = layer if isinstance(layer, Sequence) and not isinstance(layer, str | nn.Module) else [layer]
-    if not layers:
-        raise ValueError("layer: wanted at least one")
-    outputs, logits = layer_outputs(model, images, layers)
+    outputs, logits = layer_outputs(model, images, as_layers(layer))
     return tuple(as_grid(output, model, images) for output in outputs), logits
 
 
@@ -130,7 +135,11 @@ def count_calls(model: nn.Module, images: Tensor, layer: nn.Module) -> int:
 
 
 def features_and_gradients(
-    model: nn.Module, images: Tensor, class_idx: Tensor, layer: Layer = None
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    layer: Layer = None,
+    score: Callable[[Tensor, Tensor], Tensor] = class_logit,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Feature maps A, gradients g = d y_c / d A and logits, by one forward pass and one backward down to the layer.
 
@@ -139,6 +148,8 @@ def features_and_gradients(
         images: (B,C,H,W) float.
         class_idx: (B,) int64, the class c of each image.
         layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
+        score: what to differentiate, from logits (B,C) and class_idx to (B,), both as `as_softmax` gives them; by
+            default y_c.
 
     Returns:
         features (B,K,h,w), gradients (B,K,h,w), both at least float32, as sums of half-precision maps overflow; logits
@@ -154,13 +165,13 @@ def features_and_gradients(
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
-        logits = examine(model, prepared(model, images)).logits
+        logits, head = examine(model, prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured)
-        class_logits = class_logit(logits, usable(class_idx))
+        scores = score(*as_softmax(logits, usable(class_idx), head))
         gradients = None
-        if class_logits.requires_grad:
-            (gradients,) = torch.autograd.grad(class_logits.sum(), features, allow_unused=True)
+        if scores.requires_grad:
+            (gradients,) = torch.autograd.grad(scores.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError(
             "layer: the logits do not depend on its output, or the network hides how (no_grad, inference_mode or "

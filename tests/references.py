@@ -249,6 +249,32 @@ def layer_cam(features: Array, g: Array) -> Array:
     return grid
 
 
+def eigen_cam(features: Array) -> Array:
+    """Projection on the first eigenvector, by power iteration; turned round where its minimum is the larger."""
+    centred = np.array([maps - maps.sum() / maps.size for maps in features])
+    covariance = np.array([[(a * b).sum() for b in centred] for a in centred])
+    direction = np.arange(1.0, len(features) + 1)
+    for _ in range(5000):
+        moved = np.array([np.dot(row, direction) for row in covariance])
+        direction = moved / math.sqrt((moved**2).sum())
+    grid = weighted_sum(centred, direction)
+    return -grid if abs(min(grid.flat)) > abs(max(grid.flat)) else grid
+
+
+def finer_score(logits: Array, label: int, alpha: float, number: int, weights: dict | None = None) -> float:
+    """sum_j w_j (y_c - alpha y_j) / sum_j w_j; `weights`, j -> w_j, if they are held."""
+    if weights is None:
+        weights = finer_weights(logits, label, number)
+    total = sum(w * (logits[label] - alpha * logits[j]) for j, w in weights.items())
+    return total / sum(weights.values())
+
+
+def finer_weights(logits: Array, label: int, number: int) -> dict:
+    rivals = [j for j in range(len(logits)) if j != label]
+    rivals.sort(key=lambda j: abs(logits[j] - logits[label]))
+    return {j: softmax(logits)[j] for j in rivals[:number]}
+
+
 def ablation_cam(features: Array, head: Callable, label: int) -> Array:
     def logit(maps: Array) -> float:
         with torch.no_grad():

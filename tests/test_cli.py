@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -30,7 +31,8 @@ def folder(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Opti-CAM with two steps."""
     whole = METHODS["opti_cam"]
-    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: whole(*args, **options | {"num_steps": 2}))
+    short = replace(whole, function=lambda *args, **options: whole(*args, **options | {"num_steps": 2}))
+    monkeypatch.setitem(METHODS, "opti_cam", short)
 
 
 def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
@@ -72,7 +74,8 @@ def test_explain_a_network_of_another_head(capsys, monkeypatch, outputs, head):
 def test_explain_by_a_schedule(monkeypatch, folder):
     given = []
     quick = METHODS["equal_weights"]
-    monkeypatch.setitem(METHODS, "opti_cam", lambda *args, **options: given.append(options) or quick(*args))
+    spy = replace(quick, function=lambda *args, **options: given.append(options) or quick(*args))
+    monkeypatch.setitem(METHODS, "opti_cam", spy)
     assert cli.main(["explain", PHOTO]) == 0
     assert cli.main(["explain", PHOTO, "--schedule", "fast"]) == 0
     assert given == [{"layer": None}, {"layer": None, **SCHEDULES["fast"]}]
@@ -133,7 +136,7 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--model", "resnet51"], "model: wanted one of efficientnet_lite0"),
         (
             [PHOTO, "--method", "gradcam"],
-            "opti_cam or captum:NAME, got 'gradcam'",
+            "opti_cam, captum:NAME, grad-cam:NAME, torchcam:NAME, got 'gradcam'",
         ),
         ([PHOTO, "--method", "grad_cam", "--layer", "layer4"], "layer: no 'layer4' in EfficientNet"),
         ([PHOTO, "--method", "grad_cam", "--layer", "classifier"], "layer: wanted feature maps (B,K,h,w)"),

@@ -20,7 +20,7 @@ TINY = {
     "00": {"num_steps": 2},
     "01": {"num_steps": 2},
     "02": {"num_steps": 2, "limit": 2},
-    "03": {"num_steps": 2, "limit": 2, "slow_methods": []},
+    "03": {"num_steps": 2, "limit": 2, "heavy_methods": []},
     "04": {},
     "05": {"num_steps": 1, "paper_steps": 2, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"]},
     "06": {"train_steps": 10, "num_steps": 2, "limit": 3},

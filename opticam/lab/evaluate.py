@@ -26,6 +26,7 @@ from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.identity import describe, digest_of, network_digest
 from opticam.lab.results import is_done, write_rows
 from opticam.metrics import (
+    COLUMNS,
     METRICS,
     adcc,
     box_experiment_masks,
@@ -205,6 +206,19 @@ SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
 }
 
 
+def _is_single(name: str) -> bool:
+    """Whether a metric is a score of its own: all that it needs is known of an explained batch."""
+    return name not in METRICS and set(COLUMNS[name].needs) <= set(Explained._fields)
+
+
+def _score_columns(kind: str, batch: Explained) -> dict[str, Any]:
+    if kind in SCORES:
+        return SCORES[kind](batch)
+    metric = COLUMNS[kind]
+    values = metric(*(getattr(batch, need) for need in metric.needs))
+    return {kind: values[0] if isinstance(values, tuple) else values}  # of a curve, its area
+
+
 def evaluate(
     model: nn.Module,
     dataset: Samples,
@@ -221,7 +235,7 @@ def evaluate(
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
-        scores: what to compute beside AD, AG and AI: names in `SCORES`.
+        scores: what to compute beside `METRICS`: names in `SCORES`, or of other metrics in `metrics.COLUMNS`.
         batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
             the result does not depend on it.
         num_workers: processes that decode images ahead; None for none on a CPU, which is busy, and 8 beside a GPU.
@@ -294,7 +308,8 @@ def stream(
     computed = {
         "methods": {name: describe(method, model) for name, method in methods.items()},
         "layer": _layer_name(model, None),
-        "scores": list(scores),
+        "scores": [name if name in SCORES else [name, describe(COLUMNS[name].function, model)] for name in scores],
+        "metrics": {name: describe(metric.function, model) for name, metric in METRICS.items()},
         "batch_size": batch_size,
         "weights": network_digest(model),
         "images": digest_of(frame, dataset.upright, *zip(dataset.names, dataset.labels, strict=True)),
@@ -333,9 +348,10 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
         raise ValueError("dataset: wanted at least one image")
     if not methods:
         raise ValueError("methods: wanted at least one")
+    known = [*SCORES, *(name for name in COLUMNS if _is_single(name))]
     for name in scores:
-        if name not in SCORES:
-            raise ValueError(f"scores: wanted some of {', '.join(SCORES)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
     classifier = own(model)
     names = [] if classifier is None else classifier.class_names
     others = list(getattr(dataset, "class_names", None) or [])
@@ -469,7 +485,7 @@ def _scored(
     table.insert(0, "predicted", output.logits.argmax(1).cpu().numpy())
     batch = Explained(model, images, class_idx, output, boxes, saliency, method, table)
     for kind in scores:
-        for column, values in SCORES[kind](batch).items():
+        for column, values in _score_columns(kind, batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
     return table.assign(

@@ -23,11 +23,12 @@ from opticam.checks import examine
 from opticam.classifier import Head, probabilities, read
 from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
-from opticam.lab.plotting import METHOD_LABELS, objective_curve, overlay, probability_bars, to_picture
-from opticam.methods import METHODS, class_logit, find_method
+from opticam.lab.plotting import objective_curve, overlay, probability_bars, to_picture
+from opticam.methods import METHODS, class_logit, find_method, method_label
+from opticam.methods.opti_cam import Step
 from opticam.metrics import METRICS, class_probability
 from opticam.networks import MODELS, Classifier, class_index, load_model
-from opticam.saliency import apply_mask, min_max
+from opticam.saliency import apply_mask
 from opticam.state import frozen
 
 KEPT = 50  # maps on the way of Opti-CAM, at most, besides the first and the best
@@ -80,31 +81,6 @@ class Explanation(NamedTuple):
         return probabilities(self.masked_logits[None].double(), self.head)[0]
 
 
-class _Recorder:
-    """Follows Opti-CAM by two functions that are its own, `normalize` and `objective`, and what they saw.
-
-    Nothing changes for the optimisation: the values are those of `min_max` and `class_logit`.
-    """
-
-    def __init__(self, num_steps: int) -> None:
-        self.every = max(1, -(-num_steps // KEPT))
-        self.maps: dict[int, Tensor] = {}
-        self.logits: list[Tensor] = []
-        self.probs: list[Tensor] = []
-
-    def normalize(self, maps: Tensor) -> Tensor:
-        self.latest = min_max(maps)
-        return self.latest
-
-    def objective(self, masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-        if len(self.logits) % self.every == 0:
-            self.maps[len(self.logits)] = self.latest[0].detach()
-        value = class_logit(masked_logits, logits, class_idx)
-        self.logits.append(value[0].detach())
-        self.probs.append(class_probability(masked_logits.detach(), class_idx)[0])
-        return value
-
-
 def explain(
     model: nn.Module,
     image: Tensor,
@@ -134,8 +110,16 @@ def explain(
         ValueError: unknown method, one that does not apply to the model, or an argument out of range.
     """
     images, target = image[None], torch.tensor([class_idx], device=image.device)
-    recorder = _Recorder(num_steps)
-    recorded = {"num_steps": num_steps, "normalize": recorder.normalize, "objective": recorder.objective}
+    every = max(1, -(-num_steps // KEPT))
+    maps: dict[int, Tensor] = {}
+    values: list[Tensor] = []
+    probs: list[Tensor] = []
+
+    def follow(step: Step) -> None:
+        if step.number % every == 0:
+            maps[step.number] = step.saliency[0]
+        values.append(step.objective[0])
+        probs.append(class_probability(step.masked_logits, step.class_idx)[0])
 
     def watch(module: nn.Module) -> None:
         if stopped():
@@ -144,18 +128,19 @@ def explain(
             progress(passes[0])
 
     with count_passes(model) as passes, watched(model, watch):
-        saliency = find_method(method)(model, images, target, **(recorded if method == "opti_cam" else {}))
+        options = {"num_steps": num_steps, "on_step": follow} if method == "opti_cam" else {}
+        saliency = find_method(method)(model, images, target, **options)
         with frozen(model), torch.no_grad():
             x = prepared(model, images)
             logits, head = examine(model, x)
             masked_logits = read(model, apply_mask(x, saliency)).logits
-    if recorder.logits:
-        objective, masked_prob = torch.stack(recorder.logits), torch.stack(recorder.probs)
+    if values:
+        objective, masked_prob = torch.stack(values), torch.stack(probs)
     else:
         objective = class_logit(masked_logits, logits, target)
         masked_prob = class_probability(masked_logits, target, head)
     step = int(objective.argmax())
-    maps = dict(sorted({**recorder.maps, step: saliency[0]}.items()))
+    maps = dict(sorted({**maps, step: saliency[0]}.items()))
     return Explanation(
         method, class_idx, image, logits[0], masked_logits[0], head, saliency[0], step, maps, objective, masked_prob
     )
@@ -165,7 +150,7 @@ def describe(found: Explanation, class_names: Sequence[str]) -> str:
     """The outcome in one line: what masking does to the class, with Average Drop and Average Gain of this photo."""
     p, o = (probs[[found.class_idx]] for probs in (found.probs, found.masked_probs))
     drop, gain = (100 * METRICS[name](p, o).item() for name in ("average_drop", "average_gain"))
-    label = METHOD_LABELS.get(found.method, found.method)
+    label = method_label(found.method)
     line = (
         f"{label} for {class_names[found.class_idx]}: probability {100 * p.item():.1f} % -> {100 * o.item():.1f} % "
         f"when masked (drop {drop:.1f} %, gain {gain:.1f} % of what was possible)"
@@ -267,7 +252,7 @@ class Explorer:
             choice.observe(lambda change: self.start(self._look), "value")
 
     def _build(self, photos: list[tuple[str, Path]]) -> None:
-        labels = [(METHOD_LABELS.get(name, name), name) for name in METHODS]
+        labels = [(method_label(name), name) for name in METHODS]
         self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
         self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout=widgets.Layout(width="148px"))
         self.model_choice = widgets.Dropdown(options=list(MODELS), description="network")
@@ -403,7 +388,7 @@ class Explorer:
         return class_index(words, self.model.class_names) if words else self.class_choice.value
 
     def _explain(self, method: str, class_idx: int) -> Explanation:
-        num_steps, label = self.steps.value, METHOD_LABELS.get(method, method)
+        num_steps, label = self.steps.value, method_label(method)
 
         def progress(passes: int) -> None:
             if method == "opti_cam":  # one pass for the feature maps and two at the end are no steps
@@ -447,7 +432,7 @@ class Explorer:
         self.grid.children = ()
         self._show(self._compared, True)
         for method in self.compared.value:
-            label, picture = METHOD_LABELS.get(method, method), _picture(156)
+            label, picture = method_label(method), _picture(156)
             try:
                 found = self.comparison[method] = self._explain(method, class_idx)
                 label = f"{label}: {100 * found.masked_prob[found.step]:.1f} %"

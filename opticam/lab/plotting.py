@@ -18,52 +18,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from opticam.lab.files import replacing
+from opticam.methods import method_color, method_label
+from opticam.metrics import headings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
-# seaborn's palettes "colorblind" and "pastel", without the time that its import takes
-_COLORS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
-_PALE = ["#a1c9f4", "#ffb482", "#8de5a1", "#ff9f9b", "#d0bbff", "#debb9b", "#fab0e4", "#cfcfcf", "#fffea3", "#b9f2f0"]
-METHOD_LABELS = {
-    "fake_cam": "Fake-CAM",
-    "equal_weights": "Equal weights",  # Opti-CAM before its first step
-    "grad_cam": "Grad-CAM",
-    "grad_cam_plus_plus": "Grad-CAM++",
-    "x_grad_cam": "XGrad-CAM",
-    "hires_cam": "HiRes-CAM",
-    "layer_cam": "Layer-CAM",
-    "ablation_cam": "Ablation-CAM",
-    "score_cam": "Score-CAM",
-    "rise": "RISE",
-    "extremal_perturbation": "Extremal perturbation",
-    "raw_attention": "Raw attention",
-    "attention_rollout": "Attention rollout",
-    "gradient_rollout": "Gradient rollout",
-    "opti_cam": "Opti-CAM",
-}
-METHOD_COLORS = {
-    "fake_cam": _COLORS[2],
-    "equal_weights": _COLORS[8],
-    "grad_cam": _COLORS[0],
-    "grad_cam_plus_plus": _COLORS[9],
-    "x_grad_cam": _PALE[0],
-    "hires_cam": _PALE[9],
-    "layer_cam": _COLORS[4],
-    "ablation_cam": _COLORS[1],
-    "score_cam": _COLORS[5],
-    "rise": _COLORS[6],
-    "extremal_perturbation": _PALE[4],
-    "raw_attention": _PALE[2],
-    "attention_rollout": _PALE[1],
-    "gradient_rollout": _PALE[6],
-    "opti_cam": _COLORS[3],
-}
+_BLUE, _RED = "#0173b2", "#d55e00"  # of seaborn's palette "colorblind"
 _MARKERS = "osD^vPX<>*"
 _WIDTH = 5.6  # inches: in a column of 85 mm, text of 10 points still has 6
-METRIC_LABELS = {"average_drop": "AD ↓", "average_gain": "AG ↑", "average_increase": "AI ↑"}
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
 
@@ -203,7 +168,7 @@ def probability_bars(
     ax = figure.subplots()
     for shift, color, label, values in (
         (-0.2, "0.65", "photo", probs),
-        (0.2, _COLORS[0], "masked photo", masked_probs),
+        (0.2, _BLUE, "masked photo", masked_probs),
     ):
         percent = [100 * values[index].item() for index in shown]
         places = [place + shift for place in range(len(shown))]
@@ -231,9 +196,9 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     """
     figure = Figure(figsize=(5.2, 3.5))
     ax = figure.subplots()
-    ax.plot(objective.tolist(), color=_COLORS[0], lw=2, label="masked photo")
+    ax.plot(objective.tolist(), color=_BLUE, lw=2, label="masked photo")
     ax.axhline(reference, color="0.4", ls="--", label="photo")
-    ax.plot(step, objective[step].item(), "o", color=_COLORS[3], ms=8, label=f"step {step}")
+    ax.plot(step, objective[step].item(), "o", color=_RED, ms=8, label=f"step {step}")
     ax.set(xlabel="step", ylabel="logit of the class")
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=10)
@@ -274,7 +239,7 @@ def gallery(
     figure = image_grid(
         rows,
         column_titles=[textwrap.fill(name, 10) for name in names],
-        row_titles=["photo", *(METHOD_LABELS.get(method, method).replace(" ", "\n") for method in saliency)],
+        row_titles=["photo", *(method_label(method).replace(" ", "\n") for method in saliency)],
         captions=captions,
         size=size,
     )
@@ -313,7 +278,7 @@ def overview(
     axes, curve = above.subplots(1, 5), below.subplots()
     axes[0].imshow(to_picture(photo))
     axes[1].imshow(_tiles(features))
-    axes[2].bar(range(len(weights)), 100 * weights.numpy(), color=METHOD_COLORS["opti_cam"])
+    axes[2].bar(range(len(weights)), 100 * weights.numpy(), color=method_color("opti_cam"))
     axes[2].axhline(100 * start, color="0.3", ls="--", lw=1)
     axes[3].imshow(overlay(photo, saliency))
     axes[4].imshow(to_picture(photo * saliency))
@@ -327,7 +292,7 @@ def overview(
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
     last = len(logits) - 1
-    curve.plot(range(len(logits)), logits, lw=2.5, color=METHOD_COLORS["opti_cam"])
+    curve.plot(range(len(logits)), logits, lw=2.5, color=method_color("opti_cam"))
     levels = sorted((level, label) for label, level in {**references, "Opti-CAM": max(logits)}.items())
     gap, place = (max(levels)[0] - min(levels)[0]) / 8, -math.inf
     for level, label in levels:
@@ -365,8 +330,8 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
     """
     size = (_WIDTH / 4 * (len(columns) + 1), 0.27 * len(summary) + 1.1)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
-    names = [METHOD_LABELS.get(method, method) for method in summary.index]
-    colors = [METHOD_COLORS.get(method, _COLORS[7]) for method in summary.index]
+    names = [method_label(method) for method in summary.index]
+    colors = [method_color(method) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean = summary[column].to_numpy()
         error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
@@ -396,7 +361,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
     for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
-        color, label = METHOD_COLORS.get(method, _COLORS[7]), METHOD_LABELS.get(method, method)
+        color, label = method_color(method), method_label(method)
         ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="none", color=color, elinewidth=1)
         # hollow: methods may share a place
         ax.plot(row[x], row[y], marker, ms=8, mfc="none", mew=1.8, color=color, label=label)
@@ -428,7 +393,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
             count = together.index.get_level_values("method").nunique()
             order = [list(conditions).index(condition) for condition in group.index.get_level_values("condition")]
             places = np.array(order) + 0.6 * ((i + 0.5) / count - 0.5)
-            style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
+            style = {"color": method_color(name), "label": method_label(name)}
             ax.errorbar(places, mean, yerr=error, fmt="o", ms=6, capsize=2.5, lw=1.2, **style)
         ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5))
         ax.set_xticklabels(conditions, fontsize=10)
@@ -457,12 +422,12 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
         for marker, (method, group) in zip(itertools.cycle(_MARKERS), rows.groupby("method", sort=False), strict=False):
             name = str(method)
-            style = {"color": METHOD_COLORS.get(name, _COLORS[7]), "label": METHOD_LABELS.get(name, name)}
+            style = {"color": method_color(name), "label": method_label(name)}
             ax.scatter(group["prob"], group["masked_prob"], s=22, lw=0.5, edgecolor="w", marker=marker, **style)
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="$p$, photo")
         ax.set_xticklabels(["0", "0.5", "1"])
-        ax.set_title(METRIC_LABELS.get(metric_name, metric_name))
+        ax.set_title(headings([metric_name], unit=False)[metric_name])
     axes[0, 0].set_ylabel("$o$, masked photo")
     figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -499,7 +464,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         for place, (mean, low, high) in zip(places, values, strict=True):
             clear = low > 0 or high < 0
-            color = _COLORS[0] if clear else "0.45"
+            color = _BLUE if clear else "0.45"
             ax.plot([low, high], [place, place], color=color, lw=1.5)
             ax.plot(mean, place, "o", ms=6, color=color, mfc=color if clear else "w")
         ax.set_title(title, fontsize=12)
@@ -535,7 +500,7 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
             beside = 0.08 * (k - (len(methods) - 1) / 2)  # else intervals hide each other
             error = np.stack([mean - low, high - mean]).clip(min=0)
-            style = {"color": METHOD_COLORS.get(method, _COLORS[7]), "label": METHOD_LABELS.get(method, method)}
+            style = {"color": method_color(method), "label": method_label(method)}
             ax.errorbar(places + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
         if i == 0:
@@ -567,7 +532,7 @@ def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: 
         ]
         for column, heading in columns.items()
     }
-    return pd.DataFrame(cells, index=summary.index.map(lambda name: METHOD_LABELS.get(name, name)))
+    return pd.DataFrame(cells, index=summary.index.map(method_label))
 
 
 def latex_table(table: "pd.DataFrame") -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from opticam.metrics import PROPORTIONS, max_box_accuracy
+from opticam.metrics import COLUMNS, max_box_accuracy
 
 
 class Estimate(NamedTuple):
@@ -169,12 +169,13 @@ def summarize(rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | N
     Returns:
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
-    return _summarize(rows, columns, repeats, PROPORTIONS)
+    return _summarize(rows, columns, repeats)
 
 
 def _summarize(
-    rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | None, proportions: frozenset[str]
+    rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | None, differences: bool = False
 ) -> pd.DataFrame:
+    proportions = {column for column in columns if column in COLUMNS and COLUMNS[column].proportion}
     summary = {}
     if "status" in rows:
         rows = rows[rows["status"] != "skipped"]
@@ -188,7 +189,7 @@ def _summarize(
                 values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
             low = high = mean = np.nan
             if len(values):
-                exact = column in proportions and repeats is None and np.isin(values, (0, 1)).all()
+                exact = not differences and column in proportions and repeats is None and np.isin(values, (0, 1)).all()
                 low, high = proportion_interval(values) if exact else interval(values)
                 mean = values.mean()
             cells |= {column: factor * mean, f"{column}_low": factor * low, f"{column}_high": factor * high}
@@ -224,7 +225,7 @@ def summarize_differences(
     for column in columns:
         wide = rows.pivot(index=keys, columns="method", values=column)
         differences[column] = wide.sub(wide[reference], axis=0)[order].stack(future_stack=True)
-    return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, frozenset())
+    return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, differences=True)
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -1,68 +1,33 @@
 """The methods compared, by name: `METHODS[name](model, images, class_idx, *, layer=None) -> saliency (B,1,H,W)`."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
-from opticam.features import Layer
+from opticam.methods import attention, libraries, perturbation
 from opticam.methods.ascent import SCHEDULES
-from opticam.methods.attention import attention_rollout, gradient_rollout, raw_attention
-from opticam.methods.cam import (
-    ablation_cam,
-    fake_cam,
-    grad_cam,
-    grad_cam_plus_plus,
-    hires_cam,
-    layer_cam,
-    score_cam,
-    x_grad_cam,
-)
-from opticam.methods.captum import captum_attribution, find_attribution
+from opticam.methods.cam import RECORDS as _CAM
+from opticam.methods.cam import fake_cam, grad_cam
 from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, opti_cam
-from opticam.methods.perturbation import extremal_perturbation, rise
+from opticam.methods.opti_cam import RECORDS as _OPTI_CAM
+from opticam.methods.record import Method
+
+METHODS: dict[str, Method] = {**_CAM, **perturbation.RECORDS, **attention.RECORDS, **_OPTI_CAM}
 
 
-def _opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options: Any) -> Tensor:
-    return opti_cam(model, images, class_idx, **options).saliency
+def light_methods() -> list[str]:
+    """What a comparison over many images takes by default: methods that cost little and need nothing special."""
+    return [name for name, method in METHODS.items() if method.cost == "light" and not method.needs]
 
 
-def _equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
-    return opti_cam(model, images, class_idx, layer=layer, num_steps=0).saliency
+def method_label(name: str) -> str:
+    """A method's name as tables and figures show it; a name that `METHODS` does not have, as it is."""
+    return getattr(METHODS.get(name), "label", name)
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "fake_cam": fake_cam,
-    "equal_weights": _equal_weights,  # Opti-CAM before its first step: the mean of the feature maps
-    "grad_cam": grad_cam,
-    "grad_cam_plus_plus": grad_cam_plus_plus,
-    "x_grad_cam": x_grad_cam,
-    "hires_cam": hires_cam,
-    "layer_cam": layer_cam,
-    "ablation_cam": ablation_cam,
-    "score_cam": score_cam,
-    "rise": rise,
-    "extremal_perturbation": extremal_perturbation,
-    "raw_attention": raw_attention,
-    "attention_rollout": attention_rollout,
-    "gradient_rollout": gradient_rollout,
-    "opti_cam": _opti_cam_map,
-}
-
-
-# what a comparison over many images takes by default: no more passes of the whole network than Opti-CAM, no attention
-FAST = (
-    "fake_cam",
-    "equal_weights",
-    "grad_cam",
-    "grad_cam_plus_plus",
-    "x_grad_cam",
-    "hires_cam",
-    "layer_cam",
-    "ablation_cam",
-    "opti_cam",
-)
+def method_color(name: str) -> str:
+    """The colour of a method's bars and points, "#rrggbb"; gray for a name that `METHODS` does not have."""
+    return getattr(METHODS.get(name), "color", "#949494")
 
 
 def one_per_map(
@@ -91,31 +56,34 @@ def one_per_map(
 
 
 def find_method(name: str) -> Callable[..., Tensor]:
-    """The method of that name in `METHODS`, or `captum:NAME` for an attribution of captum.
+    """The method of that name in `METHODS`, or one of another library: `captum:NAME`, `grad-cam:NAME`, `torchcam:NAME`.
 
     Raises:
         ValueError: no such method.
-        ImportError: captum is not installed.
+        ImportError: the library is not installed.
     """
-    library, separator, attribution = name.partition(":")
-    if separator and library == "captum":
-        find_attribution(attribution)
-        return partial(captum_attribution, name=attribution)
+    library, separator, inner = name.partition(":")
+    if separator and library in libraries.LIBRARIES:
+        return libraries.LIBRARIES[library](inner)
     if name not in METHODS:
-        raise ValueError(f"method: wanted one of {', '.join(METHODS)} or captum:NAME, got {name!r}")
+        others = ", ".join(f"{library}:NAME" for library in libraries.LIBRARIES)
+        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, {others}, got {name!r}")
     return METHODS[name]
 
 
 __all__ = [
-    "FAST",
     "METHODS",
     "OBJECTIVES",
     "SCHEDULES",
+    "Method",
     "OptiCAMResult",
     "class_logit",
     "fake_cam",
     "find_method",
     "grad_cam",
+    "light_methods",
+    "method_color",
+    "method_label",
     "one_per_map",
     "opti_cam",
 ]

@@ -1,7 +1,7 @@
-"""How the weights of the feature maps are found: in which space, by which optimiser, in how many steps."""
+"""How the weights of the feature maps are found: in which space, by which optimiser, and when an image stops."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from opticam.saliency import combine
 
 Maps = Sequence[Tensor]
+Point = tuple[Tensor, ...]
 Rows = Tensor | slice
 Optimizer = Callable[[Tensor, float, int], tuple[torch.optim.Optimizer, LRScheduler | None]]
 
@@ -17,85 +18,89 @@ PROJECTION_STEPS = 20
 
 
 class Space(NamedTuple):
-    """Where the objective is climbed: what a point (B,P) there stands for.
+    """Where the objective is climbed.
 
-    All four are functions of a point (`start`: of u, (B,K)) and of non-negative features (B,K,h,w) of each layer.
+    A point is a tuple of tensors (B, ...), a row per image. The optimiser moves the first; the others go with it. All
+    four are functions of a point (`start`: of u, (B,K)) and of the non-negative features (B,K,h,w) of each layer.
 
     Attributes:
         start: the point whose weights are softmax(u).
-        sums: `sum_k w_k A_k`, (B,1,h,w) a layer, differentiable.
-        settle: the point an optimiser has stepped to, brought back to where weights exist for it.
+        sums: `sum_k w_k A_k`, (B,1,h,w) per layer, differentiable.
+        settle: brings the point, after a step and in place, back to where weights exist for it.
         weights: (B,K), layer after layer, non-negative, sum 1 over each layer.
     """
 
-    start: Callable[[Tensor, Maps], Tensor]
-    sums: Callable[[Tensor, Maps], list[Tensor]]
-    settle: Callable[[Tensor, Maps], Tensor]
-    weights: Callable[[Tensor, Maps], Tensor]
+    start: Callable[[Tensor, Maps], Point]
+    sums: Callable[[Point, Maps], list[Tensor]]
+    settle: Callable[[Point, Maps], None]
+    weights: Callable[[Point, Maps], Tensor]
 
 
-def _widths(features: Maps) -> list[int]:
-    return [maps.shape[1] for maps in features]
+def _by_layer(weights: Tensor, features: Maps) -> Sequence[Tensor]:
+    return weights.split([maps.shape[1] for maps in features], 1)
 
 
 def _softmax(u: Tensor, features: Maps) -> Tensor:
-    return torch.cat([of_layer.softmax(1) for of_layer in u.split(_widths(features), 1)], 1)
+    return torch.cat([of_layer.softmax(1) for of_layer in _by_layer(u, features)], 1)
 
 
 def _sums(weights: Tensor, features: Maps) -> list[Tensor]:
-    parts = weights.split(_widths(features), 1)
-    return [combine(maps, w) for maps, w in zip(features, parts, strict=True)]
+    return [combine(maps, w) for maps, w in zip(features, _by_layer(weights, features), strict=True)]
 
 
 weight_space = Space(
-    start=lambda u, features: u,
-    sums=lambda u, features: _sums(_softmax(u, features), features),
-    settle=lambda u, features: u,
-    weights=_softmax,
+    start=lambda u, features: (u,),
+    sums=lambda point, features: _sums(_softmax(point[0], features), features),
+    settle=lambda point, features: None,
+    weights=lambda point, features: _softmax(point[0], features),
 )
 """The paper's: free variables u, their softmax the weights."""
 
 
-def _pack(weights: Tensor, features: Maps) -> Tensor:
-    """A point of map space: weights, and the maps they make, both scaled until the largest cell of a layer is 1."""
+def _scaled(weights: Tensor, features: Maps) -> Point:
+    """A point of map space: the cells of the maps and the weights that make them, the largest cell of a layer 1."""
     sums = _sums(weights, features)
     highs = [torch.where(high > 0, high, 1) for high in (maps.amax((2, 3)) for maps in sums)]
-    parts = weights.split(_widths(features), 1)
-    scaled = [w / high for w, high in zip(parts, highs, strict=True)]
-    return torch.cat([*scaled, *(maps.flatten(1) / high for maps, high in zip(sums, highs, strict=True))], 1)
+    scaled = [w / high for w, high in zip(_by_layer(weights, features), highs, strict=True)]
+    cells = [maps.flatten(1) / high for maps, high in zip(sums, highs, strict=True)]
+    return torch.cat(cells, 1), torch.cat(scaled, 1)
 
 
-def _unpack(point: Tensor, features: Maps) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Features (B,K,h,w), weights (B,K) and map (B,h,w) of each layer."""
-    parts = point.split([*_widths(features), *(maps[0, 0].numel() for maps in features)], 1)
-    weights, cells = parts[: len(features)], parts[len(features) :]
-    return [
-        (maps, w.detach(), z.unflatten(1, maps.shape[2:])) for maps, w, z in zip(features, weights, cells, strict=True)
-    ]
+def _maps(point: Point, features: Maps) -> list[Tensor]:
+    """The cells as a map (B,h,w) per layer."""
+    cells = point[0].split([maps[0, 0].numel() for maps in features], 1)
+    return [z.unflatten(1, maps.shape[2:]) for z, maps in zip(cells, features, strict=True)]
 
 
-def _project(point: Tensor, features: Maps) -> Tensor:
+def _as_shares(point: Point, features: Maps) -> list[Tensor]:
+    parts = zip(_maps(point, features), _by_layer(point[1], features), strict=True)
+    return [z[:, None] / w.sum(1)[:, None, None, None] for z, w in parts]
+
+
+@torch.no_grad()
+def _project(point: Point, features: Maps) -> None:
     """Weights `w >= 0` whose map is near the one stepped to, `min_w |sum_k w_k A_k - z|^2`, by multiplicative updates.
 
     Reference:
         Lee, Seung, Algorithms for non-negative matrix factorization, NIPS 2000, eq. 4 with the factor A held.
     """
     found = []
-    for maps, w, z in _unpack(point, features):
+    for maps, z, w in zip(features, _maps(point, features), _by_layer(point[1], features), strict=True):
         z = z.relu()
         wanted = torch.einsum("bkhw,bhw->bk", maps, z)
         for _ in range(PROJECTION_STEPS):
             made = torch.einsum("bkhw,bhw->bk", maps, combine(maps, w)[:, 0])
             w = torch.where((made > 0) & (z.amax((1, 2)) > 0)[:, None], w * wanted / made, w)
         found.append(w)
-    return _pack(torch.cat(found, 1), features)
+    for old, new in zip(point, _scaled(torch.cat(found, 1), features), strict=True):
+        old.copy_(new)
 
 
 map_space = Space(
-    start=lambda u, features: _pack(_softmax(u, features), features),
-    sums=lambda point, features: [z[:, None] / w.sum(1)[:, None, None, None] for _, w, z in _unpack(point, features)],
+    start=lambda u, features: _scaled(_softmax(u, features), features),
+    sums=_as_shares,
     settle=_project,
-    weights=lambda point, features: torch.cat([w / w.sum(1, keepdim=True) for _, w, _ in _unpack(point, features)], 1),
+    weights=lambda point, features: torch.cat([w / w.sum(1, keepdim=True) for w in _by_layer(point[1], features)], 1),
 )
 """The cells of the map themselves, projected after every step onto what non-negative weights can make.
 
@@ -124,61 +129,55 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def maximise(
-    problem: Callable[[Rows], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]],
-    start: Tensor,
-    optimizer: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
-    num_steps: int,
-    tol: float,
-    patience: int,
-) -> tuple[Tensor, Tensor]:
-    """Climb from `start`, row by row: the best points seen (B,P), and the objective at every step (B,T+1).
+class Progress:
+    """What images have seen on their way up, row by row, and which of them still work.
 
-    `problem` gives, for the rows still at work, the function from their points to their objective, and `settle`.
+    Attributes:
+        history: (B,T+1), the objective at every step; NaN once an image has stopped.
+        best: the point with the largest objective so far.
+        seen: the images of the last `add`, as an index; views, not copies, until one stops.
+        over: whether none is left to work on.
     """
-    rows: Rows = slice(None)  # views, not copies, until an image stops
-    point = start.clone().requires_grad_()
-    ascent, decay = optimizer(point)
-    history = start.new_full((len(start), num_steps + 1), torch.nan)
-    best, best_point = start.new_full((len(start),), -torch.inf), start.clone()
-    goal, stale = best.clone(), torch.zeros_like(start[:, 0], dtype=torch.int64)
-    objective, settle = problem(rows)
-    for step in range(num_steps + 1):
-        value = objective(point)
-        now = value.detach()
-        history[rows, step] = now
-        better = now > best[rows]
-        best[rows] = torch.where(better, now, best[rows])
-        best_point[rows] = torch.where(better[:, None], point.detach(), best_point[rows])
-        if step == num_steps:
-            break
-        (point.grad,) = torch.autograd.grad(value.sum(), point)
-        ascent.step()
-        with torch.no_grad():
-            point.copy_(settle(point))
-        if decay is not None:
-            decay.step()
-        if tol > 0:
-            gained = ~(now <= goal[rows] + tol * goal[rows].abs())  # true at first, where the goal is -inf
-            goal[rows] = torch.where(gained, now, goal[rows])
-            stale[rows] = torch.where(gained, 0, stale[rows] + 1)
-            working = stale[rows] < patience
-            if not working.all():  # the one synchronisation, and only where a tolerance was asked for
-                rows = torch.arange(len(start), device=start.device)[rows][working]
-                if len(rows) == 0:
-                    break
-                point = _keep_rows(point, working, ascent)
-                objective, settle = problem(rows)
-    return best_point, history
+
+    def __init__(self, point: Point, num_steps: int, tol: float, patience: int) -> None:
+        first = point[0].detach()
+        self.tol, self.patience = tol, patience
+        self.seen = self.rows = cast(Rows, slice(None))
+        self.over = False
+        self.history = first.new_full((len(first), num_steps + 1), torch.nan)
+        self.best: Point = tuple(part.detach().clone() for part in point)
+        self.highest = first.new_full((len(first),), -torch.inf)
+        self.goal, self.stale = self.highest.clone(), torch.zeros_like(self.highest, dtype=torch.int64)
+
+    def add(self, step: int, value: Tensor, point: Point) -> Tensor | None:
+        """Note the objective (n,) and the point of the rows at work; which of them go on, (n,) bool, None for all."""
+        rows = self.seen = self.rows
+        self.history[rows, step] = value
+        better = value > self.highest[rows]
+        self.highest[rows] = torch.where(better, value, self.highest[rows])
+        for best, part in zip(self.best, point, strict=True):
+            best[rows] = torch.where(better[:, None], part.detach(), best[rows])
+        if self.tol == 0:
+            return None
+        goal = self.goal[rows]
+        gained = ~(value <= goal + self.tol * goal.abs())  # true at first, where the goal is -inf
+        self.goal[rows] = torch.where(gained, value, goal)
+        self.stale[rows] = torch.where(gained, 0, self.stale[rows] + 1)
+        working = self.stale[rows] < self.patience
+        if working.all():  # the one synchronisation, and only where a tolerance was asked for
+            return None
+        self.rows = torch.arange(len(self.stale), device=value.device)[rows][working]
+        self.over = len(self.rows) == 0
+        return working
 
 
-def _keep_rows(point: Tensor, working: Tensor, ascent: torch.optim.Optimizer) -> Tensor:
-    """The working rows of `point` as the optimiser's new parameter, its moments cut alike."""
-    kept = point.detach()[working].requires_grad_()
-    state = ascent.state.pop(point)
-    ascent.state[kept] = {
-        name: value[working] if isinstance(value, Tensor) and value.shape == point.shape else value
+def keep_rows(point: Point, working: Tensor, ascent: torch.optim.Optimizer) -> Point:
+    """The working rows of the point, the first part being the optimiser's new parameter, its moments cut alike."""
+    moved, *others = (part.detach()[working] for part in point)
+    state = ascent.state.pop(point[0])
+    ascent.state[moved.requires_grad_()] = {
+        name: value[working] if isinstance(value, Tensor) and value.shape == point[0].shape else value
         for name, value in state.items()
     }
-    ascent.param_groups[0]["params"] = [kept]
-    return kept
+    ascent.param_groups[0]["params"] = [moved]
+    return moved, *others

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from opticam.checks import check_inputs
 from opticam.classifier import bare
 from opticam.features import Layer, as_grid, attention_maps
+from opticam.methods.record import Method
 from opticam.saliency import saliency_map
 
 
@@ -79,3 +80,10 @@ def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor
     if grid is None or grid[0].numel() == rollout.shape[-1] or not getattr(network, "has_class_token", True):
         raise ValueError(f"model: {type(network).__name__} has no class token; wanted a ViT or DeiT with one")
     return saliency_map(grid, images.shape[-2:])
+
+
+RECORDS = {
+    "raw_attention": Method(raw_attention, "Raw attention", "#8de5a1", needs="attention"),
+    "attention_rollout": Method(attention_rollout, "Attention rollout", "#ffb482", needs="attention"),
+    "gradient_rollout": Method(gradient_rollout, "Gradient rollout", "#fab0e4", needs="attention"),
+}

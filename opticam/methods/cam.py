@@ -1,15 +1,19 @@
 """Class activation maps by fixed rules: a weighted sum of the feature maps of one layer."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_at_least, check_class_range, check_inputs
 from opticam.classifier import class_logit, read, usable
-from opticam.features import Layer, as_grid, feature_maps, features_and_gradients, prepared
+from opticam.features import Layer, as_grid, as_layers, feature_maps, features_and_gradients, prepared
 from opticam.folding import folded
 from opticam.head import split_head
+from opticam.methods.opti_cam import opti_cam
+from opticam.methods.record import Method
 from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
 from opticam.state import frozen
 
@@ -169,6 +173,114 @@ def score_cam(
     return saliency_map(combine(features, scores.softmax(1)), images.shape[-2:])
 
 
+def eigen_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """Eigen-CAM maps: the features of all places, (hw,K) and centred, projected on their first principal direction.
+
+    Arguments, result and errors as `grad_cam`; does not depend on the class. The sign, which the formula leaves open,
+    is **ours**: the map is turned round where its minimum is larger in size than its maximum, as in Seg-Eigen-CAM
+    (Chung, Ying, Applied Sciences 2025, eq. 13). Feature maps that do not vary by more than rounding give zeros.
+
+    Reference:
+        Muhammad, Yeasin, Eigen-CAM: Class activation map using principal components, IJCNN 2020, arXiv 2008.00299.
+    """
+    check_inputs(model, images, class_idx)
+    (features,), logits = feature_maps(model, images, layer)
+    check_class_range(class_idx, logits.shape[1])
+    places = features.flatten(2).mT.double()  # (B,hw,K)
+    noise = 8 * torch.finfo(features.dtype).eps * torch.linalg.matrix_norm(places)
+    left, values, _ = torch.linalg.svd(places - places.mean(1, keepdim=True), full_matrices=False)
+    first = torch.where(values[:, :1] > noise[:, None], values[:, :1] * left[:, :, 0], 0)
+    low, high = first.aminmax(dim=1, keepdim=True)
+    first = torch.where(low.abs() > high.abs(), -first, first).unflatten(1, features.shape[2:])
+    return saliency_map(first[:, None].to(torch.promote_types(features.dtype, torch.float32)), images.shape[-2:])
+
+
+def finer_cam(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    layer: Layer = None,
+    alpha: float = 1.0,
+    num_classes: int = 3,
+    hold_weights: bool = False,
+) -> Tensor:
+    """Finer-CAM maps: Grad-CAM of what sets the class apart, `sum_j w_j (y_c - alpha y_j) / sum_j w_j`.
+
+    j are the classes whose logits are nearest to y_c, `w_j = softmax(y)_j`. Arguments, result and errors as `grad_cam`.
+    Under a sigmoid the only rival of a class is its absence, with logit 0, and the map is that of Grad-CAM.
+
+    Args:
+        model: see `grad_cam`.
+        images: see `grad_cam`.
+        class_idx: see `grad_cam`.
+        layer: see `grad_cam`.
+        alpha: how much of the rivals is subtracted; 0 gives Grad-CAM if weights are held.
+        num_classes: how many rivals; of a network with fewer, all.
+        hold_weights: whether the weights w_j count as constants in the gradient. The library grad-cam does not hold
+            them.
+
+    Reference:
+        Zhang et al., Finer-CAM: Spotting the difference reveals finer details for visual explanation, CVPR 2025,
+        arXiv 2501.11309.
+    """
+    check_inputs(model, images, class_idx)
+    if not (isinstance(num_classes, int) and num_classes >= 1):
+        raise ValueError(f"num_classes: wanted a whole number of at least 1, got {num_classes!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: wanted a finite number, got {alpha}")
+    score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)
+    features, gradients, _ = features_and_gradients(model, images, class_idx, layer, score)
+    return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
+
+
+def finer_score(
+    logits: Tensor, class_idx: Tensor, alpha: float = 1.0, num_classes: int = 3, hold_weights: bool = False
+) -> Tensor:
+    """What `finer_cam` differentiates, (B,), from logits (B,C) and classes (B,); options as there."""
+    y = logits.gather(1, class_idx[:, None])
+    distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
+    rivals = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
+    weights = logits.gather(1, rivals).softmax(1)  # the softmax over all classes, divided by its sum over these
+    weights = weights.detach() if hold_weights else weights
+    return (weights * (y - alpha * logits.gather(1, rivals))).sum(1)
+
+
+def refine_cam(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    layer: Layer | Sequence[Layer] = None,
+    base: Callable[..., Tensor] = grad_cam_plus_plus,
+) -> Tensor:
+    """RefineCAM maps: the product of the maps of several layers, each in [0,1] and of the size of the image.
+
+    Arguments, result and errors as `grad_cam`. A deep layer says where, the layers before it sharpen its edges. A place
+    that one of the maps gives 0 is 0. One forward and one backward pass per layer.
+
+    Args:
+        model: see `grad_cam`.
+        images: see `grad_cam`.
+        class_idx: see `grad_cam`.
+        layer: several; of one, or by default of the model's own target layer, the result is the map of `base`.
+        base: the method of each layer.
+
+    Reference:
+        Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
+    """
+    maps = [base(model, images, class_idx, layer=one) for one in as_layers(layer)]
+    return min_max(torch.stack(maps).prod(0))
+
+
+def equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """The mean of the feature maps, `relu(A_k)`: Opti-CAM before its first step. Does not depend on the class.
+
+    Arguments, result and errors as `grad_cam`.
+    """
+    return opti_cam(model, images, class_idx, layer=layer, num_steps=0).saliency
+
+
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """The map that explains nothing: 1 everywhere but for a 0 in the top-left pixel.
 
@@ -204,3 +316,19 @@ def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iter
         wanted = torch.ones_like(table, dtype=torch.bool)
     rows, columns = wanted.nonzero(as_tuple=True)
     yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)
+
+
+RECORDS = {
+    "fake_cam": Method(fake_cam, "Fake-CAM", "#029e73"),
+    "equal_weights": Method(equal_weights, "Equal weights", "#ece133"),
+    "grad_cam": Method(grad_cam, "Grad-CAM", "#0173b2"),
+    "grad_cam_plus_plus": Method(grad_cam_plus_plus, "Grad-CAM++", "#56b4e9"),
+    "x_grad_cam": Method(x_grad_cam, "XGrad-CAM", "#a1c9f4"),
+    "hires_cam": Method(hires_cam, "HiRes-CAM", "#b9f2f0"),
+    "layer_cam": Method(layer_cam, "Layer-CAM", "#cc78bc"),
+    "eigen_cam": Method(eigen_cam, "Eigen-CAM", "#999933"),
+    "finer_cam": Method(finer_cam, "Finer-CAM", "#882255"),
+    "refine_cam": Method(refine_cam, "RefineCAM", "#332288", needs="layers"),
+    "ablation_cam": Method(ablation_cam, "Ablation-CAM", "#de8f05"),
+    "score_cam": Method(score_cam, "Score-CAM", "#ca9161", cost="heavy"),
+}

@@ -6,17 +6,17 @@ arXiv 2301.07002.
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
-from opticam.classifier import as_softmax, read, usable
+from opticam.classifier import Output, as_softmax, read, usable
 from opticam.features import Layer, feature_maps, prepared
 from opticam.folding import folded
-from opticam.methods.ascent import Optimizer, Rows, Space, adam, maximise, weight_space
+from opticam.methods.ascent import Optimizer, Progress, Space, adam, keep_rows, weight_space
+from opticam.methods.record import Method
 from opticam.saliency import apply_mask, baseline_of, min_max, upsample
 from opticam.state import frozen
 
@@ -37,6 +37,36 @@ class OptiCAMResult(NamedTuple):
     weights: Tensor
     objective: Tensor
     num_steps: Tensor
+
+
+class Step(NamedTuple):
+    """What `on_step` is told: the tensors of the loop as they are, detached, of the n images still at work.
+
+    Attributes:
+        number: steps taken, 0 to T.
+        rows: (n,) int64, which of the images these are.
+        saliency: (n,1,H,W) in [0,1].
+        objective: (n,).
+        masked_logits: (n,C), as the objective got them: see `classifier.as_softmax`.
+        class_idx: (n,) int64, likewise.
+    """
+
+    number: int
+    rows: Tensor
+    saliency: Tensor
+    objective: Tensor
+    masked_logits: Tensor
+    class_idx: Tensor
+
+
+class _Batch(NamedTuple):
+    """Images at work and what belongs to them, row by row; baseline None for black."""
+
+    images: Tensor
+    class_idx: Tensor
+    logits: Tensor
+    baseline: Tensor | None
+    features: tuple[Tensor, ...]
 
 
 def class_logit(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
@@ -117,6 +147,7 @@ def opti_cam(
     patience: int = 10,
     autocast: torch.dtype | None = None,
     batch_size: int | None = None,
+    on_step: Callable[[Step], object] | None = None,
 ) -> OptiCAMResult:
     """Saliency maps `S(u*)` whose masked image has the largest class logit.
 
@@ -151,6 +182,8 @@ def opti_cam(
             map stay float32.
         batch_size: images in flight; None for all at once. Where a device runs out of memory, the images in flight are
             halved until they fit, with one warning in the end.
+        on_step: called with a `Step` before the first step and after each, batch by batch; its result is not used. A
+            batch that ran out of memory begins again at 0.
 
     Returns:
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
@@ -163,67 +196,125 @@ def opti_cam(
     for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
         if number is not None and not (isinstance(number, int) and number >= least):
             raise ValueError(f"{name}: wanted a whole number of at least {least}, got {number!r}")
-    functions = {"objective": objective, "normalize": normalize, "optimizer": optimizer}
+    functions = {"objective": objective, "normalize": normalize, "optimizer": optimizer, "on_step": on_step or repr}
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name}: wanted a function, such as OBJECTIVES['class_logit'], got {function!r}")
-    shown = None if callable(baseline) else baseline_of(images, baseline)
+    if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
+        got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")
+    shown = baseline if callable(baseline) else baseline_of(images, baseline)
     if not 0 < lr < torch.inf:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
     def explain(part: slice) -> OptiCAMResult:
-        x = prepared(model, images[part])
-        c = usable(class_idx[part])
-        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
-        reduced = partial(torch.autocast, x.device.type, autocast, enabled=autocast is not None)
-        features, y = feature_maps(model, x, layer)
-        check_class_range(c, y.shape[1])
-        network = folded(model, x, y)
-        features = tuple(maps.to(dtype).relu() for maps in features)
-        width = sum(maps.shape[1] for maps in features)
-        b = baseline_of(x, baseline) if callable(baseline) else None if shown is None else shown[part]
-
-        def saliency(point: Tensor, features: Sequence[Tensor]) -> Tensor:
-            sums = [upsample(maps, x.shape[-2:]) for maps in space.sums(point, features)]
-            return normalize(sum(sums[1:], sums[0]))
-
-        def problem(rows: Rows) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-            x_r, y_r, c_r, b_r = x[rows], y[rows].to(dtype), c[rows], None if b is None else b[rows]
-            x_r = prepared(model, x_r)
-            features_r = [maps[rows] for maps in features]
-
-            def value(point: Tensor) -> Tensor:
-                masked = apply_mask(x_r, saliency(point, features_r), b_r)
-                with reduced():
-                    masked_logits, head = read(network, masked)
-                return objective(as_softmax(masked_logits.to(dtype), c_r, head)[0], *as_softmax(y_r, c_r, head))
-
-            return value, lambda point: space.settle(point, features_r)
-
-        start = torch.zeros(len(x), width) if u is None else usable(u[part]).detach()
-        if start.shape != (len(x), width):
-            raise ValueError(f"u: wanted shape ({len(images)},{width}), got {tuple(start.shape)} for {len(x)} images")
-        start = space.start(start.to(x.device, dtype), features)
-        best, history = maximise(
-            problem, start, lambda point: optimizer(point, lr, num_steps), num_steps, tol, patience
-        )
+        network, batch = _prepare(model, images[part], class_idx[part], layer, _part(shown, part))
+        features, size = batch.features, images.shape[-2:]
+        point = tuple(tensor.clone() for tensor in space.start(_start(_part(u, part), batch), features))
+        ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
+        progress = Progress(point, num_steps, tol, patience)
+        for step in range(num_steps + 1):
+            x, c, y, b, A = batch
+            S = normalize(_added(space.sums(point, A), size))  # S(u) = n(up(sum_k w_k A_k)), w = softmax(u)
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                output = read(network, apply_mask(x, S, b))  # f(x * S(u))
+            masked_logits, logits, target = _as_softmax(output, y, c)
+            value = objective(masked_logits, logits, target)  # f(x * S(u))_c, to be maximised
+            working = progress.add(step, value.detach(), point)  # the best so far is kept
+            if on_step is not None:
+                rows = torch.arange(len(images), device=x.device)[part][progress.seen]
+                on_step(Step(step, rows, S.detach(), value.detach(), masked_logits.detach(), target))
+            if step == num_steps or progress.over:
+                break
+            (point[0].grad,) = torch.autograd.grad(value.sum(), point[0])
+            ascent.step()
+            space.settle(point, A)
+            if decay is not None:
+                decay.step()
+            if working is not None:
+                batch, point = _keep(batch, working, model), keep_rows(point, working, ascent)
         with torch.no_grad():
-            steps = history.nan_to_num(-torch.inf).argmax(1)
-            return OptiCAMResult(saliency(best, features), space.weights(best, features), history, steps)
+            S = normalize(_added(space.sums(progress.best, features), size))
+            steps = progress.history.nan_to_num(-torch.inf).argmax(1)
+            return OptiCAMResult(S, space.weights(progress.best, features), progress.history, steps)
 
     with frozen(model):
-        asked = in_flight = min(batch_size or len(images), len(images))
-        parts, first = [], 0
-        while first < len(images):
-            try:
-                parts.append(explain(slice(first, first + in_flight)))
-                first += in_flight
-            except torch.OutOfMemoryError:
-                if in_flight == 1:
-                    raise
-                in_flight = (min(in_flight, len(images) - first) + 1) // 2
+        return OptiCAMResult(*map(torch.cat, zip(*_in_parts(explain, len(images), batch_size), strict=True)))
+
+
+def _prepare(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    layer: Layer | Sequence[Layer],
+    baseline: Tensor | Callable[[Tensor], Tensor] | None,
+) -> tuple[nn.Module, _Batch]:
+    """The network that the loop asks, and what it works on: one forward pass."""
+    x, c = prepared(model, images), usable(class_idx)
+    features, y = feature_maps(model, x, layer)
+    check_class_range(c, y.shape[1])
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
+    A = tuple(maps.to(dtype).relu() for maps in features)
+    return folded(model, x, y), _Batch(x, c, y.to(dtype), baseline_of(x, baseline), A)
+
+
+def _start(u: Tensor | None, batch: _Batch) -> Tensor:
+    """The free variables (B,K) to begin with; zeros, which mean equal weights, for None."""
+    wanted = len(batch.images), sum(maps.shape[1] for maps in batch.features)
+    if u is None:
+        return batch.features[0].new_zeros(wanted)
+    if u.shape != wanted:
+        raise ValueError(f"u: wanted shape ({wanted[0]},{wanted[1]}), got {tuple(u.shape)} for {wanted[0]} images")
+    return usable(u).detach().to(batch.features[0])
+
+
+def _part(given: Any, part: slice) -> Any:
+    """The rows of a tensor; functions and None as they are."""
+    return given[part] if isinstance(given, Tensor) else given
+
+
+def _added(sums: Sequence[Tensor], size: torch.Size) -> Tensor:
+    """The sums (B,1,h,w) of all layers, upsampled to the size of the image and added."""
+    first, *others = (upsample(maps, size) for maps in sums)
+    return sum(others, first)
+
+
+def _as_softmax(output: Output, logits: Tensor, class_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the masked image, of the image, and the class: what objectives are functions of."""
+    masked_logits, _ = as_softmax(output.logits.to(logits.dtype), class_idx, output.head)
+    return masked_logits, *as_softmax(logits, class_idx, output.head)
+
+
+def _keep(batch: _Batch, working: Tensor, model: nn.Module) -> _Batch:
+    """The rows of the images still at work."""
+    x, c, y, b, A = batch
+    kept = None if b is None else b[working]
+    return _Batch(prepared(model, x[working]), c[working], y[working], kept, tuple(maps[working] for maps in A))
+
+
+def _in_parts(explain: Callable[[slice], OptiCAMResult], number: int, batch_size: int | None) -> list[OptiCAMResult]:
+    """`explain` of `batch_size` images at a time, or of as many as fit into the memory of the device."""
+    asked = in_flight = min(batch_size or number, number)
+    parts: list[OptiCAMResult] = []
+    first = 0
+    while first < number:
+        try:
+            parts.append(explain(slice(first, first + in_flight)))
+            first += in_flight
+        except torch.OutOfMemoryError:
+            if in_flight == 1:
+                raise
+            in_flight = (min(in_flight, number - first) + 1) // 2
     if in_flight < asked:
-        warnings.warn(f"out of memory with {asked} images in flight: went on with {in_flight}", stacklevel=2)
-    return OptiCAMResult(*map(torch.cat, zip(*parts, strict=True)))
+        warnings.warn(f"out of memory with {asked} images in flight: went on with {in_flight}", stacklevel=3)
+    return parts
+
+
+def opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options: Any) -> Tensor:
+    """The map of `opti_cam`, (B,1,H,W) in [0,1]; arguments and errors as there."""
+    return opti_cam(model, images, class_idx, **options).saliency
+
+
+RECORDS = {"opti_cam": Method(opti_cam_map, "Opti-CAM", "#d55e00")}

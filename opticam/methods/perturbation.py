@@ -12,6 +12,7 @@ from opticam.checks import check_at_least, check_class_range, check_inputs, exam
 from opticam.classifier import class_logit, probabilities, read, usable
 from opticam.features import Layer, prepared
 from opticam.folding import folded
+from opticam.methods.record import Method
 from opticam.saliency import apply_mask, saliency_map
 from opticam.state import frozen
 
@@ -234,3 +235,9 @@ def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:
     index = low.long().expand(-1, 1, pyramid.shape[2], -1, -1)
     below, above = pyramid.gather(1, index), pyramid.gather(1, index + 1)
     return ((1 - share) * below + share * above)[:, 0]
+
+
+RECORDS = {
+    "rise": Method(rise, "RISE", "#fbafe4", cost="heavy"),
+    "extremal_perturbation": Method(extremal_perturbation, "Extremal perturbation", "#d0bbff", cost="heavy"),
+}

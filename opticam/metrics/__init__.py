@@ -1,12 +1,12 @@
-"""The metrics by name: pure functions from saved tensors to one value per image.
+"""The metrics by name: records of pure functions from saved tensors to one value per image.
 
 SciPy, scikit-image and OpenCV are imported by the functions that need them: AD, AI and AG do not wait for them.
 """
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Collection
 
-from torch import Tensor
-
+from opticam.classifier import class_logit
 from opticam.metrics.classification import (
     adcc,
     average_drop,
@@ -41,19 +41,57 @@ from opticam.metrics.randomization import (
     rank_correlation,
     structural_similarity,
 )
+from opticam.metrics.record import Metric
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "average_drop": average_drop,
-    "average_gain": average_gain,
-    "average_increase": average_increase,
+METRICS: dict[str, Metric] = {
+    "average_drop": Metric(average_drop, "AD", higher=False),
+    "average_gain": Metric(average_gain, "AG", higher=True),
+    "average_increase": Metric(average_increase, "AI", higher=True, proportion=True),
 }
+"""Those of the probabilities p of the image and o of the masked image: every scored map has them."""
 
-# columns whose mean over images counts hits; the pointing game may also give a part of one, where maxima are tied
-PROPORTIONS = frozenset({"average_increase", "localization_error", "official_metric", "pointing_game"})
+_MAP, _BOXES = ("saliency",), ("saliency", "boxes")
+_PASSES = ("model", "images", "class_idx", "saliency")
+_PAIR = ("saliency", "other")
+
+COLUMNS: ChainMap[str, Metric] = ChainMap(
+    {
+        "masked_logit": Metric(class_logit, "masked logit", True, factor=1, needs=("masked_logits", "class_idx")),
+        "insertion": Metric(insertion, "insertion", True, needs=_PASSES),
+        "deletion": Metric(deletion, "deletion", False, needs=_PASSES),
+        "road": Metric(road, "ROAD", True, needs=_PASSES),
+        "coherency": Metric(coherency, "coherency", True, needs=_PAIR),
+        "complexity": Metric(complexity, "complexity", False, needs=_MAP),
+        "adcc": Metric(adcc, "ADCC", True, needs=(*_PAIR, "drop")),
+        "localization_error": Metric(localization_error, "LE", False, proportion=True, needs=_BOXES),
+        "official_metric": Metric(official_metric, "OM", False, proportion=True, needs=(*_BOXES, "correct")),
+        "soft_f1": Metric(soft_f1, "F1", True, needs=_BOXES),
+        "pointing_game": Metric(pointing_game, "SP", True, proportion=True, needs=_BOXES),
+        "energy_pointing_game": Metric(energy_pointing_game, "EP", True, needs=_BOXES),
+        "saliency_metric": Metric(saliency_metric, "SM", False, factor=1, needs=_PASSES),
+        "rank_correlation": Metric(rank_correlation, "rank correlation", False, factor=1, needs=_PAIR),
+        "ssim": Metric(structural_similarity, "SSIM", False, factor=1, needs=_PAIR),
+    },
+    METRICS,
+)
+"""All that tables have columns of. What is added here is a score of `evaluate`, where that knows what it needs."""
+
+
+def factors(columns: Collection[str]) -> dict[str, float]:
+    """What each column is multiplied with for people; 1 for a column without a record."""
+    return {column: COLUMNS[column].factor if column in COLUMNS else 1 for column in columns}
+
+
+def headings(columns: Collection[str], unit: bool = True) -> dict[str, str]:
+    """Column -> its heading in a table, `AD % ↓`, or in a figure, `AD ↓`; a column without a record by its own name."""
+    known = {column: COLUMNS[column] for column in columns if column in COLUMNS}
+    return {column: known[column].heading_with(unit) if column in known else column for column in columns}
+
 
 __all__ = [
+    "COLUMNS",
     "METRICS",
-    "PROPORTIONS",
+    "Metric",
     "adcc",
     "average_drop",
     "average_gain",
@@ -67,6 +105,8 @@ __all__ = [
     "complexity",
     "deletion",
     "energy_pointing_game",
+    "factors",
+    "headings",
     "impute",
     "independent",
     "insertion",

@@ -1,14 +1,12 @@
+import re
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-import seaborn as sns
 import torch
 
-from opticam.lab import plotting
 from opticam.lab.plotting import (
-    METHOD_COLORS,
-    METHOD_LABELS,
     condition_panels,
     difference_dots,
     explanation_figure,
@@ -41,8 +39,10 @@ def style():
         mpl.pyplot.close("all")
 
 
-def test_every_method_has_a_label_and_a_colour():
-    assert set(METHOD_LABELS) == set(METHOD_COLORS) == set(METHODS)
+def test_no_two_methods_share_a_label_or_a_colour():
+    records = METHODS.values()
+    assert len({record.label for record in records}) == len({record.color for record in records}) == len(METHODS)
+    assert all(re.fullmatch("#[0-9a-f]{6}", record.color) for record in records)
 
 
 def test_overlay_is_brightest_where_the_map_is_one():
@@ -240,8 +240,3 @@ def test_curves_show_similarity_by_stage_in_the_order_given():
     other = curves.iloc[[1]].rename(index={"grad_cam": "opti_cam"})  # only at the second stage
     (ax,) = similarity_curves(pd.concat([curves, other]), {"ssim": "SSIM"}, {"cascading": ""}).axes
     assert [container.lines[0].get_xdata().round().tolist() for container in ax.containers] == [[0, 1], [1]]
-
-
-def test_colours_are_those_of_seaborn():
-    for name, ours in (("colorblind", plotting._COLORS), ("pastel", plotting._PALE)):
-        assert ours == sns.color_palette(name).as_hex()

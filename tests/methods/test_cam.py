@@ -6,11 +6,11 @@ import references
 import torch
 from torch import nn
 
-from opticam import METHODS, fake_cam, grad_cam, load_model
+from opticam import METHODS, fake_cam, grad_cam, load_model, wrap
 from opticam.features import feature_maps, resolve_layer
 from opticam.lab.datasets import demo
 from opticam.methods import one_per_map
-from opticam.methods.cam import ablation_cam, score_cam
+from opticam.methods.cam import ablation_cam, eigen_cam, finer_cam, refine_cam, score_cam
 from opticam.saliency import combine, min_max, saliency_map
 
 BY_GRADIENTS = ["grad_cam", "grad_cam_plus_plus", "x_grad_cam", "hires_cam", "layer_cam"]
@@ -57,6 +57,80 @@ def test_score_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
         np.testing.assert_allclose(saliency[b, 0], references.finish(grid, 24, 32), rtol=0, atol=1e-9)
 
 
+def test_eigen_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
+    saliency = eigen_cam(tiny, images, class_idx, layer=layer)
+    for b in range(5):
+        features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        expected = references.finish(references.eigen_cam(features), 24, 32)
+        np.testing.assert_allclose(saliency[b, 0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.6, "num_classes": 2}, {"hold_weights": True}, {"num_classes": 9}])
+def test_finer_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer, options):
+    with torch.no_grad():
+        tiny.fc.weight.mul_(30)  # else the logits are alike, and so are the weights
+    saliency = finer_cam(tiny, images, class_idx, layer=layer, **options)
+    head = head_of(tiny, DEPTHS[layer])
+    for b in range(1):
+        label, number, alpha = int(class_idx[b]), options.get("num_classes", 3), options.get("alpha", 1)
+        features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        logits = tiny(images[b : b + 1])[0].detach().numpy()
+        held = references.finer_weights(logits, label, number) if "hold_weights" in options else None
+
+        def score(maps, label=label, alpha=alpha, number=number, held=held):
+            value = references.finer_score(head(maps)[0].numpy(), label, alpha, number, held)
+            return torch.tensor([[value]])
+
+        expected = references.grad_cam(features, references.slopes(features, score, 0))
+        np.testing.assert_allclose(saliency[b, 0], references.finish(expected, 24, 32), rtol=0, atol=1e-6)
+
+
+def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
+    run = partial(finer_cam, tiny, images, class_idx, layer="features.0")
+    expected = grad_cam(tiny, images, class_idx, layer="features.0")
+    torch.testing.assert_close(run(alpha=0, hold_weights=True), expected, rtol=0, atol=1e-12)
+    assert (run() - expected).abs().max() > 0.1
+    for wrong, message in (
+        ({"num_classes": 0}, "num_classes: wanted a whole"),
+        ({"alpha": torch.nan}, "alpha: wanted a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**wrong)
+
+
+def test_finer_cam_of_a_sigmoid_is_grad_cam(tiny, images, class_idx):
+    """The only rival of a class is its absence, whose logit is 0."""
+    network = wrap(tiny, layer="features.0", head="sigmoid")
+    expected = grad_cam(network, images, class_idx)
+    torch.testing.assert_close(finer_cam(network, images, class_idx), expected, rtol=0, atol=1e-12)
+
+
+def test_refine_cam_is_the_product_of_the_maps(tiny, images, class_idx):
+    saliency = refine_cam(tiny, images, class_idx, layer=["features.0", "features"])
+    for b in range(1):
+        product = np.ones((24, 32))
+        for depth in DEPTHS.values():
+            features = tiny.features[:depth](images[b : b + 1])[0].detach().numpy()
+            g = references.slopes(features, head_of(tiny, depth), int(class_idx[b]))
+            g[abs(g) < 1e-10] = 0
+            product *= references.finish(references.grad_cam_plus_plus(features, g), 24, 32)
+        np.testing.assert_allclose(saliency[b, 0], references.min_max(product), rtol=0, atol=1e-6)
+    one = refine_cam(tiny, images, class_idx, layer="features", base=grad_cam)
+    torch.testing.assert_close(one, grad_cam(tiny, images, class_idx, layer="features"))
+    with pytest.raises(ValueError, match="layer: wanted at least one"):
+        refine_cam(tiny, images, class_idx, layer=[])
+
+
+def test_eigen_cam_of_constant_features_is_zero(tiny, images, class_idx):
+    for value in (0.3, -7.1, 0.0):
+        with torch.no_grad():
+            tiny.features[2].weight.zero_()
+            tiny.features[2].bias.fill_(value)
+        assert (eigen_cam(tiny, images, class_idx, layer="features.2") == 0).all()
+    half = eigen_cam(tiny.half(), images.half(), class_idx, layer="features.0")
+    assert half.amax() == 1
+
+
 def test_one_pass_a_feature_map_that_varies(tiny, images, class_idx):
     with torch.no_grad():
         tiny.features[2].weight[4] = 0
@@ -100,7 +174,7 @@ def test_grad_cam_without_positive_evidence_is_zero(tiny, images, class_idx):
     assert (grad_cam(tiny, images, class_idx, layer="features") == 0).all()
 
 
-@pytest.mark.parametrize("name", [*BY_GRADIENTS, "ablation_cam", "score_cam"])
+@pytest.mark.parametrize("name", [*BY_GRADIENTS, "ablation_cam", "score_cam", "eigen_cam", "finer_cam", "refine_cam"])
 def test_feature_maps_of_zeros_give_zeros(tiny, images, class_idx, name):
     with torch.no_grad():
         tiny.features[2].weight.zero_()

@@ -10,7 +10,7 @@ import torch
 from conftest import TinyCNN
 from torch import nn
 
-from opticam import METHODS, opti_cam
+from opticam import METHODS, Classifier, opti_cam
 from opticam.features import feature_maps
 from opticam.methods.ascent import SCHEDULES, adam, map_space
 from opticam.methods.opti_cam import OBJECTIVES, class_logit, logit_difference
@@ -121,11 +121,14 @@ def test_projection_by_hand():
     # one row of cells: A_0 = (2,0,0), A_1 = (0,1,0); wanted (1,-3,5): w_0 = 1/2, w_1 = 0, and nothing makes cell 2
     maps = torch.tensor([[[[2.0, 0, 0]], [[0, 1.0, 0]]]], dtype=torch.float64)
     wanted = torch.tensor([[1.0, -3.0, 5.0]], dtype=torch.float64)
-    point = torch.cat([torch.tensor([[0.3, 0.7]], dtype=torch.float64), wanted], 1)
-    settled = map_space.settle(point, [maps])
-    torch.testing.assert_close(settled, torch.tensor([[0.5, 0, 1, 0, 0]], dtype=torch.float64))
-    hopeless = torch.cat([torch.tensor([[0.3, 0.7]], dtype=torch.float64), -wanted.abs()], 1)
-    torch.testing.assert_close(map_space.weights(map_space.settle(hopeless, [maps]), [maps]), hopeless[:, :2])
+    start = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    point = wanted.clone(), start.clone()
+    map_space.settle(point, [maps])
+    torch.testing.assert_close(point[1], torch.tensor([[0.5, 0]], dtype=torch.float64))
+    torch.testing.assert_close(point[0], torch.tensor([[1.0, 0, 0]], dtype=torch.float64))
+    hopeless = -wanted.abs(), start.clone()
+    map_space.settle(hopeless, [maps])
+    torch.testing.assert_close(map_space.weights(hopeless, [maps]), start)
 
 
 def _rising(objective):
@@ -323,6 +326,9 @@ def test_start(tiny, images, class_idx):
     assert torch.equal(u, kept)
     with pytest.raises(ValueError, match=r"u: wanted shape \(5,6\), got \(5, 7\)"):
         opti_cam(tiny, images, class_idx, layer="features", u=torch.zeros(5, 7))
+    for wrong, got in ((torch.zeros(6, 6), r"\(6, 6\)"), (torch.zeros(1, 6), r"\(1, 6\)"), ([0.0], "list")):
+        with pytest.raises(ValueError, match=f"u: wanted a tensor with a row for each of 5 images, got {got}"):
+            opti_cam(tiny, images, class_idx, layer="features", u=wrong)
 
 
 TOL = 0.003
@@ -396,6 +402,48 @@ def test_memory_does_not_grow_with_the_steps(tiny, images, class_idx):
     assert max(alive) <= 1
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_viewer_is_told_every_step_and_changes_nothing(tiny, images, class_idx, schedule):
+    steps = []
+    options = {"layer": "features", **SCHEDULES[schedule], "num_steps": 25, "lr": 0.3, "tol": TOL, "patience": 3}
+    seen = opti_cam(tiny, images, class_idx, batch_size=3, on_step=steps.append, **options)
+    for one, other in zip(seen, opti_cam(tiny, images, class_idx, batch_size=3, **options), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+    told = torch.full_like(seen.objective, torch.nan)
+    for step in steps:
+        told[step.rows, step.number] = step.objective
+        with torch.no_grad():
+            masked_logits = tiny(images[step.rows] * step.saliency)
+        torch.testing.assert_close(step.masked_logits, masked_logits)
+        assert torch.equal(step.class_idx, class_idx[step.rows])
+        assert not any(part.requires_grad for part in step[1:])
+    assert torch.equal(told.nan_to_num(-1), seen.objective.nan_to_num(-1))
+    assert sorted({len(step.rows) for step in steps}) == [1, 2, 3]  # some stop before others
+    best = {(int(row), step.number): S for step in steps for row, S in zip(step.rows, step.saliency, strict=True)}
+    for b, number in enumerate(seen.num_steps.tolist()):
+        torch.testing.assert_close(best[b, number], seen.saliency[b], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_of_a_sigmoid_are_those_of_a_class_against_its_absence(tiny, images, class_idx, name):
+    """sigmoid(y) = softmax((y, 0))_0, by hand from the logit of the class alone."""
+    model = Classifier(tiny, "several labels", "features", head="sigmoid", class_names=list("abcde")).double().eval()
+    with torch.no_grad():
+        tiny.fc.weight.mul_(30)
+        y = model(images).gather(1, class_idx[:, None])[:, 0]
+    result = opti_cam(model, images, class_idx, objective=OBJECTIVES[name], num_steps=8)
+    with torch.no_grad():
+        o = model(images * result.saliency).gather(1, class_idx[:, None])[:, 0]
+    expected = {
+        "class_logit": o,
+        "logit_difference": -(y - o).abs(),
+        "logit_margin": o,
+        "probability": 1 / (1 + (-o).exp()),
+        "log_probability": -(1 + (-o).exp()).log(),
+    }
+    torch.testing.assert_close(result.objective.amax(1), expected[name], rtol=0, atol=1e-12)
+
+
 def test_own_optimizer(tiny, images, class_idx):
     def sgd(u, lr, num_steps):
         return torch.optim.SGD([u], lr=lr, maximize=True), None
@@ -436,7 +484,7 @@ def test_baselines_that_do_not_fit(tiny, images, class_idx):
         assert torch.equal(run(baseline=other).saliency, expected)
 
 
-@pytest.mark.parametrize("name", ["objective", "normalize", "optimizer", "baseline"])
+@pytest.mark.parametrize("name", ["objective", "normalize", "optimizer", "baseline", "on_step"])
 def test_a_name_in_the_place_of_a_function(tiny, images, class_idx, name):
     with pytest.raises(TypeError, match=f"{name}: wanted a .*function, such as .*, got 'blur'"):
         opti_cam(tiny, images, class_idx, layer="features", **{name: "blur"})

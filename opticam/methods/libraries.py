@@ -1,0 +1,193 @@
+"""Methods of the libraries grad-cam and torchcam by name, `grad-cam:FinerCAM`, `torchcam:ISCAM`; captum's beside them.
+
+A library works on a twin of the network, whose modules, hooks, flags and gradients are its own; only the values of the
+weights are shared. So the network is left as found, whatever the library does.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opticam.checks import check_class_range, check_inputs
+from opticam.classifier import bare, read, usable
+from opticam.features import Layer, as_grid, as_layers, prepared, resolve_layer
+from opticam.folding import _twin
+from opticam.methods.captum import captum_attribution, find_attribution
+from opticam.saliency import saliency_map
+
+REFUSALS = (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, LookupError)
+
+
+class _Logits(nn.Module):
+    """The twin as a library wants it: logits (B,C) whatever the network returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return read(self.network, images).logits
+
+
+def _private(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Module -> its twin, which shares the values of the weights and nothing else that a library may change."""
+    twins: dict[nn.Module, nn.Module] = {}
+    _twin(model, twins)
+    for twin in twins.values():
+        own = {key: value.copy() for key, value in vars(twin).items() if isinstance(value, dict)}  # hooks among them
+        own["_parameters"] = {
+            name: p if p is None else nn.Parameter(p.detach(), p.is_floating_point())
+            for name, p in own["_parameters"].items()
+        }
+        vars(twin).update(own)
+    return twins
+
+
+def library_map(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    explain: Callable[..., Tensor],
+    name: str,
+    layer: Layer | Sequence[Layer] = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """The map of another library's method by the one rule: what it gives before its own scaling, then `saliency_map`.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        explain: of `LIBRARIES`, what runs the library.
+        name: of the library's class.
+        layer: a module or its dotted name, or several where the library takes them; by default the model's own target
+            layer. Of several, the library makes one map in its own way.
+        seed: of what the library draws.
+        options: handed to the library's class.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        ImportError: the library is not installed.
+        TypeError: an argument is not a tensor or has the wrong dtype.
+        ValueError: no such method, or the library refuses it for this model; wrong shape, device or range.
+    """
+    check_inputs(model, images, class_idx)
+    with torch.inference_mode(False), torch.enable_grad(), _seeded(seed, images.device):
+        twins = _private(model)
+        places = [twins[resolve_layer(model, one)] for one in as_layers(layer)]
+        network = _Logits(twins[model]).eval()
+        x = prepared(model, images).clone().requires_grad_()
+        with torch.no_grad():
+            check_class_range(class_idx, network(x[:1]).shape[1])
+
+        def grid(output: Tensor) -> Tensor:
+            return as_grid(output, model, images[:1].expand(len(output), -1, -1, -1))
+
+        try:
+            maps = explain(name, network, x, usable(class_idx), places, grid, options)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            raise ValueError(f"method: the library cannot compute {name} here ({error})") from error
+    if maps.shape[:1] != images.shape[:1] or maps.ndim != 3:
+        raise ValueError(f"method: {name} gives {tuple(maps.shape)}; wanted maps ({len(images)},h,w)")
+    return saliency_map(maps[:, None].to(images.device), images.shape[-2:])
+
+
+def _by_grad_cam(
+    name: str, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
+) -> Tensor:
+    """Maps (B,h,w), or (B,H,W) of methods that have no single map of a layer."""
+    known = _class_of("grad-cam", name)
+    target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget
+    read_by_it = [] if name == "FullGrad" else layers  # FullGrad reads all biases, and warns of a layer
+    method = known(network, read_by_it, reshape_transform=grid, **options)
+    targets: list[Any] | None = [target(c) for c in class_idx.tolist()]
+    raw: list[np.ndarray] = []
+    inner = getattr(method, "base_cam", method)
+    if hasattr(inner, "get_cam_image") and len(layers) == 1:
+        inner.get_cam_image = partial(_kept, raw, inner.get_cam_image)
+    if name == "FinerCAM":  # its own targets, for the classes asked for; it knows one class for all images
+        found = [method(x[i : i + 1], None, target_idx=c) for i, c in enumerate(class_idx.tolist())]
+        return torch.from_numpy(np.concatenate(raw or found))
+    result = method(x, targets)
+    return torch.from_numpy(np.asarray(raw[0] if len(raw) == 1 else result))
+
+
+def _kept(raw: list[np.ndarray], function: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+    raw.append(function(*args))
+    return raw[-1]
+
+
+def _by_torchcam(
+    name: str, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
+) -> Tensor:
+    """Maps (B,h,w), before torchcam's own scaling."""
+    known = _class_of("torchcam", name)
+    takes = {key for kind in known.__mro__ for key in inspect.signature(kind.__init__).parameters}
+    given = {"input_shape": tuple(x.shape[1:]), "reshape_transform": grid}
+    given = {key: value for key, value in given.items() if key in takes} | options
+    owner = bare(network.network) if "score_projection" in takes else network  # LeGrad looks for the parts of a ViT
+    method = known(owner, layers if len(layers) > 1 else layers[0], **given)
+    (maps,) = method(class_idx.tolist(), network(x), normalized=False)
+    return maps
+
+
+def _class_of(library: str, name: str) -> Any:
+    """The class of that name; ImportError or ValueError where there is none."""
+    package = {"grad-cam": "pytorch_grad_cam", "torchcam": "torchcam.methods"}[library]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"method: {library} is not installed; it is an extra, pip install '.[{library}]'") from error
+    known = {key: value for key, value in vars(module).items() if inspect.isclass(value) and _explains(value)}
+    if name not in known:
+        raise ValueError(f"method: no {name!r} in {library}; wanted one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _explains(kind: type) -> bool:
+    """Whether a class maps images to saliency: grad-cam's have targets, torchcam's a class index."""
+    call = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
+    return "targets" in call or "class_idx" in call
+
+
+def _find(explain: Callable[..., Tensor], library: str, name: str) -> Callable[..., Tensor]:
+    _class_of(library, name)
+    return partial(library_map, explain=explain, name=name)
+
+
+def _find_captum(name: str) -> Callable[..., Tensor]:
+    find_attribution(name)
+    return partial(captum_attribution, name=name)
+
+
+LIBRARIES: dict[str, Callable[[str], Callable[..., Tensor]]] = {
+    "captum": _find_captum,
+    "grad-cam": partial(_find, _by_grad_cam, "grad-cam"),
+    "torchcam": partial(_find, _by_torchcam, "torchcam"),
+}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, torch's and numpy's; on exit their states are as before."""
+    before = np.random.get_state()  # noqa: NPY002  (grad-cam draws from it)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
