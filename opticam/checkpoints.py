@@ -1,0 +1,163 @@
+"""Weights out of a file, as trainers write it: found by the names that the network has, never by running code."""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WANTED = "wanted a state dict, as torch.save(network.state_dict(), path) writes it"
+_NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
+_SCALAR = np.float64(0).__reduce__()[0]
+# what trainers keep beside weights and what runs nothing: numbers of numpy, old and new, and options in a Namespace
+_HARMLESS = [
+    *((_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")),
+    *{np.dtype, *map(type, _NUMBERS), argparse.Namespace},
+]
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its weights
+_DEPTH = 4  # of tables within tables
+
+
+class _Found(NamedTuple):
+    place: str
+    weights: dict[str, Tensor]
+    faults: list[str]
+
+
+def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
+    """What a file of `torch.save` or of safetensors holds. Only tensors, numbers, text and tables of them are read.
+
+    Raises:
+        OSError: no such file.
+        ImportError: a file of safetensors, without that package.
+        ValueError: the file is damaged, would run code, or holds no tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file at {path}; {WANTED}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ImportError(f"checkpoint: {path} needs the package safetensors: pip install safetensors") from error
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises whatever it stumbles over
+        raise ValueError(
+            f"checkpoint: {path} is damaged or holds more than tensors, which might run code and was not read; {WANTED}"
+        ) from error
+    if not any(True for _ in _tables(content)):
+        raise ValueError(f"checkpoint: {path} holds no state dict; {WANTED}")
+    return content
+
+
+def find_weights(content: Mapping[Any, Any], network: nn.Module, refusal: str, key: str = "") -> dict[str, Tensor]:
+    """The weights of a network among what a checkpoint holds.
+
+    They may lie in a table of any name, such as "state_dict", "model" or "ema". One prefix may stand before all names,
+    such as "model.", "module." or "ema.", and names may hold what data-parallel, sharded and compiled training adds.
+    This is accepted only where the result has exactly the names and shapes of the network.
+
+    Args:
+        content: from `read_checkpoint`.
+        network: that the weights are for.
+        refusal: begins the message where they do not fit.
+        key: table and prefix of the weights, such as "state_dict_ema" or "state_dict.model". Wanted where different
+            weights fit, or where other tensors lie beside them.
+
+    Raises:
+        ValueError: no weights fit, or different ones do.
+    """
+    found = _found(content, network, key)
+    fitting = [one for one in found if not one.faults]
+    if not fitting:
+        faults = found[0].faults if found else [f"no weights under {key!r}"]
+        raise ValueError(f"{refusal}: {faults[0]}{f', and {len(faults) - 1} more' if len(faults) > 1 else ''}")
+    first, *others = fitting
+    names = [name for name in network.state_dict() if name in first.weights]
+    different = [one.place for one in others if not all(_same(first.weights[k], one.weights[k]) for k in names)]
+    if different:
+        places = ", ".join(map(repr, dict.fromkeys([first.place, *different])))
+        raise ValueError(f"checkpoint: different weights fit, under {places}; wanted checkpoint_key to name one")
+    return {name: first.weights[name] for name in names}
+
+
+def count_classes(content: Mapping[Any, Any], network: nn.Module, num_classes: int, key: str = "") -> int:
+    """The number of classes with which the weights of a checkpoint would fit, if nothing else keeps them from it.
+
+    Args:
+        content: from `read_checkpoint`.
+        network: of `num_classes` classes.
+        num_classes: the answer where no other number would do.
+        key: see `find_weights`.
+    """
+    own = network.state_dict()
+    for _, weights, faults in _found(content, network, key):
+        if not faults:
+            break
+        pairs = [(tuple(weights[name].shape), tuple(own[name].shape)) for name in own if name in weights]
+        changed = [(got, wanted) for got, wanted in pairs if got != wanted]
+        numbers = {got[0] if got and (num_classes, *got[1:]) == wanted else 0 for got, wanted in changed}
+        if len(numbers) == 1 and min(numbers) > 0:
+            return numbers.pop()
+    return num_classes
+
+
+def _tables(content: object, place: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if isinstance(content, Mapping) and depth:
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            yield place, tensors
+        for name, value in content.items():
+            yield from _tables(value, f"{place}{name}.", depth - 1)
+
+
+def _found(content: object, network: nn.Module, key: str) -> list[_Found]:
+    """Every reading of the content as weights of the network, the best first."""
+    own = network.state_dict()
+    first = next(iter(own), "")
+    found = []
+    for place, tensors in _tables(content):
+        for rename in (lambda name: name, lambda name: _WRAPPERS.sub("", name)):
+            named = {rename(name): value for name, value in tensors.items()}
+            prefixes = {name.removesuffix(first) for name in named if name.endswith(first)}
+            for prefix in sorted({"", *(prefix for prefix in prefixes if prefix.endswith("."))}):
+                where = f"{place}{prefix}"
+                if not where.startswith(f"{key}." if key else ""):
+                    continue
+                weights = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+                faults = _faults(weights, own)
+                if not key:
+                    told = f"lies beside those under {where.rstrip('.')!r}; wanted checkpoint_key to say which"
+                    beside = [name for name in named if not name.startswith(prefix) and name != _COUNTER]
+                    faults += [f"{name} {told}" for name in beside]
+                if len(named) == len(tensors):  # no two became one
+                    found.append(_Found(where.rstrip("."), weights, faults))
+    return sorted(found, key=lambda one: len(one.faults))
+
+
+def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]  # old checkpoints are without
+    return [
+        *(f"{name} is missing" for name in needed if name not in weights),
+        *(f"{name} is unknown" for name in weights if name not in own and name != _COUNTER),
+        *(
+            f"{name} has shape {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ),
+    ]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
