@@ -90,7 +90,8 @@ def run(photos: list[Photo], folder: Path) -> None:
     dataset = Watched(photos, [str(label) for label in range(CLASSES)], SIDE, SIDE)
     methods = {"grad_cam": METHODS["grad_cam"], "opti_cam": partial(METHODS["opti_cam"], num_steps=3)}
     tqdm.set_lock(threading.RLock())  # the usual one would be told as leaked by processes that are killed
-    stream(folder, Tiny(), dataset, methods, parameters={}, scores=["saliency"], batch_size=20, shard_size=SHARD)
+    options = {"keys": {"model": "soak"}, "scores": ["saliency"], "batch_size": 20, "shard_size": SHARD}
+    stream(folder, Tiny(), dataset, methods, parameters={}, **options)
     (folder / "readings.json").write_text(json.dumps(dataset.readings))
 
 

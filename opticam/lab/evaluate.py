@@ -1,6 +1,7 @@
 """Score saliency maps: batches x methods x metrics -> one row per image and method, in memory or streamed to disk."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from opticam.checks import check_at_least, check_class_range, check_inputs, exam
 from opticam.classifier import Output, as_output, class_logit, own, read
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
-from opticam.lab.identity import describe, digest_of, network_digest
+from opticam.lab.files import library_versions
+from opticam.lab.identity import describe, digest_of
 from opticam.lab.results import is_done, write_rows
 from opticam.metrics import (
     COLUMNS,
@@ -266,6 +268,7 @@ def stream(
     methods: Mapping[str, Method],
     *,
     parameters: Mapping[str, Any],
+    keys: Mapping[str, str] | None = None,
     scores: Sequence[str] = (),
     batch_size: int = 10,
     shard_size: int = 40,
@@ -274,10 +277,10 @@ def stream(
 ) -> Path:
     """As `evaluate`, but to Parquet files of some images each: memory does not grow, and nothing is lost.
 
-    Interrupted in whatever way and started again, it goes on after the last whole file, and ends with the rows of an
-    undisturbed run. Runs with other parameters, images, methods, layer or weights have folders of their own inside
-    `folder`; see `identity.describe` for how methods are told apart. A file counts as done if the code of this package
-    has not changed since, nor the size of an image file of it, nor its boxes.
+    Interrupted in whatever way and started again, it resumes after the last whole file, and ends with the rows of an
+    undisturbed run. Runs with other parameters, images, methods, layer, weights, device or versions of libraries have
+    folders of their own inside `folder`; see `identity.describe` for how methods and networks are recognised. A file
+    counts as done if neither the code of this package nor an image of it nor its boxes have changed since.
 
         rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
 
@@ -287,6 +290,8 @@ def stream(
         dataset: as `datasets.load_dataset` gives it.
         methods: see `evaluate`.
         parameters: stored with the rows, by names that `stream` has not itself; JSON.
+        keys: for a method of your own by its name, and for a network whose code is your own by "model": a word that you
+            change whenever that code changes.
         scores: see `evaluate`.
         batch_size: see `evaluate`.
         shard_size: images a file.
@@ -298,20 +303,26 @@ def stream(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: see `evaluate`; a method that `identity.describe` cannot describe.
+        ValueError: see `evaluate`; a method or network without a key that `identity.describe` cannot recognise.
     """
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "photos"):
         raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
     check_at_least(1, shard_size=shard_size)
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
+    keys = keys or {}
+    for name, key in keys.items():
+        if not (isinstance(key, str) and key and name in {"model", *methods, *METRICS, *scores}):
+            raise ValueError(f"keys: wanted a word for 'model' or for a name in methods, got {name!r}: {key!r}")
     computed = {
-        "methods": {name: describe(method, model) for name, method in methods.items()},
+        "methods": {name: describe(method, model, name, keys.get(name, "")) for name, method in methods.items()},
         "layer": _layer_name(model, None),
         "scores": [name if name in SCORES else [name, describe(COLUMNS[name].function, model)] for name in scores],
         "metrics": {name: describe(metric.function, model) for name, metric in METRICS.items()},
         "batch_size": batch_size,
-        "weights": network_digest(model),
+        "weights": describe(model, model, key=keys.get("model", "")),
+        "device": str(_device(model)),
+        "libraries": library_versions(),
         "images": digest_of(frame, dataset.upright, *zip(dataset.names, dataset.labels, strict=True)),
         "shard_size": shard_size,
         "shards": number,
@@ -537,5 +548,8 @@ def _layer_name(model: nn.Module, layer: Layer) -> str:
 def _files(dataset: Photos, indices: range) -> str:
     """Tells whether something behind the names of these photos has changed."""
     photos = [dataset.photos[i] for i in indices]
-    sizes = [photo.path.stat().st_size if photo.path.is_file() else None for photo in photos]
-    return digest_of(*sizes, *(photo[1:] for photo in photos))
+    contents = []
+    for photo in photos:
+        with photo.path.open("rb") if photo.path.is_file() else io.BytesIO() as file:
+            contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digest_of(*contents, *(photo[1:] for photo in photos))

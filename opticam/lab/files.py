@@ -3,14 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
 PROVENANCE = b"opticam"  # in the metadata of a table
 RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "captum", "grad-cam", "torchcam")
+_LIBRARIES += ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")
 _SHOWS = ("cli.py", "lab/plotting.py", "lab/explorer.py", "lab/findings.py")
 
 
@@ -42,3 +45,13 @@ def code_digest() -> str:
         if name not in _SHOWS and not name.startswith("jobs/"):
             digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """The versions of the installed libraries whose code makes rows, too."""
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

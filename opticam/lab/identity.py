@@ -1,16 +1,11 @@
-"""What tells one method or network from another, in every process: keys of the rows that they made."""
+"""Stable keys for methods and networks: what may compute other rows has another key, in every process."""
 
-import dis
 import hashlib
-import inspect
 import json
 import sys
-import sysconfig
 from collections.abc import Mapping
-from enum import Enum
 from functools import partial
-from pathlib import Path, PurePath
-from types import CodeType
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,107 +14,78 @@ from torch import Tensor, nn
 
 from opticam.features import layer_name
 
+_KNOWN = {"opticam", "torch", "torchvision", "timm", "transformers", "numpy", "builtins", "collections", "functools"}
+_OF_ALL = {*vars(nn.Module())}
 
-def describe(value: Any, model: nn.Module, around: tuple = ()) -> Any:
-    """A method, or an option of one, as JSON: the same in every process, and another where the method is another.
 
-    Functions of installed packages go by their name and code; those of a notebook, a script or a module of your own
-    also by what they read from around them. Layers go by their name in the model, tensors and other networks by their
-    content.
+def describe(value: Any, model: nn.Module, name: str = "model", key: str = "") -> Any:
+    """A method, a network or a part of one as JSON: what has a name is recognised, anything else is refused.
+
+    Numbers, text, tensors and containers of these count by their content. Functions, classes and constants of this
+    package, and of the libraries that networks come from, count by the name under which their module holds them; for
+    their code see `files.code_digest` and `files.library_versions`. A layer of the model counts by its dotted name,
+    and a `functools.partial` by its parts. A network counts by its parameters, its buffers, and the classes, settings
+    and hooks of all its modules.
+
+    A key of the caller stands for what has no name, such as a function in a notebook or the code of one's own network.
+    What can be seen still counts. Settings of torch for the whole process are not seen.
 
     Args:
-        value: a function, a `functools.partial` of one, or what is among its arguments.
+        value: what to describe.
         model: that the method is to explain.
-        around: what this is a part of.
+        name: what asks for a key.
+        key: of the caller; to be changed whenever the code that it stands for does.
 
     Raises:
-        ValueError: something that only this process can tell from others of its kind.
+        ValueError: something has no name, and there is no key.
     """
-    inner = partial(describe, model=model, around=(*around, value))
-    if isinstance(value, int | float | str | bool | None):
-        return value
-    if isinstance(value, torch.dtype | torch.device | PurePath | Enum):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return inner(value.tolist())
-    if isinstance(value, Tensor | np.ndarray):
-        return digest_of(value)
+    inner = partial(describe, model=model, name=name, key=key)
     if isinstance(value, nn.Module):
-        return layer_name(model, value) or network_digest(value)
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    if any(value is other for other in around):  # functions may call each other
-        return name
-    if isinstance(value, Mapping):
-        return {str(key): inner(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [inner(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, map(inner, value)))  # their order differs from process to process
-    if isinstance(value, partial):
-        return [inner(part) for part in (value.func, value.args, value.keywords)]
-    if inspect.isfunction(value):
-        if name.startswith("opticam.") and "<" not in name:  # see code_digest
-            return name
-        read = dict(inspect.getclosurevars(value).nonlocals)
-        if not _installed(value):
-            names = sorted(_globals(value.__code__) & value.__globals__.keys())
-            read |= {word: value.__globals__[word] for word in names}
-        depends = [_code(value.__code__), *map(inner, (value.__defaults__, value.__kwdefaults__, read))]
-        return [name, digest_of(json.dumps(depends))]  # of what it read, a data set say, too much to keep
-    if inspect.ismethod(value):
-        return [inner(value.__func__), inner(value.__self__)]
-    if inspect.ismodule(value):
-        return value.__name__
-    if inspect.isclass(value):
-        own = {} if _installed(value) else {key: getattr(item, "__func__", item) for key, item in vars(value).items()}
-        return [name, inner({key: item for key, item in own.items() if inspect.isfunction(item)})]
-    if hasattr(value, "__wrapped__"):
-        return [name, inner(value.__wrapped__)]
-    if inspect.isbuiltin(value) or inspect.ismethoddescriptor(value):
-        return name
-    if hasattr(value, "__dict__"):
-        return [inner(type(value)), inner(vars(value))]
-    raise ValueError(
-        "methods: wanted functions whose options are numbers, text, tensors, layers or functions, so that rows are "
-        f"recognised when the run goes on; got {value!r} of {type(value).__name__}"
-    )
+        layer = None if value is model else layer_name(model, value)
+        return {"network": _network(value, name, key)} if layer is None else {"layer": layer}
+    homes = [home for home in (getattr(value, "__module__", None), type(value).__module__) if home]
+    if all(home.partition(".")[0] in _KNOWN for home in homes):
+        if isinstance(value, int | float | str | None):
+            return value
+        if isinstance(value, Tensor | np.ndarray) and not getattr(value.dtype, "hasobject", False):
+            return {"content": digest_of(value)}
+        if isinstance(value, partial):
+            return {"partial": [inner(part) for part in (value.func, value.args, value.keywords)]}
+        if isinstance(value, Mapping):
+            return {"table": [[inner(word), inner(item)] for word, item in value.items()]}
+        if found := _name(value, homes[0]):
+            return {"name": found}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [inner(item) for item in value]}
+        if isinstance(value, set | frozenset):
+            return {"set": sorted(json.dumps(inner(item)) for item in value)}
+        if not isinstance(value, np.ndarray) and " at 0x" not in (text := repr(value)):  # a dtype, a device, a record
+            return {homes[-1]: text}
+    what = getattr(value, "__qualname__", type(value).__qualname__)
+    if key:
+        return {"key": key, "of": what}
+    wanted = f"keys={{{name!r}: ...}}, a word of your own that changes whenever its code does"
+    raise ValueError(f"keys: {what} of {name} cannot be recognised when the run resumes; wanted {wanted}")
 
 
-def _installed(value: Any) -> bool:
-    """Whether a function or class belongs to a package, which is not edited between two runs."""
-    module = sys.modules.get(value.__module__ or "__main__")
-    file = getattr(module, "__file__", None)
-    if file is None:  # built in, or a notebook's
-        return value.__module__ not in (None, "__main__")
-    return any(Path(file).is_relative_to(sysconfig.get_path(place)) for place in ("purelib", "platlib", "stdlib"))
+def _name(value: Any, home: str) -> str:
+    module = sys.modules.get(home)
+    if word := next((word for word, held in vars(module).items() if held is value), "") if module else "":
+        return f"{home}.{word}"
+    try:
+        return f"{home}.{value.__qualname__}" if attrgetter(value.__qualname__)(module) is value else ""
+    except AttributeError:
+        return ""
 
 
-def _globals(code: CodeType) -> set[str]:
-    """Names that code, and code inside it, reads from its module."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return own.union(*(_globals(item) for item in code.co_consts if isinstance(item, CodeType)))
-
-
-def _code(code: CodeType) -> list[Any]:
-    constants = [_code(item) if isinstance(item, CodeType) else _constant(item) for item in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), constants]
-
-
-def _constant(item: object) -> Any:
-    return sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
-
-
-def network_digest(network: nn.Module) -> str:
-    """Tells networks apart: by their modules, what these are set to, and their weights."""
-    settings = [
-        (name, key, item)
-        for name, module in network.named_modules()
-        for key, item in vars(module).items()
-        if key != "training" and not key.startswith("_") and isinstance(item, int | float | str | None)
-    ]
-    return digest_of(type(network).__qualname__, str(network), *settings, *network.state_dict().items())
+def _network(network: nn.Module, name: str, key: str) -> str:
+    inner = partial(describe, model=network, name=name, key=key)
+    parts: list[Any] = [*network.named_parameters(), *network.named_buffers()]
+    for place, module in network.named_modules():
+        settings = {word: item for word, item in vars(module).items() if word not in _OF_ALL}
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        parts.append((place, *map(inner, (type(module), type(module).forward, settings, hooks))))
+    return digest_of(*parts, key)
 
 
 def digest_of(*values: Any) -> str:

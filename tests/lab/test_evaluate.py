@@ -283,7 +283,7 @@ def test_unknown_scores(tiny, samples):
 
 
 def run_stream(folder, model, samples, **changed):
-    settings = {"parameters": {"model": "tiny"}, "batch_size": 2, "shard_size": 3}
+    settings = {"parameters": {"model": "tiny"}, "keys": {"model": "tiny"}, "batch_size": 2, "shard_size": 3}
     settings |= {"methods": {"grad_cam": METHODS["grad_cam"]}} | changed
     return stream(folder, model, Numbered(samples), **settings)
 
@@ -320,6 +320,8 @@ def written(folder):
         "scores",
         "layer",
         "method",
+        "keys",
+        "libraries",
     ],
 )
 def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatch, what):
@@ -341,6 +343,10 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
         tiny.network.features[1] = torch.nn.GELU()
     elif what == "method":
         changed = {"methods": {"grad_cam": partial(METHODS["grad_cam"], layer="features.0")}}
+    elif what == "keys":
+        changed = {"keys": {"model": "tiny, mended"}}
+    elif what == "libraries":
+        monkeypatch.setattr("opticam.lab.evaluate.library_versions", lambda: {"torch": "0.1"})
     elif what == "layer":
         tiny = wrap(tiny.network, "features.0")
     elif what == "frame":
@@ -376,11 +382,11 @@ def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp
     paths = [tmp_path / sample.name for sample in samples]
     for path in paths:
         path.write_text("photo")
-    start = partial(stream, tmp_path, tiny, parameters={}, batch_size=2, shard_size=3)
+    start = partial(stream, tmp_path, tiny, parameters={}, keys={"model": "tiny"}, batch_size=2, shard_size=3)
     ones = {"ones": METHODS["fake_cam"]}
     folder = start(dataset=Numbered(samples, paths), methods=ones)
     before = written(tmp_path)
-    paths[4].write_text("mended photo")
+    paths[4].write_text("PHOTO")
     assert start(dataset=Numbered(samples, paths), methods=ones) == folder
     after = written(tmp_path)
     assert [after[path] == before[path] for path in sorted(before)] == [True, False]
@@ -442,6 +448,15 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
     ):
         with pytest.raises(ValueError, match=message):
             run_stream(tmp_path, tiny, samples, parameters=parameters)
+    for keys in ({"gradcam": "v1"}, {"model": ""}, {"model": 1}):
+        with pytest.raises(ValueError, match="keys: wanted a word for 'model' or for a name in methods, got"):
+            run_stream(tmp_path, tiny, samples, keys=keys)
+    with pytest.raises(
+        ValueError, match="keys: TinyCNN of model cannot be recognised when the run resumes; wanted keys"
+    ):
+        run_stream(tmp_path, tiny, samples, keys={})
+    with pytest.raises(ValueError, match=r"keys: .*<lambda> of ones cannot be recognised when the run resumes"):
+        run_stream(tmp_path, tiny, samples, methods={"ones": lambda model, images, class_idx: images[:, :1] * 0 + 1})
     with pytest.raises(ValueError, match="dataset: wanted Photos, as load_dataset gives them, got list"):
         stream(tmp_path, tiny, samples, METHODS, parameters={})
     own = load_model("efficientnet_lite0")
