@@ -7,6 +7,7 @@ whatever process asks, and what is wrong with one photo stays with that photo (`
 import math
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+_MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
+_OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
+_OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 Box = tuple[float, ...]
 Item = TypeVar("Item")
@@ -94,6 +98,7 @@ class Photos(Dataset):
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         upright: turn photos as their EXIF orientation says; see `read_image`.
+        window: of pixels of more than 8 bits; see `read_image`.
     """
 
     photos: Sequence[Photo]
@@ -101,6 +106,7 @@ class Photos(Dataset):
     input_size: int = 224
     resize: int = 256
     upright: bool = True
+    window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _check_frame(self.input_size, self.resize)
@@ -136,7 +142,7 @@ class Photos(Dataset):
         path, name, label, boxes, fault = self.photos[index]
         if fault:
             raise ValueError(fault)
-        image = read_image(path, upright=self.upright)
+        image = read_image(path, upright=self.upright, window=self.window)
         moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
@@ -196,39 +202,80 @@ def select(
     return chosen
 
 
-def read_image(path: str | Path, *, upright: bool = True) -> Image.Image:
+def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, float] | None = None) -> Image.Image:
     """An image file as a person sees it: upright, 8-bit RGB.
 
-    Grayscale, palette, CMYK and 16-bit images are converted; transparency is laid on white.
+    Grayscale, palette and CMYK images are converted; transparency is laid on white. Pixels of 16 bits often hold only
+    10, 12 or 14 bits, and the file does not say so: without a window they are scaled by the fewest of 8, 10, 12, 14 or
+    16 bits that hold the brightest pixel, with a warning if these are fewer than 16.
 
     Args:
         path: any format that Pillow reads.
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
+        window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
+            (-160, 240) for soft tissue in Hounsfield units. Those of 8 bits are left as they are.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
-        ValueError: the pixels are floating-point numbers, which have no agreed range.
+        ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
+            the window is none; the image has more pixels than Pillow opens.
     """
     path = Path(path)
+    if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     try:
         with Image.open(path) as opened:
+            deep = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)  # Pillow drops the lower 8 bits
             opened.load()
-            image = ImageOps.exif_transpose(opened) if upright else opened.copy()
+            image = _deep_colors(path, opened, window) if deep else opened
+            image = ImageOps.exif_transpose(image) if upright else image.copy()
     except UnidentifiedImageError as error:
         raise OSError(f"image: {path} is not an image that can be read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        most = f"{Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
+        raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
-    if image.mode == "F":
-        raise ValueError(f"image: {path} has floating-point pixels; wanted integers of 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips at 255
-        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+    import cv2  # here, since few photos need it
+
+    values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.shape[1::-1] != opened.size or values.ndim != 3:
+        raise ValueError("colours of 16 bits in an unknown form; wanted 8 bits per channel")
+    colors, alpha = values[..., 2::-1], values[..., 3:]
+    image = Image.fromarray(np.concatenate([_shown(colors, path, window), (alpha // 257).astype(np.uint8)], 2))
+    image.info["exif"] = opened.getexif().tobytes()
+    return image
+
+
+def _shown(values: np.ndarray, path: Path, window: tuple[float, float] | None) -> np.ndarray:
+    """Pixels of more than 8 bits as 8 bits."""
+    low, high = window or (0.0, 65535.0)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"image: {path} has pixels that are not finite")
+    if window is None:
+        if values.dtype.kind == "f":
+            raise ValueError(f"image: {path} has floating-point pixels; wanted window=(low, high) to say their range")
+        darkest, brightest = int(values.min()), int(values.max())
+        if darkest < 0 or brightest > high:
+            told = f"{darkest} to {brightest}, such as Hounsfield units"
+            raise ValueError(f"image: {path} has pixels from {told}; wanted window=(low, high) to say what is shown")
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
+        high = 2.0**bits - 1
+        if bits < 16:
+            told = f"pixels of 16 bits that are all below {2**bits} are read as {bits} bits"
+            warnings.warn(f"image: {told}; window=(0, 65535) would keep 16", stacklevel=3)
+    return ((values.astype(np.float64) - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Tensor:
@@ -433,7 +480,7 @@ def imagenet(
     if not listed and predictions:
         listed = [(images / f"{name}.JPEG", "") for name in predictions]
     elif not listed and places:
-        listed = [(path, "") for path in _images(images.iterdir())]
+        listed = [(path, "") for path in _images(images, "*")]
     if not listed:
         raise FileNotFoundError(
             f"root: no ImageNet in {root}; wanted ILSVRC/Data/CLS-LOC/val/*.JPEG with LOC_val_solution.csv or XML, or "
@@ -465,31 +512,38 @@ def imagefolder(
     *,
     boxes_csv: str | Path | None = None,
     class_names: Sequence[str] | None = None,
+    window: tuple[float, float] | None = None,
     **selection: Any,
 ) -> Photos:
-    """Any folder of class folders; labels count the sorted names of the folders.
+    """Any folder of class folders.
+
+    The label of a photo comes from its class folder. If all class folders are among `class_names`, it is the folder's
+    place there. Else, if their names are whole numbers, it is that number. Else it counts the sorted names, as
+    torchvision's ImageFolder does, capital letters first.
 
     Args:
-        root: the folder; images may lie deeper in their class folder. Names that begin with a dot are passed over.
+        root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
+            passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
-        boxes_csv: table with the columns image, xmin, ymin, xmax, ymax, a row a box, in pixels of the upright photo;
+        boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
-            a photo with a malformed row is listed with its fault.
-        class_names: one for each class folder, in the order of the labels; by default the names of the folders.
+            a photo with a malformed row is listed with its fault. Rows that match no photo give a warning.
+        class_names: one per label; by default the names of the folders.
+        window: of pixels of more than 8 bits; see `read_image`.
         selection: `sample`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: no root, no images in it, or no table.
-        ValueError: an argument out of range; a table that cannot be read or fits no image or several.
+        ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
+            fits no image or several.
     """
     root = _folder("root", root, "of class folders")
     folders, listed = _class_folders(root)
     if not listed:
         raise FileNotFoundError(f"root: no images in class folders in {root}")
-    if class_names is not None and len(class_names) != len(folders):
-        raise ValueError(f"class_names: wanted {len(folders)}, one a class folder, got {len(class_names)}")
+    labels, class_names = _labels(folders, {folder for _, folder in listed}, class_names)
     rows = _box_rows(Path(boxes_csv), root, [path for path, _ in listed]) if boxes_csv else {}
     photos = []
     for path, folder in select(listed, limit=limit, **selection):
@@ -499,8 +553,8 @@ def imagefolder(
             boxes = _boxes(rows.get(path, []))
         except ValueError as error:
             fault = f"annotation: cannot read that of {path.name} ({error})"
-        photos.append(Photo(path, path.relative_to(root).as_posix(), folders.index(folder), boxes, fault))
-    return Photos(photos, list(class_names or folders), input_size, resize)
+        photos.append(Photo(path, path.relative_to(root).as_posix(), labels[folder], boxes, fault))
+    return Photos(photos, class_names, input_size, resize, window=window)
 
 
 def imagenette(
@@ -566,14 +620,50 @@ def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
     return Path(path)
 
 
-def _images(paths: Iterable[Path]) -> list[Path]:
-    kept = (path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
-    return sorted(kept, key=Path.as_posix)
+def _images(folder: Path, pattern: str) -> list[Path]:
+    """Images in a folder, in the order of their paths."""
+    paths = (path for path in folder.glob(pattern) if path.suffix.lower() in IMG_EXTENSIONS)
+    return sorted((p for p in paths if not any(map(_passed_over, p.relative_to(folder).parts))), key=Path.as_posix)
 
 
-def _class_folders(root: Path, pattern: str = r"[^.].*") -> tuple[list[str], list[tuple[Path, str]]]:
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
+def _class_folders(root: Path, pattern: str = r".*") -> tuple[list[str], list[tuple[Path, str]]]:
     names = sorted(folder.name for folder in root.iterdir() if re.fullmatch(pattern, folder.name) and folder.is_dir())
-    return names, [(path, name) for name in names for path in _images((root / name).rglob("*"))]
+    names = [name for name in names if not _passed_over(name)]
+    return names, [(path, name) for name in names for path in _images(root / name, "**/*")]
+
+
+def _labels(
+    folders: Sequence[str], with_images: set[str], class_names: Sequence[str] | None
+) -> tuple[dict[str, int], list[str]]:
+    """The label of each class folder, and the names of the classes; see `imagefolder`."""
+    given = list(class_names or ())
+    if set(folders) <= set(given):
+        if twice := [folder for folder in folders if given.count(folder) > 1]:
+            raise ValueError(f"class_names: wanted the class folder {twice[0]} among them once, got it more often")
+        return {folder: given.index(folder) for folder in folders}, given
+    numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
+    if len(numbers) == len(folders):
+        if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
+            raise ValueError(
+                f"root: class folders are named by numbers, {folders[-1]} among them; wanted class indices"
+            )
+        names = given if class_names is not None else [str(number) for number in range(max(numbers) + 1)]
+        if len(names) <= max(numbers):
+            raise ValueError(f"class_names: wanted at least {max(numbers) + 1}, one per label, got {len(names)}")
+        return dict(zip(folders, numbers, strict=True)), names
+    empty = [folder for folder in folders if folder not in with_images]
+    if numbers or (empty and class_names is None):
+        why = "only some are named by a number" if numbers else f"{empty[0]} has no images"
+        raise ValueError(
+            f"root: of the class folders {why}; wanted class_names that hold their names, to say the labels"
+        )
+    if class_names is not None and len(given) != len(folders):
+        raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
 
 
 def _table(path: Path, columns: list[str]) -> list[Any]:
@@ -594,14 +684,19 @@ def _box_rows(table: Path, root: Path, paths: Sequence[Path]) -> dict[Path, list
         known[path.name].append(path)
         known[path.relative_to(root).as_posix()] = [path]
     rows: dict[Path, list[Sequence[str]]] = defaultdict(list)
+    lost = []
     for name, *box in _table(table, ["image", *BOX_COLUMNS]):
         found = known.get(name, [])
+        lost += [] if found else [name]
         if len(found) > 1:
             raise ValueError(f"{table.name}: {name} names {len(found)} images; wanted its path relative to {root}")
         for path in found:
             rows[path].append(box)
     if not rows:
         raise ValueError(f"{table.name}: wanted images of {root}, got none of them")
+    if lost:
+        text = f"{table.name}: {len(lost)} rows match no photo, such as that of {lost[0]}; their boxes are not used"
+        warnings.warn(text, stacklevel=3)
     return rows
 
 

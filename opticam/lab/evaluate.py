@@ -323,7 +323,7 @@ def stream(
         "weights": describe(model, model, key=keys.get("model", "")),
         "device": str(_device(model)),
         "libraries": library_versions(),
-        "images": digest_of(frame, dataset.upright, *zip(dataset.names, dataset.labels, strict=True)),
+        "images": digest_of(frame, dataset.upright, dataset.window, *zip(dataset.names, dataset.labels, strict=True)),
         "shard_size": shard_size,
         "shards": number,
     }

@@ -1,5 +1,8 @@
 import re
+import struct
+import zlib
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -50,6 +53,104 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
     assert read.shape == (24, 32, 3)
     np.testing.assert_allclose(read[..., 0], RAMP, atol=1)
     np.testing.assert_allclose(read[..., 0], read[..., 2])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_fewer_bits_in_sixteen_are_scaled_with_a_warning_or_by_what_is_said(tmp_path, bits, suffix):
+    top = 2**bits - 1
+    values = (RAMP / 255 * top).round().astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"scan.{suffix}")
+    said = np.asarray(read_image(tmp_path / f"scan.{suffix}", window=(0, top)))[..., 1]
+    np.testing.assert_array_equal(said, (values.astype(float) * 255 / top).round())
+    with pytest.warns(
+        UserWarning, match=rf"pixels of 16 bits that are all below {top + 1} are read as {bits} bits; win"
+    ):
+        guessed = saved(tmp_path / f"scan.{suffix}", Image.fromarray(values))
+    np.testing.assert_array_equal(guessed[..., 2], said)
+    kept = np.asarray(read_image(tmp_path / f"scan.{suffix}", window=(0, 65535)))[..., 0]
+    np.testing.assert_array_equal(kept, (values / 257).round())
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("bits", "warned"), [(12, True), (16, False)])
+def test_colours_of_sixteen_bits_keep_their_lower_bits(tmp_path, channels, suffix, bits, warned, recwarn):
+    top = 2**bits - 1
+    rgb = (np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], -1) / 255 * top).round().astype(np.uint16)
+    stored = np.concatenate([rgb[..., ::-1], np.full((24, 32, channels - 3), 65535, np.uint16)], 2)
+    assert cv2.imwrite(str(tmp_path / f"deep.{suffix}"), stored)
+    read = np.asarray(read_image(tmp_path / f"deep.{suffix}")).astype(float)
+    np.testing.assert_allclose(read, rgb / top * 255, atol=0.51)
+    assert any("are read as 12 bits" in str(warning.message) for warning in recwarn) == warned
+
+
+def test_gray_with_alpha_of_sixteen_bits_is_not_shown_black(tmp_path):
+    values = (RAMP / 255 * 4095).round().astype(np.uint16)
+    raw = np.stack([values, np.full_like(values, 65535)], -1).astype(">u2").tobytes()
+    lines = b"".join(b"\0" + raw[i : i + 128] for i in range(0, len(raw), 128))  # each with no filter
+    header = struct.pack(">IIBBBBB", 32, 24, 16, 4, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    (tmp_path / "la.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    with pytest.warns(UserWarning, match="are read as 12 bits"):
+        read = np.asarray(read_image(tmp_path / "la.png")).astype(float)
+    np.testing.assert_allclose(read[..., 0], values / 4095 * 255, atol=0.51)
+
+
+def test_deep_colours_follow_their_orientation(tmp_path):
+    deep = np.zeros((24, 32, 3), np.uint16)
+    deep[:8, :8] = 65535
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    plain = Image.open(tmp_path / "deep.png")
+    exif = plain.getexif()
+    exif[0x0112] = 6
+    content = (tmp_path / "deep.png").read_bytes()
+    block = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    (tmp_path / "turned.png").write_bytes(content[:33] + chunk + content[33:])  # after the header
+    turned = np.asarray(read_image(tmp_path / "turned.png"))
+    np.testing.assert_array_equal(turned, np.rot90(deep // 257, -1))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.png", upright=False)), deep // 257)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+def test_hounsfield_units_want_a_window(tmp_path, dtype):
+    values = np.linspace(-1000, 3000, 32 * 24).reshape(24, 32).astype(dtype)
+    assert cv2.imwrite(str(tmp_path / "ct.tif"), values)
+    with pytest.raises(ValueError, match=r"image: .*ct\.tif has .*; wanted window=\(low, high\) to say"):
+        read_image(tmp_path / "ct.tif")
+    read = np.asarray(read_image(tmp_path / "ct.tif", window=(-160, 240)))
+    expected = np.clip((values.astype(float) + 160) / 400, 0, 1) * 255
+    np.testing.assert_allclose(read[..., 0], expected, atol=0.51)
+    write(tmp_path / "set" / "ill" / "a.txt", "")
+    (tmp_path / "ct.tif").rename(tmp_path / "set" / "ill" / "ct.tif")
+    assert "wanted window=(low, high)" in imagefolder(tmp_path / "set", 16, 16).get(0).reason
+    shown = load_dataset("imagefolder", tmp_path / "set", 24, 24, window=(-160, 240))[0].image
+    assert (shown.min(), shown.max()) == (0, 1)
+
+
+def test_pixels_without_a_range_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(ValueError, match=r"has pixels from 70000 to 70000, .*; wanted window"):
+        read_image(tmp_path / "wide.tif")
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="pixels that are not finite"):
+        read_image(tmp_path / "nan.tif", window=(0, 1))
+    for window in ((1, 0), (1, 1), (0, np.inf), (np.nan, 1), (0, 1, 2)):
+        with pytest.raises(ValueError, match=r"window: wanted two numbers \(low, high\) with low < high, got"):
+            read_image(tmp_path / "wide.tif", window=window)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("most", [100, 2000])  # Pillow refuses twice as many pixels, and warns before
+def test_an_image_over_pillows_limit_is_told_so(tmp_path, monkeypatch, most):
+    write(tmp_path / "set" / "slide" / "a.png", Image.new("RGB", (64, 48)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    sentence = rf"a\.png is too large; wanted a smaller copy, or a higher limit than {most} pixels \(PIL"
+    with pytest.raises(ValueError, match=sentence):
+        read_image(tmp_path / "set" / "slide" / "a.png")
+    assert "is too large; wanted" in imagefolder(tmp_path / "set", 16, 16).get(0).reason
 
 
 def test_gray_palette_and_one_bit(tmp_path):
@@ -572,8 +673,12 @@ def test_imagefolder(lungs):
         ("NORMAL/ward/two.png", 0, ((1, 2, 3, 4), (0, 0, 9, 9.5))),
         ("PNEUMONIA/one.jpeg", 1, ((5, 6, 7, 8),)),
     ]
-    assert listed(imagefolder(lungs, boxes_csv=table)) == boxed
-    assert listed(imagefolder(lungs, boxes_csv=str(table), shard=(1, 2))) == boxed[1:2]
+    with pytest.warns(
+        UserWarning, match=r"boxes\.csv: 1 rows match no photo, such as that of absent\.png; their boxes"
+    ):
+        assert listed(imagefolder(lungs, boxes_csv=table)) == boxed
+    with pytest.warns(UserWarning, match="match no photo"):
+        assert listed(imagefolder(lungs, boxes_csv=str(table), shard=(1, 2))) == boxed[1:2]
     table = boxes_csv(lungs, "two.png,1,2,3,", "PNEUMONIA/one.jpeg,5,6,7,8")
     photos = imagefolder(lungs, boxes_csv=table)
     reason = "annotation: cannot read that of two.png (wanted xmin ymin xmax ymax, got 1 2 3 )"
@@ -587,7 +692,7 @@ def test_imagefolder_refuses_in_one_sentence(lungs, tmp_path):
             imagefolder(root)
     with pytest.raises(FileNotFoundError, match="root: no images in class folders in"):
         imagefolder(lungs / "NORMAL" / "ward")
-    with pytest.raises(ValueError, match="class_names: wanted 2, one a class folder, got 3"):
+    with pytest.raises(ValueError, match="class_names: wanted 2, one per class folder, got 3"):
         imagefolder(lungs, class_names=["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match="table: no file at"):
         imagefolder(lungs, boxes_csv=lungs / "nothing.csv")
@@ -597,6 +702,66 @@ def test_imagefolder_refuses_in_one_sentence(lungs, tmp_path):
         imagefolder(lungs, boxes_csv=boxes_csv(lungs, "three.png,1,2,3,4"))
     with pytest.raises(ValueError, match=r"boxes\.csv: wanted a table with the columns image, xmin, ymin, xmax, ymax"):
         imagefolder(lungs, boxes_csv=boxes_csv(lungs, "two.png,1,2", header="image,x,y"))
+
+
+def labels_of(root, *folders, **options):
+    for folder in folders:
+        write(root / folder / "a.png")
+    photos = imagefolder(root, **options)
+    return {photo.name.split("/")[0]: photo.label for photo in photos.photos}, photos.class_names
+
+
+def test_folders_named_by_whole_numbers_are_the_labels(tmp_path):
+    found, names = labels_of(tmp_path / "all", *map(str, range(12)))
+    assert found == {str(i): i for i in range(12)}
+    assert names == [str(i) for i in range(12)]
+    found, names = labels_of(tmp_path / "some", "007", "10", "3")
+    assert found == {"3": 3, "007": 7, "10": 10}
+    assert len(names) == 11
+    assert imagefolder(tmp_path / "some", class_names=list("abcdefghijklm")).class_names[10] == "k"
+    with pytest.raises(ValueError, match="class_names: wanted at least 11, one per label, got 3"):
+        imagefolder(tmp_path / "some", class_names=["a", "b", "c"])
+    for index, other in enumerate(("7", "20240131")):  # the same number twice; a date
+        with pytest.raises(ValueError, match=r"root: class folders are named by numbers, .*; wanted class indices"):
+            labels_of(tmp_path / f"odd{index}", "007", "1", other)
+
+
+def test_class_names_that_hold_the_folders_say_the_labels(tmp_path):
+    found, names = labels_of(tmp_path / "pets", "cat", "dog", class_names=["dog", "bird", "cat"])
+    assert (found, names) == ({"cat": 2, "dog": 0}, ["dog", "bird", "cat"])
+    assert labels_of(tmp_path / "turned", "0", "1", class_names=["1", "0"])[0] == {"0": 1, "1": 0}
+    with pytest.raises(ValueError, match="class_names: wanted the class folder cat among them once"):
+        imagefolder(tmp_path / "pets", class_names=["dog", "cat", "cat"])
+    with pytest.raises(ValueError, match="class_names: wanted 2, one per class folder, got 0"):
+        imagefolder(tmp_path / "pets", class_names=[])
+
+
+def test_folders_whose_labels_are_not_clear_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="root: of the class folders only some are named by a number; wanted class_names"
+    ):
+        labels_of(tmp_path / "mixed", "0", "1", "10", "2", "unknown")
+    assert labels_of(tmp_path / "mixed", class_names=["0", "1", "2", "10", "unknown"])[0]["10"] == 3
+    (tmp_path / "weights" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="root: of the class folders checkpoints has no images; wanted class_names"):
+        labels_of(tmp_path / "weights", "cat", "dog")
+    named = ["cat", "none", "dog"]
+    assert labels_of(tmp_path / "weights", class_names=named)[0] == {"cat": 0, "dog": 2}
+
+
+def test_what_systems_and_notebooks_leave_is_passed_over_at_any_depth(tmp_path):
+    left = (".ipynb_checkpoints/a.png", "__MACOSX/a.png", "@eaDir/a.png", ".DS_Store/a.png", "$RECYCLE.BIN/a.png")
+    for name in ("cat/a.png", "cat/deep/b.png", "dog/c.png", "dog/._c.png"):
+        write(tmp_path / name, Image.new("RGB", (8, 8)))
+    for name in left:
+        for place in ("", "cat", "dog/deep"):
+            write(tmp_path / place / name, Image.new("RGB", (8, 8)))
+    expected = [("cat/a.png", 0, ()), ("cat/deep/b.png", 0, ()), ("dog/c.png", 1, ())]
+    assert listed(imagefolder(tmp_path)) == expected
+    assert imagefolder(tmp_path).class_names == ["cat", "dog"]
+    (tmp_path / "cat").rename(tmp_path / TENCH)
+    (tmp_path / "dog").rename(tmp_path / EAGLE)
+    assert [photo.label for photo in imagenet(tmp_path).photos] == [0, 0, 22]
 
 
 def test_own_checkpoint_on_an_own_folder(lungs, tmp_path):

@@ -103,7 +103,7 @@ def test_maps_are_kept_where_asked_for(tiny, samples):
 class Numbered(torch.utils.data.Dataset):
     """Samples that know their names, labels and frame, as `Photos` does."""
 
-    input_size, resize, upright = 24, 32, True
+    input_size, resize, upright, window = 24, 32, True, None
 
     def __init__(self, samples, paths=None):
         self.samples = samples
@@ -315,6 +315,7 @@ def written(folder):
         "labels",
         "frame",
         "upright",
+        "window",
         "batch_size",
         "shard_size",
         "scores",
@@ -339,6 +340,8 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
         samples[0] = samples[0]._replace(label=1)
     elif what == "upright":
         monkeypatch.setattr(Numbered, "upright", False)
+    elif what == "window":
+        monkeypatch.setattr(Numbered, "window", (0, 4095))
     elif what == "network":
         tiny.network.features[1] = torch.nn.GELU()
     elif what == "method":
