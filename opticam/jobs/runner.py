@@ -134,7 +134,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"notebook: the parameters of {path.name} are no Python ({error})") from error
+        raise ValueError(f"notebook: the parameters of {path.name} are not Python ({error})") from error
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     helps = {token.end[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}
     parameters = {}
@@ -144,11 +144,13 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
             got = ast.unparse(statement)
             raise ValueError(f"notebook: the parameters of {path.name}: wanted `name: type = literal`, got `{got}`")
-        name, kind = statement.target.id, ast.unparse(statement.annotation).strip("'")
+        annotation = statement.annotation  # or the same in quotes
+        quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
+        name, kind = statement.target.id, annotation.value if quoted else ast.unparse(annotation)
         try:
             default = cast(name, ast.literal_eval(statement.value), kind)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"parameter {name} of {path.name}: the default is no {kind} literal") from error
+        except (ValueError, TypeError, SyntaxError) as error:
+            raise ValueError(f"parameter {name} of {path.name}: the default is not a literal of type {kind}") from error
         parameters[name] = {"type": kind, "default": default, "help": helps.get(statement.end_lineno or 0, "")}
     return parameters
 
@@ -422,11 +424,18 @@ def cast(name: str, value: Any, kind: str) -> Any:
     Args:
         name: of the parameter.
         value: of that type already, or text that can be read as it; a list also as words between commas.
-        kind: int, float, bool, str or list[str].
+        kind: int, float, bool, str, list[str] or a Literal of text, numbers and truth values.
 
     Raises:
         ValueError: it is not of the type; NaN and infinity do not count as numbers.
     """
+    if literal := re.fullmatch(r"(?:typing\.)?Literal\[(.+)\]", kind, re.DOTALL):
+        options = ast.literal_eval(f"({literal[1]},)")
+        found = [option for option in options if type(option) is type(value) and option == value]
+        found = found or [option for option in options if isinstance(value, str) and value == str(option)]
+        if len(found) != 1:
+            raise ValueError(f"parameter {name}: wanted one of {', '.join(map(str, options))}, got {value!r}")
+        return found[0]
     wanted = ValueError(f"parameter {name}: wanted {_WORDS.get(kind, kind)}, got {value!r}")
     if kind == "str" and isinstance(value, str):
         return value

@@ -92,6 +92,32 @@ def test_defaults_with_signs_of_python_inside_are_read(tmp_path):
     }
 
 
+def test_a_choice_among_literals(tmp_path):
+    source = [
+        "from typing import Literal\n",
+        "\n",
+        "schedule: Literal['fast # 18', 'paper=100', \"it's\"] = 'paper=100'  # which = '#'\n",
+        "quoted: \"Literal['a', 'Literal']\" = 'Literal'\n",
+        "number: typing.Literal[1, 2, True] = 2",
+    ]
+    path = by_hand(tmp_path / "n.ipynb", source, language_info={"name": "python"})
+    read = notebook_parameters(path)
+    assert {name: entry["default"] for name, entry in read.items()} == {
+        "schedule": "paper=100",
+        "quoted": "Literal",
+        "number": 2,
+    }
+    assert read["schedule"]["help"] == "which = '#'"
+    given = {"schedule": "fast # 18", "quoted": "a", "number": "1"}
+    assert check_parameters(path, given) == {"schedule": "fast # 18", "quoted": "a", "number": 1}
+    assert check_parameters(path, {"schedule": "it's", "number": True})["number"] is True
+    with pytest.raises(ValueError, match=r"parameter schedule: wanted one of fast # 18, paper=100, it's, got 'slow'"):
+        check_parameters(path, {"schedule": "slow"})
+    for number in (3, 1.0, False, "3", None):
+        with pytest.raises(ValueError, match="parameter number: wanted one of 1, 2, True, got"):
+            check_parameters(path, {"number": number})
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -99,11 +125,16 @@ def test_defaults_with_signs_of_python_inside_are_read(tmp_path):
         ("a: int", "wanted `name: type = literal`, got `a: int`"),
         ("a: int = 1\na += 1", "wanted `name: type = literal`, got `a += 1`"),
         ("a.b: int = 1", "wanted `name: type = literal`, got `a.b: int = 1`"),
-        ("a: int = 1.5", "parameter a of n.ipynb: the default is no int literal"),
-        ("a: str = f()", "parameter a of n.ipynb: the default is no str literal"),
-        ("a: int | None = None", "parameter a of n.ipynb: the default is no int | None literal"),
-        ("a: int = ", "the parameters of n.ipynb are no Python"),
-        ("%matplotlib inline", "the parameters of n.ipynb are no Python"),
+        ("a: int = 1.5", "parameter a of n.ipynb: the default is not a literal of type int"),
+        ("a: str = f()", "parameter a of n.ipynb: the default is not a literal of type str"),
+        ("a: int | None = None", "parameter a of n.ipynb: the default is not a literal of type int | None"),
+        ("a: int = ", "the parameters of n.ipynb are not Python"),
+        ("a: Literal['x', 'y'] = 'z'", "the default is not a literal of type Literal['x', 'y']"),
+        ("a: Literal['x', 'y'] = 1", "the default is not a literal of type Literal['x', 'y']"),
+        ("a: Literal[x] = 'x'", "the default is not a literal of type Literal[x]"),
+        ("a: 'Literal[)(]' = 'x'", "the default is not a literal of type Literal[)("),
+        ("a: Literal = 'x'", "the default is not a literal of type Literal"),
+        ("%matplotlib inline", "the parameters of n.ipynb are not Python"),
     ],
 )
 def test_parameters_of_another_form_are_refused(tmp_path, source, message):
