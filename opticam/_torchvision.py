@@ -1,14 +1,22 @@
-"""Make torchvision importable beside a CPU build of torch.
+"""Lets torchvision be imported where it was built for CUDA and torch was not, and says how to install the two properly.
 
-The package index's Linux wheels of torchvision are built against CUDA. Beside a CPU build of torch their compiled
-operators do not load, and torchvision's import then fails while it describes two of them (nms and its quantised twin),
-which no classifier uses. Declaring the two lets the import go on; calling them fails as it should.
+The package index's Linux wheels of torchvision are built for CUDA. Beside a CPU build of torch their compiled operators
+do not load, and torchvision's import fails while it describes two of them (nms and its quantised twin), which no
+classifier uses. Declaring the two lets the import go on; calling them fails as it should. In an environment whose two
+builds belong together nothing is done here.
 
-They are declared when an import of torchvision, whoever asks for it, comes to that point. The package sets this up
-before any of its modules runs, and needs no torch for it.
+This is set up when `opticam` is imported, needs no torch for that, and acts when torchvision is imported. The file can
+go once the package index has a CPU build of torchvision, or torchvision's import gets by without compiled operators.
 """
 
+import os
 import sys
+import warnings
+
+_WARNING = (
+    "torchvision was built for CUDA and torch was not: its compiled operators do not load, which no classifier needs. "
+    "A pair that belongs together: pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+)
 
 
 class _Declaring:
@@ -19,10 +27,12 @@ class _Declaring:
         if name == "torchvision._meta_registrations":  # runs next, after the attempt to load the compiled operators
             import torch
 
-            for operator in ("nms", "qnms"):
-                if not hasattr(torch.ops.torchvision, operator):
-                    signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                    torch.library.define(f"torchvision::{operator}", signature)
+            missing = [operator for operator in ("nms", "qnms") if not hasattr(torch.ops.torchvision, operator)]
+            for operator in missing:
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{operator}", signature)
+            if missing and "OPTICAM_PROGRESS" not in os.environ:  # a notebook that is run by command has no reader yet
+                warnings.warn_explicit(_WARNING, UserWarning, "torchvision", 1)
 
 
 sys.meta_path.insert(0, _Declaring)

@@ -14,7 +14,7 @@ WANTED = "wanted a state dict, as torch.save(network.state_dict(), path) writes 
 _NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
 _SCALAR = np.float64(0).__reduce__()[0]
 # what trainers keep beside weights and what runs nothing: numbers of numpy, old and new, and options in a Namespace
-_HARMLESS = [
+_HARMLESS: list[Any] = [
     *((_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")),
     *{np.dtype, *map(type, _NUMBERS), argparse.Namespace},
 ]

@@ -144,9 +144,9 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
             got = ast.unparse(statement)
             raise ValueError(f"notebook: the parameters of {path.name}: wanted `name: type = literal`, got `{got}`")
-        annotation = statement.annotation  # or the same in quotes
-        quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
-        name, kind = statement.target.id, annotation.value if quoted else ast.unparse(annotation)
+        name, kind = statement.target.id, ast.unparse(statement.annotation)
+        if isinstance(statement.annotation, ast.Constant):  # the same in quotes
+            kind = str(statement.annotation.value)
         try:
             default = cast(name, ast.literal_eval(statement.value), kind)
         except (ValueError, TypeError, SyntaxError) as error:

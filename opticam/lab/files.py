@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
 PROVENANCE = b"opticam"  # in the metadata of a table
 RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
-_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "captum", "grad-cam", "torchcam")
+_LIBRARIES: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers", "captum", "grad-cam", "torchcam")
 _LIBRARIES += ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")
 _SHOWS = ("cli.py", "lab/plotting.py", "lab/explorer.py", "lab/findings.py")
 
