@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(ending, signal.default_int_handler)
     try:
+        if options.command is not explain and not getattr(options, "help", False):
+            list_notebooks()  # says that a clone is needed where there is none
         return options.command(options)
     except BrokenPipeError:  # whoever read the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,12 +84,12 @@ def explain(options: argparse.Namespace) -> int:
         method = find_method(options.method)
         if options.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {options.schedule!r}")
-        photo = read_image(options.photo)
+        photo = read_image(options.photo, window=options.window)
         default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
         output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
         if output.resolve() == Path(options.photo).resolve():
             raise ValueError(f"output: {output} is the photo itself; wanted another name")
-        model = load_model(options.model, device=options.device)
+        model = load_model(options.model, checkpoint=options.checkpoint, head=options.head, device=options.device)
         named = None if options.class_name is None else class_index(options.class_name, model.class_names)
         images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
         with frozen(model), torch.no_grad():
@@ -284,7 +286,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="explain one photo", description=explain.__doc__)
     command.add_argument("photo", help="an image file")
     command.add_argument(
-        "--model", default="efficientnet_lite0", help="default: efficientnet_lite0, which needs no download"
+        "--model",
+        default="efficientnet_lite0",
+        help="default: efficientnet_lite0, which needs no download; also timm/NAME, torchvision/NAME, hf/NAME",
+    )
+    command.add_argument("--checkpoint", metavar="FILE", help="own weights of the model")
+    command.add_argument(
+        "--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true; default: the model's own"
+    )
+    command.add_argument(
+        "--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values shown black and white, beyond 8 bits"
     )
     command.add_argument(
         "--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class"

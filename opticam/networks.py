@@ -207,7 +207,7 @@ def load_model(
     if class_names is None:
         class_names = known if classes == len(known) else [f"class {index}" for index in range(classes)]
     classifier = wrap(
-        network.eval(),
+        network,
         spec.layer or _default_layer(network, spec.input_size),
         head=head or spec.head,
         name=name,
@@ -217,7 +217,7 @@ def load_model(
         resize=spec.resize,
         class_names=class_names,
     )
-    return classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def find_spec(name: str) -> ModelSpec:
@@ -352,7 +352,8 @@ def _hf_spec(name: str) -> ModelSpec:
     size, crop = record.get("size") or {}, record.get("crop_size") if record.get("do_center_crop") else None
     side = size.get("shortest_edge") or size.get("height")
     shape = crop or {"height": side, "width": size.get("width", side)}
-    if not side or shape["height"] != shape["width"] or abs(record.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+    scaled = record.get("do_rescale", True) and abs(record.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
+    if not side or shape["height"] != shape["width"] or not scaled:
         raise ValueError(
             f"model: hf/{name} wants images as {size}, {crop}; wanted square ones in [0,1], or opticam.wrap"
         )

@@ -1,12 +1,20 @@
+import argparse
 import os
 import pickle
+import sys
+from copy import deepcopy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
+from torchvision import models as tv
 
+from opticam import METHODS
 from opticam.features import feature_maps
-from opticam.networks import MODELS, ModelSpec, class_index, imagenet_classes, load_model, wrap
+from opticam.networks import MODELS, ModelSpec, class_index, find_spec, imagenet_classes, load_model, wrap
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +160,58 @@ def old_fashioned(weights):
     return {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize(
-    "saved",
-    [
-        lambda weights: weights,
-        lambda weights: {"state_dict": weights, "epoch": 3},
-        lambda weights: {"model": weights, "optimizer": {"lr": 0.1}},
-        lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
-        old_fashioned,
-    ],
-)
+def under(prefix, weights):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def averaged(network):
+    kept = torch.optim.swa_utils.AveragedModel(network)
+    kept.update_parameters(network)
+    return kept.state_dict()
+
+
+SAVED = {
+    "plain": lambda net: net.state_dict(),
+    "a trainer's": lambda net: {"state_dict": net.state_dict(), "epoch": 3},
+    "beside an optimiser": lambda net: {
+        "model": net.state_dict(),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 3, 1, 1)}}, "lr": 0.1},
+    },
+    "without counters": lambda net: old_fashioned(net.state_dict()),
+    "model_state_dict": lambda net: {"model_state_dict": net.state_dict(), "optimizer_state_dict": {}},
+    "a name of one's own": lambda net: {"student": {"weights": net.state_dict()}},
+    "data-parallel": lambda net: {"state_dict": under("module.", net.state_dict())},
+    "Lightning": lambda net: {
+        "state_dict": under("model.", net.state_dict()),
+        "callbacks": {"best": {"score": torch.tensor(0.9)}},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "compiled": lambda net: under("_orig_mod.", net.state_dict()),
+    "compiled in part": lambda net: {name.replace("1.", "1._orig_mod."): v for name, v in net.state_dict().items()},
+    "sharded": lambda net: {f"_fsdp_wrapped_module.{name}": value for name, value in net.state_dict().items()},
+    "compiled, data-parallel, Lightning": lambda net: {"state_dict": under("net._orig_mod.module.", net.state_dict())},
+    "EMA": lambda net: {"ema": under("module.", net.state_dict())},
+    "EMA by prefix": lambda net: under("ema.", net.state_dict()),
+    "EMA of torch": averaged,
+    "timm": lambda net: {
+        "arch": "small",
+        "state_dict": net.state_dict(),
+        "state_dict_ema": deepcopy(net.state_dict()),
+        "args": argparse.Namespace(lr=0.1, amp=None),
+        "metric": np.float64(0.9),
+    },
+    "numbers of numpy": lambda net: {
+        "net": net.state_dict(),
+        "best": [np.float32(0.5), np.int64(3), np.bool_(True), np.float16(1)],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
 @pytest.mark.parametrize("legacy", [False, True])
-def test_own_weights(own, saved, legacy):
+def test_own_weights(own, kind, legacy):
     network, path = own
-    torch.save(saved(network.state_dict()), path, _use_new_zipfile_serialization=not legacy)
+    torch.save(SAVED[kind](network), path, _use_new_zipfile_serialization=not legacy)
     model = load_model("small", checkpoint=path, num_classes=3)
     images = torch.rand(4, 3, 2, 2)
     with torch.no_grad():
@@ -174,6 +220,50 @@ def test_own_weights(own, saved, legacy):
     assert not model.training
     named = load_model("small", checkpoint=str(path), class_names=("a", "b", "c"))
     assert named.class_names == ["a", "b", "c"]
+    counted = load_model("small", checkpoint=path)
+    assert counted.class_names == model.class_names
+    assert torch.equal(counted.network[3].weight, network[3].weight)
+
+
+def test_weights_of_safetensors(own, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    network, path = own
+    path = path.with_suffix(".safetensors")
+    safetensors.save_file(under("model.", network.state_dict()), path)
+    assert torch.equal(load_model("small", checkpoint=path).network[0].weight, network[0].weight)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"own\.safetensors is damaged"):
+        load_model("small", checkpoint=path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"checkpoint: .*own\.safetensors needs the package safetensors"):
+        load_model("small", checkpoint=path)
+
+
+def test_of_different_weights_in_one_file_the_caller_says_which(own):
+    network, path = own
+    ema = under("module.", small(False, 3).state_dict())
+    torch.save({"state_dict": network.state_dict(), "state_dict_ema": ema}, path)
+    with pytest.raises(
+        ValueError, match=r"different weights fit, under 'state_dict', 'state_dict_ema.*; wanted checkpoint_k"
+    ):
+        load_model("small", checkpoint=path)
+    for key, expected in (("state_dict", network.state_dict()["0.weight"]), ("state_dict_ema", ema["module.0.weight"])):
+        model = load_model("small", checkpoint=path, checkpoint_key=key)
+        assert torch.equal(model.network[0].weight, expected)
+        assert len(model.class_names) == 3
+    with pytest.raises(ValueError, match="does not fit small with 3 classes: no weights under 'ema'"):
+        load_model("small", checkpoint=path, num_classes=3, checkpoint_key="ema")
+
+
+def test_tensors_beside_the_weights_are_left_out_only_where_the_caller_says_so(own):
+    """A loss with weights is nothing to the network; a second layer after it would be its own."""
+    network, path = own
+    torch.save({"state_dict": under("model.", network.state_dict()) | {"criterion.weight": torch.ones(3)}}, path)
+    sentence = r"criterion\.weight lies beside those under 'state_dict\.model'; wanted checkpoint_key to say which$"
+    with pytest.raises(ValueError, match=sentence):
+        load_model("small", checkpoint=path, num_classes=3)
+    model = load_model("small", checkpoint=path, checkpoint_key="state_dict.model")
+    assert torch.equal(model.network[0].weight, network[0].weight)
 
 
 def test_a_checkpoint_of_1000_classes_has_imagenets_names(own):
@@ -186,16 +276,33 @@ def fewer(weights):
     return {key: value for key, value in weights.items() if key != "1.running_var"}
 
 
+def test_the_number_of_classes_is_read_only_where_nothing_else_differs(own):
+    network, path = own
+    torch.save(fewer(network.state_dict()), path)
+    with pytest.raises(ValueError, match=r"does not fit small with 3 classes: 1\.running_var is missing$"):
+        load_model("small", checkpoint=path)
+    weights = network.state_dict() | {"0.weight": torch.zeros(4, 3, 1, 1)}
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"does not fit small with 1000 classes: 0\.weight has shape \(4, 3, 1, 1\)"):
+        load_model("small", checkpoint=path)
+
+
 @pytest.mark.parametrize(
     ("num_classes", "saved", "fault"),
     [
         (2, dict, r"3\.weight has shape \(3, 8\), wanted \(2, 8\), and 1 more$"),
         (3, fewer, r"1\.running_var is missing$"),
         (3, lambda weights: weights | {"4.bias": torch.zeros(1)}, r"4\.bias is unknown$"),
+        (3, lambda weights: under("net.", fewer(weights)), r"1\.running_var is missing$"),
         (
             3,
-            lambda weights: {f"net.{key}": value for key, value in weights.items()},
-            r"0\.weight is missing, and 16 more$",  # 8 missing, 9 unknown
+            lambda weights: {f"x{name}": value for name, value in weights.items()},
+            r"0\.weight is missing, and 16 more$",
+        ),
+        (
+            3,
+            lambda weights: under("a.", weights) | {"b.0.weight": weights["0.weight"]},
+            r"b\.0\.weight lies beside those",
         ),
     ],
 )
@@ -251,9 +358,11 @@ def test_files_that_hold_no_state_dict_are_refused(own):
 
 
 def test_numbers_of_classes_that_do_not_agree():
-    with pytest.raises(ValueError, match="class_names: wanted 3, one a class, got 2"):
+    with pytest.raises(ValueError, match="class_names: wanted 3, one per class, got 2"):
         load_model("efficientnet_lite0", pretrained=False, num_classes=3, class_names=["a", "b"])
-    with pytest.raises(ValueError, match="num_classes: ImageNet weights have 1000; wanted a checkpoint to go with 2"):
+    with pytest.raises(
+        ValueError, match="num_classes: the weights of efficientnet_lite0 have 1000; wanted a checkpoint to go with 2"
+    ):
         load_model("efficientnet_lite0", num_classes=2)
     for number in (0, -1, 2.0, "2"):
         with pytest.raises(ValueError, match="num_classes: wanted at least 1, got"):
@@ -263,3 +372,183 @@ def test_numbers_of_classes_that_do_not_agree():
     names = [f"{index}" for index in range(1000)]
     assert load_model("efficientnet_lite0", class_names=names).class_names == names
     assert load_model("efficientnet_lite0", pretrained=False, num_classes=3).network.classifier.out_features == 3
+
+
+# ------------------------------------------------------------------------------------------- networks of libraries
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/resnet18.IMAGENET1K_V1", "timm/resnet18.a1_in1k"]
+)
+def test_a_network_of_a_library_by_name(name):
+    torch.manual_seed(1)
+    model = load_model(name, pretrained=False, num_classes=3)
+    assert (model.name, model.input_size, model.training) == (name, 224, False)
+    assert model.class_names == ["class 0", "class 1", "class 2"]
+    assert model.layer.startswith("layer4")
+    assert [round(value, 3) for value in model.mean.flatten().tolist()] == [0.485, 0.456, 0.406]
+    x = torch.rand(2, 3, 64, 64)
+    S = METHODS["grad_cam"](model, x, torch.tensor([1, 2]))
+    assert S.shape == (2, 1, 64, 64)
+    own = (tv.resnet18 if name.startswith("torchv") else timm.models.resnet18)(num_classes=3)
+    assert model.network.state_dict().keys() == own.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # input size, resize, mean, first and last class, number of classes
+        ("torchvision/resnet50.IMAGENET1K_V1", (224, 256, 0.485, "tench", "toilet tissue", 1000)),
+        ("torchvision/resnet50", (224, 232, 0.485, "tench", "toilet tissue", 1000)),
+        ("torchvision/vit_b_16.IMAGENET1K_SWAG_E2E_V1", (384, 384, 0.485, "tench", "toilet tissue", 1000)),
+        ("torchvision/efficientnet_b3", (300, 320, 0.485, "tench", "toilet tissue", 1000)),
+        ("timm/inception_v3.tf_in1k", (299, 341, 0.5, "tench", "toilet tissue", 1000)),  # floor(299 / 0.875)
+        ("timm/convnext_tiny.fb_in22k", (224, 256, 0.485, "organism, being", "knothole", 21841)),
+        ("timm/mixer_b16_224.miil_in21k", (224, 256, 0.0, None, None, 11221)),
+    ],
+)
+def test_the_frame_and_the_classes_are_those_of_the_librarys_record(name, expected):
+    spec = find_spec(name)
+    names = spec.class_names()
+    size, resize, mean, first, last, number = expected
+    assert (spec.input_size, spec.resize, spec.mean[0], len(names)) == (size, resize, mean, number)
+    assert first is None or (names[0], names[-1]) == (first, last)
+
+
+def test_networks_made_for_one_size_are_built_for_it():
+    with torch.device("meta"):
+        network = find_spec("torchvision/vit_b_16.IMAGENET1K_SWAG_E2E_V1").build(False, 3)
+        inception = find_spec("torchvision/inception_v3").build(False, 3)
+    assert network.image_size == 384
+    assert inception.transform_input, "its published weights want another mean and std than the record says"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("timm/resnet1", r"model: timm has no 'resnet1' for classification; did you mean "),
+        ("timm/resnet18.nowhere", r"model: timm has no weights of that tag, 'resnet18\.nowhere'"),
+        ("timm/", r"model: timm has no ''"),
+        ("torchvision/resnet1", r"model: torchvision has no 'resnet1' for classification; did you mean "),
+        ("torchvision/resnet18.V9", r"model: torchvision/resnet18 has no 'V9'"),
+        ("torchvision/fcn_resnet50", r"model: torchvision has no 'fcn_resnet50' for classification"),
+        ("keras/resnet18", r"model: wanted one of efficientnet_lite0, .*, timm/NAME, torchvision/NAME, hf/NAME, got"),
+        ("timm", r"model: wanted one of .*, got 'timm'"),
+    ],
+)
+def test_unknown_networks_of_libraries(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_model(name, pretrained=False)
+
+
+def test_a_network_published_without_classes_wants_their_number():
+    name = "timm/vit_small_patch14_dinov2.lvd142m"
+    with pytest.raises(ValueError, match=rf"num_classes: {name} is published without classes; wanted a checkpoint and"):
+        load_model(name)
+    with pytest.raises(
+        ValueError, match=rf"num_classes: the weights of {name} have 0; wanted a checkpoint to go with 2"
+    ):
+        load_model(name, num_classes=2)
+
+
+def test_weights_are_fetched_only_if_asked_for(monkeypatch):
+    asked = []
+
+    def refuse(*args, **options):
+        asked.append(args)
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    for name, library in (("timm/resnet18", "timm"), ("torchvision/resnet18", "torchvision")):
+        load_model(name, pretrained=False)
+        assert not asked
+        with pytest.raises(
+            OSError, match=rf"model: the weights of {name} could not be had from {library} \(no route\)"
+        ):
+            load_model(name)
+        assert asked.pop()
+
+
+def test_without_its_library_a_network_is_refused_in_one_sentence(monkeypatch):
+    for library, extra in (("timm", "lab"), ("transformers", "hf")):
+        monkeypatch.setitem(sys.modules, library, None)
+        name = {"timm": "timm/resnet18", "transformers": "hf/some/network"}[library]
+        with pytest.raises(ImportError, match=rf"model: needs the package {library}: pip install 'opticam\[{extra}\]'"):
+            load_model(name, pretrained=False)
+
+
+class Record(SimpleNamespace):
+    """What transformers keeps beside a network: its configuration, or how its images are made."""
+
+    def to_dict(self):
+        return vars(self)
+
+
+VIT = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "rescale_factor": 1 / 255}
+CONVNEXT = VIT | {"size": {"shortest_edge": 7}, "crop_pct": 0.875}
+CROPPED = VIT | {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+
+
+def library_of(record, **config):
+    """Stands for transformers, which need not be installed: the five calls that are made of it."""
+    config = Record(**{"id2label": {1: "dog", 0: "cat"}, "num_labels": 2, "problem_type": None} | config)
+
+    def find(name, **changed):
+        if name != "folder":
+            raise RuntimeError("no route")
+        return Record(**vars(config) | changed)
+
+    def network(config):
+        torch.manual_seed(5)
+        body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*body, nn.Linear(4, config.num_labels))
+
+    return SimpleNamespace(
+        AutoConfig=SimpleNamespace(from_pretrained=find),
+        AutoImageProcessor=SimpleNamespace(from_pretrained=lambda name: Record(**record)),
+        AutoModelForImageClassification=SimpleNamespace(
+            from_pretrained=lambda name: network(config), from_config=lambda config: network(config)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "frame"),
+    [(VIT, (8, 8, 0.5)), (CONVNEXT, (7, 8, 0.5)), (CROPPED, (8, 16, 0.5)), (VIT | {"do_normalize": False}, (8, 8, 0))],
+)
+def test_a_network_of_transformers_is_read_from_its_record(monkeypatch, record, frame):
+    monkeypatch.setitem(sys.modules, "transformers", library_of(record))
+    model = load_model("hf/folder")
+    assert (model.input_size, model.resize, model.mean[0, 0, 0, 0].item()) == frame
+    assert (model.class_names, model.head) == (["cat", "dog"], "softmax")
+    assert len(load_model("hf/folder", pretrained=False, num_classes=5).class_names) == 5
+    monkeypatch.setitem(sys.modules, "transformers", library_of(record, problem_type="multi_label_classification"))
+    assert load_model("hf/folder").head == "sigmoid"
+    assert load_model("hf/folder", head="softmax").head == "softmax"
+    with pytest.raises(
+        OSError, match=r"model: the record of hf/elsewhere could not be had from transformers \(no route"
+    ):
+        load_model("hf/elsewhere")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"size": {"height": 8, "width": 9}}, {"rescale_factor": 1 / 127.5}, {"size": {}}, {"do_rescale": False}]
+)
+def test_images_of_transformers_that_cannot_be_made_here_are_refused(monkeypatch, changed):
+    monkeypatch.setitem(sys.modules, "transformers", library_of(VIT | changed))
+    with pytest.raises(ValueError, match=r"model: hf/folder wants images as .*; wanted square ones in"):
+        load_model("hf/folder")
+
+
+@pytest.mark.slow
+def test_a_folder_of_transformers_itself(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    config.id2label = {0: "cat", 1: "dog", 2: "bird"}
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model = load_model(f"hf/{tmp_path}")
+    assert (model.class_names, model.input_size) == (["cat", "dog", "bird"], 32)
