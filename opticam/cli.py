@@ -10,17 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from opticam.jobs.runner import (
-    KEEP_MEMORY,
-    PATHS,
-    NotebookError,
-    check_writable,
-    find_notebook,
-    list_notebooks,
-    notebook_parameters,
-    places_beside,
-)
-from opticam.jobs.side_by_side import run_notebooks
+try:
+    from opticam.jobs.runner import (
+        KEEP_MEMORY,
+        PATHS,
+        NotebookError,
+        check_writable,
+        find_notebook,
+        list_notebooks,
+        notebook_parameters,
+        places_beside,
+    )
+    from opticam.jobs.side_by_side import run_notebooks
+except ModuleNotFoundError as error:
+    print(f"opticam: the command needs the extra lab: pip install 'opticam[lab]' ({error})", file=sys.stderr)
+    sys.exit(2)
 from opticam.lab.files import REPOSITORY
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
@@ -292,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--checkpoint", metavar="FILE", help="own weights of the model")
     command.add_argument(
-        "--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true; default: the model's own"
+        "--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true at once"
     )
     command.add_argument(
         "--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values shown black and white, beyond 8 bits"

@@ -56,7 +56,7 @@ def list_notebooks() -> list[Path]:
     """
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not found:
-        raise ValueError(f"notebooks: none in {NOTEBOOKS}; wanted a clone of the repository, installed with pip install -e")
+        raise ValueError(f"notebooks: none in {NOTEBOOKS}; wanted a clone of the repository, set up with make")
     return found
 
 

@@ -213,16 +213,18 @@ class Explorer:
         num_steps: int = 100,
         compared: Sequence[str] = ("equal_weights", "grad_cam", "layer_cam", "opti_cam"),
         device: str = "cpu",
+        checkpoint: str = "",
     ) -> None:
         """Load the network and look at the photo.
 
         Args:
             photo: number of a demo photo.
-            model: a name in `MODELS`.
+            model: a name as in `load_model`; it is offered beside those in `MODELS`.
             method: a name in `METHODS`.
             num_steps: of Opti-CAM.
             compared: names in `METHODS`, for the button Compare.
             device: where to compute.
+            checkpoint: file with own weights of `model`.
 
         Raises:
             ValueError: an unknown name or number.
@@ -236,7 +238,8 @@ class Explorer:
         if not 0 <= num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps: wanted a number in 0..{MOST_STEPS}, got {num_steps}")
         self.device = device
-        self.model: Classifier = load_model(model, device=device)
+        self._checkpoints = {model: checkpoint or None}
+        self.model: Classifier = self._load(model)
         self.explanation: Explanation | None = None
         self.comparison: dict[str, Explanation] = {}
         self._uploaded: Image.Image | None = None
@@ -245,17 +248,21 @@ class Explorer:
         self._stop = threading.Event()
         self._thread = threading.Thread()
         self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.photos)])
+        self.model_choice.options = list(dict.fromkeys([*MODELS, model]))
         self.photo_choice.index, self.model_choice.value = photo, model
         self.method_choice.value, self.steps.value, self.compared.value = method, num_steps, tuple(compared)
         self._look()
         for choice in (self.photo_choice, self.model_choice):
             choice.observe(lambda change: self.start(self._look), "value")
 
+    def _load(self, name: str) -> Classifier:
+        return load_model(name, checkpoint=self._checkpoints.get(name), device=self.device)
+
     def _build(self, photos: list[tuple[str, Path]]) -> None:
         labels = [(method_label(name), name) for name in METHODS]
         self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
         self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout=widgets.Layout(width="148px"))
-        self.model_choice = widgets.Dropdown(options=list(MODELS), description="network")
+        self.model_choice = widgets.Dropdown(description="network")
         self.method_choice = widgets.Dropdown(options=labels, description="method")
         self.steps = widgets.BoundedIntText(min=0, max=1000, description="steps", layout=widgets.Layout(width="180px"))
         self.class_choice = widgets.Dropdown(description="class")
@@ -359,7 +366,7 @@ class Explorer:
             raise ValueError("photo: nothing is uploaded yet")
         if self.model.name != name:
             self._say(f"Loading {name} ...")
-            self.model = load_model(name, device=self.device)
+            self.model = self._load(name)
         model = self.model
         self.image = to_input(photo, model.input_size, model.resize).to(self.device)
         with torch.no_grad():
