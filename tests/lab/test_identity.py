@@ -130,6 +130,7 @@ def test_a_network_with_code_of_ones_own_is_refused_without_a_key(change, monkey
 
 
 def test_a_key_stands_for_code_alone():
+    assert key(plain(), key="v1") != key(plain(), key="v2") != key(plain())
     keys = [key(network, key="v1") for network in (Own(), Own(2), wrap(Own(), "body"), wrap(Own(), "body.0"))]
     assert len(set(keys)) == 4
     methods = [partial(lambda *_: 0, strength=strength) for strength in (1, 2)]
