@@ -290,8 +290,8 @@ def stream(
         dataset: as `datasets.load_dataset` gives it.
         methods: see `evaluate`.
         parameters: stored with the rows, by names that `stream` has not itself; JSON.
-        keys: for a method of your own by its name, and for a network whose code is your own by "model": a word that you
-            change whenever that code changes.
+        keys: for a method or metric of your own by its name, and for a network with code of your own by "model": a word
+            that you change whenever that code changes.
         scores: see `evaluate`.
         batch_size: see `evaluate`.
         shard_size: images a file.
@@ -313,14 +313,20 @@ def stream(
     keys = keys or {}
     for name, key in keys.items():
         if not (isinstance(key, str) and key and name in {"model", *methods, *METRICS, *scores}):
-            raise ValueError(f"keys: wanted a word for 'model' or for a name in methods, got {name!r}: {key!r}")
+            raise ValueError(
+                f"keys: wanted a word for 'model' or for the name of a method or metric, got {name!r}: {key!r}"
+            )
+
+    def described(name: str, value: Any) -> Any:
+        return describe(value, model, name, keys.get(name, ""))
+
     computed = {
-        "methods": {name: describe(method, model, name, keys.get(name, "")) for name, method in methods.items()},
+        "methods": {name: described(name, method) for name, method in methods.items()},
         "layer": _layer_name(model, None),
-        "scores": [name if name in SCORES else [name, describe(COLUMNS[name].function, model)] for name in scores],
-        "metrics": {name: describe(metric.function, model) for name, metric in METRICS.items()},
+        "scores": [name if name in SCORES else [name, described(name, COLUMNS[name])] for name in scores],
+        "metrics": {name: described(name, metric) for name, metric in METRICS.items()},
         "batch_size": batch_size,
-        "weights": describe(model, model, key=keys.get("model", "")),
+        "weights": described("model", model),
         "device": str(_device(model)),
         "libraries": library_versions(),
         "images": digest_of(frame, dataset.upright, dataset.window, *zip(dataset.names, dataset.labels, strict=True)),

@@ -43,6 +43,8 @@ def describe(value: Any, model: nn.Module, name: str = "model", key: str = "") -
     if isinstance(value, nn.Module):
         layer = None if value is model else layer_name(model, value)
         return {"network": _network(value, name, key)} if layer is None else {"layer": layer}
+    if type(value).__module__.startswith("opticam.") and hasattr(value, "function"):  # a record: what computes, counts
+        return inner(value.function)
     homes = [home for home in (getattr(value, "__module__", None), type(value).__module__) if home]
     if all(home.partition(".")[0] in _KNOWN for home in homes):
         if isinstance(value, int | float | str | None):

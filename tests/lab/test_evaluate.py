@@ -452,7 +452,9 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
         with pytest.raises(ValueError, match=message):
             run_stream(tmp_path, tiny, samples, parameters=parameters)
     for keys in ({"gradcam": "v1"}, {"model": ""}, {"model": 1}):
-        with pytest.raises(ValueError, match="keys: wanted a word for 'model' or for a name in methods, got"):
+        with pytest.raises(
+            ValueError, match="keys: wanted a word for 'model' or for the name of a method or metric, got"
+        ):
             run_stream(tmp_path, tiny, samples, keys=keys)
     with pytest.raises(
         ValueError, match="keys: TinyCNN of model cannot be recognised when the run resumes; wanted keys"

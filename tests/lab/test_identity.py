@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -186,6 +187,14 @@ def test_layers_are_known_by_the_name_that_finds_them(tiny):
         layers = [partial(METHODS["grad_cam"], layer=layer) for layer in (tiny.features[0], tiny.features[2])]
         found = [describe(method, model)["partial"][2]["table"] for method in layers]
         assert found == [[["layer", {"layer": "features.0"}]], [["layer", {"layer": "features.2"}]]]
+
+
+def test_of_a_record_only_its_function_counts():
+    record = METHODS["grad_cam"]
+    recolored = replace(record, color="#123456", label="another")
+    assert key(record) == key(recolored) == key(record.function)
+    with pytest.raises(ValueError, match="keys: by_itself of mine cannot be recognised"):
+        key(replace(record, function=by_itself), name="mine")
 
 
 def test_methods_of_captum_have_the_name_of_their_attribution():
