@@ -15,7 +15,7 @@ import warnings
 
 _WARNING = (
     "torchvision was built for CUDA and torch was not: its compiled operators do not load, which no classifier needs. "
-    "A pair that belongs together: pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+    "A pair that belongs together comes from one source, both for the CPU or both for CUDA; this message then goes."
 )
 
 
