@@ -180,8 +180,7 @@ def features_and_gradients(
             "detach in its forward); wanted another layer, or a method without gradients"
         )
     dtype = torch.promote_types(features.dtype, torch.float32)
-    both = as_grid(torch.cat([features.detach(), gradients]).to(dtype), model, images, layer)
-    maps, slopes = both.split(len(images))
+    maps, slopes = _grids([part.detach().to(dtype) for part in (features, gradients)], model, images, layer)
     if slopes.numel() < gradients.numel() and gradients.any() and not slopes.any():
         raise ValueError(
             "layer: the logits depend on the class token alone after it; wanted one before the last attention"
@@ -432,7 +431,15 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
     Raises:
         ValueError: the layout of the output is not known; see `opticam.layouts`.
     """
-    maps = find_layout(model, resolve_layer(model, layer), output, images.shape[-2:])(output)
-    if maps.ndim != 4 or len(maps) != len(output):
-        raise ValueError(f"layout: wanted a function to (B,K,h,w), got {tuple(maps.shape)} of {tuple(output.shape)}")
-    return maps
+    return _grids([output], model, images, layer)[0]
+
+
+def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer) -> list[Tensor]:
+    to_maps = find_layout(model, resolve_layer(model, layer), outputs[0], images.shape[-2:])
+    grids = [to_maps(output) for output in outputs]
+    for grid, output in zip(grids, outputs, strict=True):
+        if grid.ndim != 4 or len(grid) != len(output):
+            raise ValueError(
+                f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
+            )
+    return grids
