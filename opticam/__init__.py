@@ -16,11 +16,16 @@ __all__ = [
     "SCHEDULES",
     "Classifier",
     "OptiCAMResult",
+    "Tokens",
     "average_drop",
     "average_gain",
     "average_increase",
+    "channels_first",
+    "channels_last",
+    "check_layout",
     "class_logit",
     "class_probability",
+    "default_layer",
     "evaluate",
     "fake_cam",
     "find_method",
@@ -34,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from opticam.classifier import Classifier
     from opticam.lab.evaluate import evaluate, score
+    from opticam.layouts import Tokens, channels_first, channels_last
     from opticam.methods import (
         METHODS,
         SCHEDULES,
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
     )
     from opticam.metrics import METRICS, average_drop, average_gain, average_increase, class_probability
     from opticam.networks import MODELS, load_model, wrap
+    from opticam.probe import check_layout, default_layer
 else:
     _HOMES = {
         "METHODS": "methods",
@@ -54,11 +61,16 @@ else:
         "SCHEDULES": "methods",
         "Classifier": "classifier",
         "OptiCAMResult": "methods",
+        "Tokens": "layouts",
         "average_drop": "metrics",
         "average_gain": "metrics",
         "average_increase": "metrics",
+        "channels_first": "layouts",
+        "channels_last": "layouts",
+        "check_layout": "probe",
         "class_logit": "methods",
         "class_probability": "metrics",
+        "default_layer": "probe",
         "evaluate": "lab.evaluate",
         "fake_cam": "methods",
         "find_method": "methods",

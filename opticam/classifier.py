@@ -23,6 +23,7 @@ class Classifier(nn.Module):
         resize: shorter side before the centre crop, in pixels.
         class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
             for and of its absence.
+        layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
     """
 
     mean: Tensor
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
         input_size: int = 224,
         resize: int = 256,
         class_names: list[str],
+        layout: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         check_head(head)
@@ -52,6 +54,7 @@ class Classifier(nn.Module):
         self.input_size = input_size
         self.resize = resize
         self.class_names = class_names
+        self.layout = layout
         weights = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         for key, values in (("mean", mean), ("std", std)):
             constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)

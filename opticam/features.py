@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, examine
-from opticam.classifier import as_softmax, bare, class_logit, find_logits, own, read, usable
+from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, usable
+from opticam.layouts import Tokens, class_token_grid, find_layout, parts_of_transformer, plain_transformer, token_grid
 from opticam.state import changed, frozen, hooked
 
 Layer = nn.Module | str | None
@@ -101,8 +102,9 @@ def feature_maps(
     Raises:
         ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
     """
-    outputs, logits = layer_outputs(model, images, as_layers(layer))
-    return tuple(as_grid(output, model, images) for output in outputs), logits
+    layers = as_layers(layer)
+    outputs, logits = layer_outputs(model, images, layers)
+    return tuple(as_grid(output, model, images, name) for output, name in zip(outputs, layers, strict=True)), logits
 
 
 def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
@@ -112,7 +114,7 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = examine(model, prepared(model, images)).logits
-    return [usable(_reached(place)) for place in captured], logits
+    return [usable(_reached(place, images)) for place in captured], logits
 
 
 def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
@@ -167,7 +169,7 @@ def features_and_gradients(
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
         logits, head = examine(model, prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
-        features = _reached(captured)
+        features = _reached(captured, images)
         scores = score(*as_softmax(logits, usable(class_idx), head))
         gradients = None
         if scores.requires_grad:
@@ -178,8 +180,12 @@ def features_and_gradients(
             "detach in its forward); wanted another layer, or a method without gradients"
         )
     dtype = torch.promote_types(features.dtype, torch.float32)
-    features, gradients = (as_grid(maps.detach().to(dtype), model, images) for maps in (features, gradients))
-    return features, gradients, logits.detach()
+    maps, slopes = _grids([part.detach().to(dtype) for part in (features, gradients)], model, images, layer)
+    if slopes.numel() < gradients.numel() and gradients.any() and not slopes.any():
+        raise ValueError(
+            "layer: the logits depend on the class token alone after it; wanted one before the last attention"
+        )
+    return maps, slopes, logits.detach()
 
 
 def attention_maps(
@@ -191,7 +197,7 @@ def attention_maps(
     compute it step by step while this runs, since fused kernels do not show it.
 
     Args:
-        model: a ViT or DeiT of torchvision or timm, or built like them.
+        model: one plain sequence headed by a class token; see `opticam.layouts.class_token_grid`.
         images: (B,C,H,W) float.
         class_idx: (B,) int64, the class c of each image.
         with_gradients: else the second list is empty and nothing goes backward.
@@ -202,20 +208,14 @@ def attention_maps(
     Raises:
         ValueError: no such attention in the model; a class index out of range.
     """
+    grid = class_token_grid(model, images.shape[-2:])
     captured: list[Tensor] = []
-    with frozen(model), ExitStack() as undo:
-        for module in model.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                undo.enter_context(hooked(module, partial(_attend, captured)))
-            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
-                undo.enter_context(changed([(module, "fused_attn", False)]))
-                undo.enter_context(hooked(dropout, lambda dropout, args, output: captured.append(output)))
+    with frozen(model), _attention_shown(model, captured.append):
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
             logits = examine(model, x).logits
         check_class_range(class_idx, logits.shape[1])
-        if not captured:
-            raise ValueError(f"model: no attention in {_name(model)}; wanted a ViT or DeiT of torchvision or timm")
+        _check_attention(model, captured, grid, len(images))
         gradients: Sequence[Tensor] = ()
         if with_gradients:
             class_logits = class_logit(logits, usable(class_idx))
@@ -223,14 +223,134 @@ def attention_maps(
     return [maps.detach() for maps in captured], list(gradients), logits.detach()
 
 
-def _attend(captured: list[Tensor], module: nn.MultiheadAttention, args: tuple, output: object) -> tuple[Tensor, None]:
+def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tensor) -> tuple[list[Tensor], Tokens]:
+    """Gradients of the class score of each block with respect to the attention of the same block.
+
+    The class score of a block is what the final norm and the head of the network make of its output. Every block
+    starts a graph of its own at its attention, so that the backward pass stays within the blocks.
+
+    Args:
+        model: a ViT of timm or torchvision, or a network that contains one whose head gives its logits.
+        images: (B,C,H,W) float.
+        class_idx: (B,) int64, the class c of each image.
+
+    Returns:
+        d s_c / d A, (B,heads,N,N) a block; and the layout of the N tokens.
+
+    Raises:
+        ValueError: no such transformer, or logits that are not those of its own head; a class index out of range.
+    """
+    transformer = plain_transformer(model, pooled=True)
+    if transformer is None:
+        raise ValueError(_no_attention(model))
+    grid = token_grid(transformer, images.shape[-2:])
+    blocks, head = parts_of_transformer(transformer)
+    captured: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def restart_at_attention(maps: Tensor) -> Tensor:
+        captured.append(maps.detach().requires_grad_())
+        return captured[-1]
+
+    def keep_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        outputs.append(output)
+        return output.detach()
+
+    with frozen(model), _attention_shown(model, restart_at_attention), ExitStack() as hooks:
+        for block in blocks.children():
+            hooks.enter_context(hooked(block, keep_graph))
+        logits = examine(model, prepared(model, images)).logits
+        check_class_range(class_idx, logits.shape[1])
+        _check_attention(model, captured, grid, len(images))
+        scores = [as_output(model, head(output), len(images)).logits for output in outputs]
+        if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
+        total = sum(class_logit(score, usable(class_idx)).sum() for score in scores)
+        gradients = torch.autograd.grad(total, captured)  # type: ignore[arg-type]
+    return list(gradients), grid
+
+
+@contextmanager
+def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Hands every attention map to `show` while it is open; what that returns takes the map's place."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                undo.enter_context(hooked(module, partial(_attend, show)))
+            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
+                undo.enter_context(changed([(module, "fused_attn", False)]))
+                undo.enter_context(hooked(dropout, lambda dropout, args, output: show(output)))
+        yield
+
+
+def _attend(
+    show: Callable[[Tensor], Tensor | None], module: nn.MultiheadAttention, args: tuple, output: tuple
+) -> tuple[Tensor, None]:
     query = args[0]
     if not (module.batch_first and all(other is query for other in args[:3]) and module.in_proj_weight is not None):
         raise ValueError("model: wanted self-attention over one batch-first sequence")
     projected = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
     q, k, v = projected.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    captured.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))
-    return module.out_proj((captured[-1] @ v).transpose(1, 2).flatten(2)), None
+    maps = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+    shown = show(maps)
+    mine = module.out_proj(((maps if shown is None else shown) @ v).transpose(1, 2).flatten(2))
+    if (mine - output[0]).abs().max() > 1e-2 * output[0].abs().max():
+        raise ValueError("model: wanted self-attention without masks or further keys")
+    return mine, None
+
+
+def _check_attention(model: nn.Module, captured: Sequence[Tensor], grid: Tokens | None, num_images: int) -> None:
+    transformer = plain_transformer(model, pooled=True)
+    blocks = getattr(transformer, "blocks", None)
+    tokens = 0 if grid is None else grid.prefix + grid.rows * grid.columns
+    plain = all(maps.ndim == 4 and len(maps) == num_images and maps.shape[2:] == (tokens, tokens) for maps in captured)
+    if not (captured and plain and (blocks is None or len(blocks) == len(captured))):
+        raise ValueError(_no_attention(model))
+
+
+def _no_attention(model: nn.Module) -> str:
+    return (
+        f"model: {_name(model)} has no attention over one plain sequence with a class token; wanted a ViT or DeiT of "
+        "timm or torchvision, or opticam.wrap(network, layer, layout=Tokens(rows, columns, prefix)) for one like them"
+    )
+
+
+def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor | None]]:
+    """What every module of the network gives in one pass, in the order in which they end.
+
+    Args:
+        model: any network.
+        images: (B,C,H,W) float.
+
+    Returns:
+        Name, as `resolve_layer` takes it; the last output, of those that are tensors; and the gradient of the sum of
+        logits with respect to it, None where they do not depend on it. Some heads have zero weights before training:
+        there the gradient is that of a sum of the head's input.
+    """
+    outputs: dict[str, Tensor] = {}
+    given: list[Tensor] = []
+
+    def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        outputs.pop(name, None)
+        if isinstance(output, Tensor):
+            outputs[name] = output
+        if isinstance(module, nn.Linear):
+            given[:] = args
+
+    with frozen(model), ExitStack() as hooks:
+        for name, module in bare(model).named_modules():
+            if name:
+                hooks.enter_context(hooked(module, partial(keep, name)))
+        logits = read(model, prepared(model, images).clone().requires_grad_()).logits
+        target = logits.sum()
+        if given and given[0].requires_grad:
+            (slope,) = torch.autograd.grad(target, given[0], retain_graph=True, allow_unused=True)
+            if slope is not None and not slope.any():
+                target = (given[0] * torch.linspace(1, 2, given[0].shape[-1]).to(given[0])).sum()
+        inside = {name: output for name, output in outputs.items() if output.requires_grad}
+        gradients = torch.autograd.grad(target, list(inside.values()), allow_unused=True)
+    slopes = dict(zip(inside, gradients, strict=True))
+    return [(name, output.detach(), slopes.get(name)) for name, output in outputs.items()]
 
 
 @contextmanager
@@ -288,36 +408,38 @@ def _tensor(output: object) -> Tensor:
     return output
 
 
-def _reached(captured: list[Tensor]) -> Tensor:
+def _reached(captured: list[Tensor], images: Tensor) -> Tensor:
     if not captured:
         raise ValueError("layer: the forward pass never reaches it")
+    if captured[0].ndim == 0 or len(captured[0]) != len(images):
+        raise ValueError(
+            f"layer: its output {tuple(captured[0].shape)} does not begin with the {len(images)} images, but with "
+            "windows, frames or tokens; wanted another layer"
+        )
     return captured[0]
 
 
-def as_grid(output: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """A layer's output as feature maps (B,K,h,w), a view of it.
+def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
+    """A layer's output as feature maps (B,K,h,w).
 
     Args:
-        output: (B,K,h,w), channels-last (B,h,w,K), or tokens (B,N,K) that fill a grid with h/w as H/W, after the prefix
-            tokens that the model declares (`num_prefix_tokens`, as in timm) or else as few as make the rest fill it.
+        output: of the layer, for any number of images.
         model: any network.
         images: (B,C,H,W), or any tensor with the same H and W.
+        layer: see `resolve_layer`.
 
     Raises:
-        ValueError: the output is no grid.
+        ValueError: the layout of the output is not known; see `opticam.layouts`.
     """
-    height, width = images.shape[-2:]
-    if output.ndim == 4:
-        a, b, c = output.shape[1:]
-        channels_last = a * width == b * height and b * width != c * height  # the image's shape tells which sides
-        return output.permute(0, 3, 1, 2) if channels_last else output
-    if output.ndim != 3:
-        raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
-    tokens = output.shape[1]
-    prefix = getattr(bare(model), "num_prefix_tokens", None)
-    for extra in range(tokens) if prefix is None else (prefix,):
-        rows = math.isqrt((tokens - extra) * height // width)
-        if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
-            columns = (tokens - extra) // rows
-            return output[:, extra:].transpose(1, 2).unflatten(2, (rows, columns))
-    raise ValueError(f"layer: {tokens} tokens do not fill a grid with the shape of a {height}x{width} image")
+    return _grids([output], model, images, layer)[0]
+
+
+def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer) -> list[Tensor]:
+    to_maps = find_layout(model, resolve_layer(model, layer), outputs[0], images.shape[-2:])
+    grids = [to_maps(output) for output in outputs]
+    for grid, output in zip(grids, outputs, strict=True):
+        if grid.ndim != 4 or len(grid) != len(output):
+            raise ValueError(
+                f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
+            )
+    return grids

@@ -14,7 +14,9 @@ from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
 from opticam.classifier import Classifier, Head
-from opticam.features import feature_maps, resolve_layer
+from opticam.features import resolve_layer
+from opticam.layouts import Layout
+from opticam.probe import default_layer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -63,6 +65,7 @@ def wrap(
     resize: int | None = None,
     class_names: Sequence[str] = (),
     name: str | None = None,
+    layout: Layout | None = None,
 ) -> Classifier:
     """Your own network as a `Classifier`: what has to be known of it is said once, here.
 
@@ -80,6 +83,8 @@ def wrap(
         resize: shorter side before the centre crop, in pixels; by default `input_size` / 0.875.
         class_names: one name per class; of a network with one logit, one name or two.
         name: what to call it; by default its type.
+        layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
+            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`.
 
     Raises:
         TypeError: `network` is not a module.
@@ -102,6 +107,7 @@ def wrap(
         input_size=input_size,
         resize=resize or round(input_size / 0.875),
         class_names=list(class_names),
+        layout=layout,
     )
     resolve_layer(classifier)
     return classifier
@@ -208,7 +214,7 @@ def load_model(
         class_names = known if classes == len(known) else [f"class {index}" for index in range(classes)]
     classifier = wrap(
         network,
-        spec.layer or _default_layer(network, spec.input_size),
+        spec.layer or default_layer(network, spec.input_size),
         head=head or spec.head,
         name=name,
         mean=spec.mean,
@@ -233,18 +239,6 @@ def find_spec(name: str) -> ModelSpec:
         names = ", ".join([*MODELS, *(f"{library}/NAME" for library in _LIBRARIES)])
         raise ValueError(f"model: wanted one of {names}, got {name!r}")
     return MODELS[name] if name in MODELS else _LIBRARIES[library](own)
-
-
-def _default_layer(network: nn.Module, input_size: int) -> str:
-    images = torch.zeros(1, 3, input_size, input_size)
-    for name in reversed([name for name, _ in network.named_modules() if name]):
-        try:
-            (maps,), _ = feature_maps(network, images, name)
-        except (ValueError, TypeError, RuntimeError):
-            continue
-        if maps.shape[-2:].numel() > 1:
-            return name
-    raise ValueError(f"layer: {type(network).__name__} has no feature maps; see opticam.wrap")
 
 
 def _library(name: str, extra: str = "lab") -> Any:

@@ -407,6 +407,19 @@ def gradient_rollout(attention: list[Array], gradients: list[Array]) -> Array:
     return relevance[0]
 
 
+def legrad(blocks: list[tuple[Callable, Array]], prefix: int) -> Array:
+    """Of each block: its class score as a function of its attention, and that attention (heads,N,N)."""
+    total = np.zeros(blocks[0][1].shape[-1] - prefix)
+    for score, attention in blocks:
+        for h, i, j in itertools.product(*map(range, attention.shape)):
+            nudge = np.zeros_like(attention)
+            nudge[h, i, j] = 1e-5
+            slope = (score(attention + nudge) - score(attention - nudge)) / 2e-5
+            if j >= prefix and slope > 0:
+                total[j - prefix] += slope / (len(attention) * attention.shape[1] * len(blocks))
+    return total
+
+
 def average_drop(p: float, o: float) -> float:
     return max(0.0, p - o) / p
 

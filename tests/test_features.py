@@ -1,29 +1,12 @@
 import copy
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from opticam import wrap
 from opticam.features import feature_maps, features_and_gradients, resolve_layer, watched
 from opticam.state import frozen
-
-
-class Tokens(nn.Module):
-    """Looks like a transformer: (B, prefix + h*w, K) tokens of 8x8 patches."""
-
-    def __init__(self, prefix: int) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.embed = nn.Conv2d(3, 4, 8, 8)
-        self.norm = nn.LayerNorm(4)
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, images):
-        tokens = self.embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([torch.full((len(tokens), self.prefix, 4), 9.0, dtype=tokens.dtype), tokens], 1)
-        return self.fc(self.norm(tokens).mean(1))
 
 
 def test_feature_maps_are_the_layers_output(tiny, images):
@@ -50,36 +33,6 @@ def test_features_and_gradients(images, class_idx, inplace):
     torch.testing.assert_close(logits, model(images))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-def test_tokens_become_a_grid_in_reading_order(prefix):
-    torch.manual_seed(0)
-    model = Tokens(prefix)
-    images = torch.rand(2, 3, 64, 128)
-    (features,), _ = feature_maps(model, images, "norm")
-    assert features.shape == (2, 4, 8, 16)
-    torch.testing.assert_close(features, model.norm(model.embed(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize("channels", [3, 8])
-def test_channels_last_maps_are_told_by_the_shape_of_the_image(channels):
-    conv = nn.Conv2d(3, channels, 8, 8)
-    last = nn.Sequential(conv, _Permute(0, 2, 3, 1), _Permute(0, 3, 1, 2), nn.Flatten(), nn.LazyLinear(2))
-    images = torch.rand(2, 3, 64, 128)
-    last(images)
-    for layer in ("0", "1"):
-        ((features,), _) = feature_maps(last, images, layer)
-        torch.testing.assert_close(features, conv(images).detach())
-
-
-class _Permute(nn.Module):
-    def __init__(self, *order):
-        super().__init__()
-        self.order = order
-
-    def forward(self, images):
-        return images.permute(*self.order)
-
-
 def test_several_layers_in_one_pass(tiny, images):
     passes = []
     tiny.register_forward_hook(lambda *_: passes.append(1))
@@ -87,15 +40,6 @@ def test_several_layers_in_one_pass(tiny, images):
     torch.testing.assert_close(first, tiny.features[0](images).detach())
     torch.testing.assert_close(last, tiny.features(images).detach())
     assert len(passes) == 1
-
-
-def test_number_of_prefix_tokens_is_read_from_the_model():
-    model = Tokens(1)
-    model.num_prefix_tokens = 1
-    assert feature_maps(model, torch.rand(1, 3, 24, 24), "norm")[0][0].shape == (1, 4, 3, 3)
-    model.num_prefix_tokens = 2
-    with pytest.raises(ValueError, match="10 tokens do not fill a grid"):
-        feature_maps(model, torch.rand(1, 3, 24, 24), "norm")
 
 
 def test_frozen_restores_every_flag_after_an_exception(tiny):
@@ -170,43 +114,3 @@ def test_layers_that_cannot_be_drawn(tiny, images, class_idx):
     tiny.forward = lambda x: tiny.fc(tiny.features(x).mean((2, 3)).detach() * 0)
     with pytest.raises(ValueError, match="the logits do not depend on its output"):
         features_and_gradients(tiny, images, class_idx, "features")
-
-
-TRANSFORMERS = {
-    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": (64, 32), "depth": 2}, "blocks.1.norm1", 2),
-    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 84), "depth": 2}, "blocks.1.norm1", 5),
-    "no class token": (
-        "vit_tiny_patch16_224",
-        {"img_size": (64, 32), "depth": 2, "class_token": False, "global_pool": "avg"},
-        "blocks.1.norm1",
-        0,
-    ),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": (64, 32), "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, "window_size": 4},
-        "norm",
-        None,
-    ),
-}
-
-
-@pytest.mark.parametrize(("name", "options", "layer", "prefix"), TRANSFORMERS.values(), ids=TRANSFORMERS)
-def test_the_grid_of_transformers_of_timm(name, options, layer, prefix):
-    model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
-    height, width = options["img_size"]
-    images = torch.rand(2, 3, height, width)
-    outputs = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
-    with torch.no_grad():
-        logits = model(images)
-    handle.remove()
-    (features,), same_logits = feature_maps(model, images, layer)
-    assert torch.equal(logits, same_logits)
-    rows, columns = features.shape[2:]
-    assert rows * width == columns * height
-    for i, j in ((0, 0), (0, columns - 1), (rows - 1, 0), (1, 1)):
-        token = outputs[0][:, i, j] if prefix is None else outputs[0][:, prefix + i * columns + j]
-        assert torch.equal(features[:, :, i, j], token)
-    _, gradients, _ = features_and_gradients(model, images, torch.tensor([1, 6]), layer)
-    assert gradients.shape == features.shape
-    assert gradients.abs().sum() > 0

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_inputs
-from opticam.classifier import bare
-from opticam.features import Layer, as_grid, attention_maps
+from opticam.features import Layer, attention_maps, block_attention_gradients
+from opticam.layouts import class_token_grid
 from opticam.methods.record import Method
 from opticam.saliency import saliency_map
 
@@ -69,21 +69,51 @@ def gradient_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, lay
     return _of_class_token(relevance, model, images)
 
 
+def legrad(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
+    """LeGrad: `mean_l mean_hi relu(d s^l_c / d A^l_hij)`, the sensitivity of each block's class score to its attention.
+
+    `s^l` is what the final norm and the head make of the output of block l. The mean runs over heads h and queries i;
+    the keys j that are patches make the map.
+
+    Args:
+        model: a ViT of timm or torchvision, with a class token or pooled; takes `images`, returns logits (B,C). Left as
+            found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        layer: not used; all blocks count.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        TypeError: an argument is not a tensor or of the wrong dtype.
+        ValueError: wrong shape, device or range; a model without such a transformer.
+
+    Reference:
+        Bousselham et al., LeGrad: An explainability method for vision transformers via feature formation sensitivity,
+        2024, arXiv 2404.03214.
+    """
+    check_inputs(model, images, class_idx)
+    gradients, grid = block_attention_gradients(model, images, class_idx)
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    sensitivity = torch.stack([slopes.relu().to(dtype).mean((1, 2)) for slopes in gradients]).mean(0)
+    return saliency_map(grid(sensitivity[:, :, None]), images.shape[-2:])
+
+
 def _identity(maps: Tensor) -> Tensor:
     return torch.eye(maps.shape[-1], device=maps.device, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
 def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     """The map of the first row of (B,N,N), without the tokens that are no part of the image."""
-    network = bare(model)
-    grid = as_grid(rollout[:, 0, :, None], model, images) if len(rollout) == len(images) else None
-    if grid is None or grid[0].numel() == rollout.shape[-1] or not getattr(network, "has_class_token", True):
-        raise ValueError(f"model: {type(network).__name__} has no class token; wanted a ViT or DeiT with one")
-    return saliency_map(grid, images.shape[-2:])
+    grid = class_token_grid(model, images.shape[-2:])
+    assert grid is not None  # noqa: S101  (or there was no attention)
+    return saliency_map(grid(rollout[:, 0, :, None]), images.shape[-2:])
 
 
 RECORDS = {
     "raw_attention": Method(raw_attention, "Raw attention", "#8de5a1", needs="attention"),
     "attention_rollout": Method(attention_rollout, "Attention rollout", "#ffb482", needs="attention"),
     "gradient_rollout": Method(gradient_rollout, "Gradient rollout", "#fab0e4", needs="attention"),
+    "legrad": Method(legrad, "LeGrad", "#117733", needs="attention"),
 }

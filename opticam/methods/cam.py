@@ -128,11 +128,14 @@ def ablation_cam(
     check_class_range(class_idx, logits.shape[1])
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision overflow
     y = class_logit(logits.to(dtype), c)
-    features = as_grid(output, model, x).to(dtype)
+    features = as_grid(output, model, x, layer).to(dtype)
     lost = torch.empty_like(features[:, :, 0, 0])
     for rows, channels in _pairs(lost, batch_size):
         ablated = output[rows]
-        as_grid(ablated, model, x)[torch.arange(len(rows)), channels] = 0
+        maps = as_grid(ablated, model, x, layer)
+        if maps.untyped_storage().data_ptr() != ablated.untyped_storage().data_ptr():
+            raise ValueError("layer: ablation_cam wants one whose maps are a view of its output, not a copy")
+        maps[torch.arange(len(rows)), channels] = 0
         lost[rows, channels] = y[rows] - class_logit(head(ablated, rows), c[rows])
     weights = torch.where(y[:, None] != 0, lost / y[:, None], 0)
     return saliency_map(combine(features, weights), images.shape[-2:])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs, examine
 from opticam.classifier import read, usable
-from opticam.features import Layer, as_grid, prepared, resolve_layer
+from opticam.features import Layer, as_grid, layer_outputs, prepared, resolve_layer
 from opticam.saliency import saliency_map
 from opticam.state import frozen
 
@@ -64,7 +64,13 @@ def captum_attribution(
             raise
         except (TypeError, AssertionError, AttributeError, RuntimeError) as error:
             raise ValueError(f"method: captum cannot compute {name} here ({error})") from error
-    grid = as_grid(values.detach(), model, images)
+    grid = values.detach()
+    if wants_layer:
+        (output,), _ = layer_outputs(model, images[:1], [layer])
+        if grid.shape[1:] == output.shape[1:]:
+            grid = as_grid(grid, model, images, layer)
+        elif as_grid(output, model, images, layer).shape != output.shape or grid.shape[1] != 1:
+            raise ValueError(f"layer: captum's {name} sums over the wrong axis there; wanted one with maps (B,K,h,w)")
     return saliency_map(grid.sum(1, keepdim=True), images.shape[-2:])
 
 

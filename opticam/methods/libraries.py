@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
 from opticam.classifier import bare, read, usable
-from opticam.features import Layer, as_grid, as_layers, prepared, resolve_layer
+from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
 from opticam.folding import _twin
 from opticam.methods.captum import captum_attribution, find_attribution
 from opticam.saliency import saliency_map
@@ -85,14 +85,17 @@ def library_map(
     check_inputs(model, images, class_idx)
     with torch.inference_mode(False), torch.enable_grad(), _seeded(seed, images.device):
         twins = _private(model)
-        places = [twins[resolve_layer(model, one)] for one in as_layers(layer)]
+        layers = as_layers(layer)
+        places = [twins[resolve_layer(model, one)] for one in layers]
+        shapes = [output.shape[1:] for output in layer_outputs(model, images[:1], layers)[0]] if len(layers) > 1 else []
         network = _Logits(twins[model]).eval()
         x = prepared(model, images).clone().requires_grad_()
         with torch.no_grad():
             check_class_range(class_idx, network(x[:1]).shape[1])
 
         def grid(output: Tensor) -> Tensor:
-            return as_grid(output, model, images[:1].expand(len(output), -1, -1, -1))
+            which = shapes.index(output.shape[1:]) if shapes else 0
+            return as_grid(output, model, images, layers[which])
 
         try:
             maps = explain(name, network, x, usable(class_idx), places, grid, options)

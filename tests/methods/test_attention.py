@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
 import references
+import timm
 import torch
 from conftest import TinyCNN, TinyViT
+from torch import nn
 from torchvision.models import VisionTransformer
 
-from opticam import METHODS
+from opticam import METHODS, wrap
 from opticam.features import attention_maps
+from opticam.layouts import Tokens
+from opticam.methods.attention import legrad
 
-NAMES = ["raw_attention", "attention_rollout", "gradient_rollout"]
+NAMES = ["raw_attention", "attention_rollout", "gradient_rollout"]  # of the class token
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_gradients_agree_with_differences(vit, images, class_idx, block):
         assert gradients[b, head, i, j].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "legrad"])
 def test_torchvision_and_timm_agree_given_the_same_weights(vit, images, class_idx, name):
     square = images[:, :, :, :24]
     torch.manual_seed(0)
@@ -98,14 +102,114 @@ def test_torchvision_and_timm_agree_given_the_same_weights(vit, images, class_id
     torch.testing.assert_close(METHODS[name](twin, 4 * square, class_idx), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "legrad"])
 def test_a_network_without_attention_or_class_token_is_refused(tiny, images, class_idx, name):
-    with pytest.raises(ValueError, match="model: no attention in TinyCNN; wanted a ViT or DeiT"):
+    with pytest.raises(ValueError, match="model: TinyCNN has no attention over one plain sequence"):
         METHODS[name](tiny, images, class_idx)
     assert isinstance(tiny, TinyCNN)
     pooled = TinyViT(class_token=False, global_pool="avg").double()
-    with pytest.raises(ValueError, match="model: TinyViT has no class token"):
-        METHODS[name](pooled, images, class_idx)
+    if name == "legrad":  # does not need a class token
+        assert METHODS[name](pooled, images, class_idx).amax((1, 2, 3)).eq(1).all()
+    else:
+        with pytest.raises(ValueError, match="has no attention over one plain sequence with a class token"):
+            METHODS[name](pooled, images, class_idx)
+
+
+UNFIT = {
+    "cait_xxs24_224": {"img_size": 64, "depth": 2},
+    "pvt_v2_b0": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (1, 1), "num_heads": (2, 2)},
+    "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2},
+    "mvitv2_tiny": {"img_size": 64},
+    "convit_tiny": {"img_size": 64},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 1},  # its head pools the patches
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_attention_that_is_not_one_plain_sequence_is_refused(unfit):
+    model = timm.create_model(unfit, num_classes=3, **UNFIT[unfit]).eval()
+    for name in [*NAMES, "legrad"][: 3 if unfit.startswith("beit") else 4]:
+        with pytest.raises(ValueError, match="has no attention over one plain sequence"):
+            METHODS[name](model, torch.rand(1, 3, 64, 64), torch.tensor([1]))
+
+
+class Own(nn.Module):
+    """A transformer of one's own, whose class token lies first, built of a given ViT's parts."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = nn.ModuleDict({"blocks": vit.blocks, "norm": vit.norm, "head": vit.head, "embed": vit.patch_embed})
+        self.token, self.position = vit.cls_token, vit.pos_embed
+
+    def forward(self, images):
+        x = self.vit["embed"](4 * images)
+        x = self.vit["blocks"](torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position)
+        return self.vit["head"](self.vit["norm"](x)[:, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transformer_of_ones_own_is_told(vit, images, class_idx, name):
+    own = Own(vit.network)
+    with pytest.raises(ValueError, match="model: Own has no attention over one plain sequence"):
+        METHODS[name](own, images, class_idx)
+    told = wrap(own, "vit.norm", layout=Tokens(3, 4, 1)).double()
+    torch.testing.assert_close(METHODS[name](told, images, class_idx), METHODS[name](vit, images, class_idx))
+    wrong = wrap(own, "vit.norm", layout=Tokens(3, 4, 0)).double()
+    with pytest.raises(ValueError, match="has no attention over one plain sequence"):
+        METHODS[name](wrong, images, class_idx)
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "pooled"])
+def test_legrad_agrees_with_differences(images, class_idx, options):
+    """Every attention probability of every block is nudged by hand, and the block's own class score watched."""
+    torch.manual_seed(1)
+    vit = TinyViT(**options).double().eval()
+    network, prefix = vit.network, 0 if options else 1
+    b, c = 2, class_idx[2]
+    saliency = legrad(vit, images, class_idx)
+    blocks = []
+    with torch.no_grad():
+        tokens = network.norm_pre(network._pos_embed(network.patch_embed(4 * images[b : b + 1])))
+        for block in network.blocks:
+            attention = block.attn
+            attention.fused_attn = False
+            maps = []
+            handle = attention.attn_drop.register_forward_hook(lambda m, a, out, maps=maps: maps.append(out))
+            following = block(tokens)
+            handle.remove()
+
+            def score(changed, block=block, tokens=tokens):
+                changed = torch.from_numpy(changed)[None]
+                handle = block.attn.attn_drop.register_forward_hook(lambda m, a, out: changed)
+                value = network.forward_head(network.norm(block(tokens)))[0, c].item()
+                handle.remove()
+                return value
+
+            blocks.append((score, maps[0][0].numpy()))
+            tokens = following
+        expected = references.legrad(blocks, prefix)
+    expected = references.finish(expected.reshape(3, 4), 24, 32)
+    np.testing.assert_allclose(saliency[b, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_legrad_leaves_the_network_as_it_was_and_takes_images_one_by_one(vit, images, class_idx):
+    vit.train()
+    flags = [parameter.requires_grad for parameter in vit.parameters()]
+    together = legrad(vit, images, class_idx)
+    for b in range(5):
+        torch.testing.assert_close(legrad(vit, images[b : b + 1], class_idx[b : b + 1]), together[b : b + 1])
+    assert vit.training
+    assert [parameter.requires_grad for parameter in vit.parameters()] == flags
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    assert not any(module._forward_hooks for module in vit.modules())
+    assert all(block.attn.fused_attn for block in vit.network.blocks)
+
+
+def test_legrad_refuses_a_network_with_a_further_head(vit, images, class_idx):
+    model = nn.Sequential(vit, nn.Linear(5, 5).double())
+    with pytest.raises(ValueError, match="model: wanted logits that are those of the head of its VisionTransformer"):
+        legrad(model, images, class_idx)
 
 
 def test_class_out_of_range(vit, images):

@@ -16,7 +16,7 @@ SHORT = {
     "ablation_cam": {"batch_size": 4},
     "score_cam": {"batch_size": 4},
 }
-ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout"}
+ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout", "legrad"}
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 

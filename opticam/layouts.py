@@ -1,0 +1,333 @@
+"""How the output of a layer becomes feature maps (B,K,h,w): known by what its module is, said by the user, or refused.
+
+Nothing is guessed from a shape. What is known comes from the class of the module, from the class of the network around
+it, and from the records that libraries keep, such as timm's `feature_info`, `num_prefix_tokens` and `grid_size`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from opticam.classifier import bare
+from opticam.classifier import own as own_classifier
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def channels_first(output: Tensor) -> Tensor:
+    """The layout of convolutional networks: maps (B,K,h,w), as they are."""
+    return output
+
+
+def channels_last(output: Tensor) -> Tensor:
+    """The layout of Swin transformers: (B,h,w,K), as maps (B,K,h,w)."""
+    return output.permute(0, 3, 1, 2)
+
+
+class Tokens(NamedTuple):
+    """The layout of plain vision transformers: tokens (B, prefix + rows * columns, K), row by row.
+
+    Attributes:
+        rows: of the grid of patches.
+        columns: of the grid of patches.
+        prefix: number of tokens before the patches, such as a class token and registers.
+    """
+
+    rows: int
+    columns: int
+    prefix: int = 0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Maps (B,K,rows,columns), a view.
+
+        Raises:
+            ValueError: not that many tokens.
+        """
+        if output.ndim != 3 or output.shape[1] != self.prefix + self.rows * self.columns:
+            wanted = f"(B,{self.prefix}+{self.rows}*{self.columns},K)"
+            raise ValueError(f"layer: wanted tokens {wanted}, got shape {tuple(output.shape)}")
+        return output[:, self.prefix :].transpose(1, 2).unflatten(2, (self.rows, self.columns))
+
+
+def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequence[int]) -> Layout:
+    """The function from the output of a layer to feature maps (B,K,h,w).
+
+    A `Classifier` whose layout the user has said has that one. Otherwise maps (B,K,h,w) are known from convolutions,
+    batch norms, pooling and what is built of them; channels-last maps from Swin transformers and timm's records; tokens
+    from transformers and mixers of timm and torchvision whose order of tokens is the reading order.
+
+    Args:
+        model: any network.
+        layer: a module of it.
+        output: of the layer.
+        size: (H,W) of the images.
+
+    Raises:
+        ValueError: the layout is not known.
+    """
+    classifier = own_classifier(model)
+    if classifier is not None and classifier.layout is not None:
+        return classifier.layout
+    if output.ndim not in (3, 4):
+        raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
+    path = _path(bare(model), layer)
+    layout = _layout_of_maps(path, output, size) if output.ndim == 4 else _layout_of_tokens(path, output, size)
+    if layout is None:
+        raise ValueError(
+            f"layer: where the cells of {type(layer).__name__}'s output {tuple(output.shape)} lie in the image is not "
+            f"known; wanted another layer of {type(bare(model)).__name__}, or opticam.wrap(network, layer, layout=...) "
+            "with channels_first, channels_last, Tokens(rows, columns, prefix) or a function to (B,K,h,w)"
+        )
+    return layout
+
+
+def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
+    """The tokens of a network that is one plain sequence headed by a class token that its head reads, or None.
+
+    Args:
+        model: any network; the transformer may lie inside it. Of a `Classifier` with `layout=Tokens(...)`, these, if
+            they have a prefix.
+        size: (H,W) of the images.
+    """
+    classifier = own_classifier(model)
+    if classifier is not None and classifier.layout is not None:
+        return classifier.layout if isinstance(classifier.layout, Tokens) and classifier.layout.prefix else None
+    transformer = plain_transformer(model)
+    return None if transformer is None else token_grid(transformer, size)
+
+
+def plain_transformer(model: nn.Module, pooled: bool = False) -> nn.Module | None:
+    """The only transformer in the model, of those known as one plain sequence, or None.
+
+    Args:
+        model: any network.
+        pooled: also one whose head does not read a class token, but pools.
+    """
+    found = [module for module in model.modules() if _name(module) in _CLASS_TOKEN]
+    if len(found) != 1:
+        return None
+    (transformer,) = found
+    has_class_token = getattr(transformer, "cls_token", getattr(transformer, "class_token", None)) is not None
+    reads_it = has_class_token and getattr(transformer, "global_pool", "token") == "token"
+    return transformer if pooled or reads_it else None
+
+
+def parts_of_transformer(transformer: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The blocks of a plain transformer, and the function from the tokens after a block to its logits."""
+    if _name(transformer).startswith("torchvision."):
+        encoder = transformer.encoder
+        return encoder.layers, lambda tokens: transformer.heads(encoder.ln(tokens)[:, 0])
+    return transformer.blocks, lambda tokens: transformer.forward_head(transformer.norm(tokens))
+
+
+# tokens in reading order, after `num_prefix_tokens` others, on the grid of the network's embedding
+_CLASS_TOKEN = {
+    "timm.models.vision_transformer.VisionTransformer",
+    "timm.models.deit.VisionTransformerDistilled",
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
+    "timm.models.beit.Beit",
+    "timm.models.eva.Eva",
+    "torchvision.models.vision_transformer.VisionTransformer",
+}
+_READING_ORDER = _CLASS_TOKEN | {
+    "timm.models.cait.Cait",
+    "timm.models.convit.ConVit",
+    "timm.models.mlp_mixer.MlpMixer",
+    "timm.models.tnt.TNT",
+    "timm.models.xcit.Xcit",
+}
+# tokens in reading order, on the grid of their stage
+_STAGES_OF_TOKENS = {
+    "timm.models.levit.Levit",
+    "timm.models.levit.LevitDistilled",
+    "timm.models.mvitv2.MultiScaleVit",
+    "timm.models.efficientformer.EfficientFormer",
+}
+# all maps but those of convolutions are channels-last
+_SWIN = {
+    "torchvision.models.swin_transformer.SwinTransformer",
+    "timm.models.swin_transformer.SwinTransformer",
+    "timm.models.swin_transformer_v2.SwinTransformerV2",
+}
+# maps (B,K,h,w) come out of them, whatever happens inside
+_BLOCKS = {
+    "torchvision.models.convnext.CNBlock",
+    "torchvision.models.maxvit.MaxVitBlock",
+    "torchvision.models.maxvit.MaxVitLayer",
+    "timm.models.convnext.ConvNeXtBlock",
+}
+_CONVOLUTIONAL = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Dropout2d,
+)
+_ELEMENTWISE = (
+    "torch.nn.modules.activation",
+    "torch.nn.modules.dropout",
+    "timm.layers.activations",
+    "timm.layers.drop",
+)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _path(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules from the network down to the layer, each with its own name."""
+    dotted = next((name for name, module in network.named_modules() if module is layer), "")
+    path = [("", network)]
+    for name in filter(None, dotted.split(".")):
+        path.append((name, path[-1][1].get_submodule(name)))
+    return path
+
+
+def _record(path: list[tuple[str, nn.Module]]) -> tuple[nn.Module, str]:
+    """The innermost network of timm or torchvision around the layer, and the layer's name in it."""
+    for depth in reversed(range(len(path))):
+        module = path[depth][1]
+        of_timm = _name(module).startswith("timm.models.") and isinstance(getattr(module, "feature_info", None), list)
+        if of_timm or _name(module) in _READING_ORDER | _SWIN:
+            return module, ".".join(name for name, _ in path[depth + 1 :])
+    return path[0][1], ".".join(name for name, _ in path[1:])
+
+
+def _layout_of_tokens(path: list[tuple[str, nn.Module]], output: Tensor, size: Sequence[int]) -> Layout | None:
+    network, name = _record(path)
+    tokens = output.shape[1]
+    if _name(network) == "timm.models.hiera.Hiera" and name in {info["module"] for info in network.feature_info}:  # type: ignore[union-attr]
+        index = int(name.rpartition(".")[2])
+        return lambda output: network.reroll(output, index).permute(0, 3, 1, 2)  # type: ignore[operator]
+    if _name(network) in _STAGES_OF_TOKENS:
+        stages = {info["module"]: info["reduction"] for info in network.feature_info}  # type: ignore[union-attr]
+        stages["norm"] = network.feature_info[-1]["reduction"]  # type: ignore[index]
+        if name in stages:
+            grid = Tokens(*(-(-side // stages[name]) for side in size))
+            return grid if tokens == grid.rows * grid.columns else None  # type: ignore[return-value]
+    if _name(network) not in _READING_ORDER or "tokens" in name.replace("blocks_token", "") or "gate" in name:
+        return None  # a mixer's parts see the tokens as channels
+    grid = token_grid(network, size)
+    extra = tokens - grid.rows * grid.columns
+    return grid._replace(prefix=extra) if extra in (0, grid.prefix) else None  # type: ignore[return-value]
+
+
+def token_grid(network: Any, size: Sequence[int]) -> Tokens:
+    """Rows, columns and prefix by the network's own records."""
+    if _name(network).startswith("torchvision."):
+        side = network.image_size // network.patch_size
+        return Tokens(side, side, 1)
+    names = ("pixel_embed", "patch_embed", "stem")
+    embedding = next(getattr(network, name) for name in names if isinstance(getattr(network, name, None), nn.Module))
+    if hasattr(embedding, "grid_size") and getattr(embedding, "strict_img_size", True):
+        rows, columns = embedding.grid_size
+    elif hasattr(embedding, "dynamic_feat_size"):
+        rows, columns = embedding.dynamic_feat_size(tuple(size))
+    else:
+        patch = embedding.patch_size
+        rows, columns = (side // step for side, step in zip(size, _pair(patch), strict=True))
+    return Tokens(int(rows), int(columns), getattr(network, "num_prefix_tokens", 0))
+
+
+def _pair(value: Any) -> Sequence[int]:
+    return value if isinstance(value, tuple | list) else (value, value)
+
+
+def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Sequence[int]) -> Layout | None:
+    if any(is_attention(module) for _, module in path[1:-1]):
+        return None  # axes may be heads, windows or keys
+    network, name = _record(path)
+    layer = path[-1][1]
+    if _is_convolutional(layer):
+        return channels_first
+    for info in getattr(network, "feature_info", ()):
+        if info["module"] == name:
+            last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _name(network) == "timm.models.volo.VOLO"
+            return (
+                (channels_last if last else channels_first)
+                if output.shape[3 if last else 1] == info["num_chs"]
+                else None
+            )
+    if _name(network) in _READING_ORDER | _STAGES_OF_TOKENS:
+        return None
+    if _name(layer) == "torchvision.ops.misc.Permute":
+        return {(0, 2, 3, 1): channels_last, (0, 3, 1, 2): channels_first}.get(tuple(layer.dims))  # type: ignore[arg-type]
+    if _name(layer) in _BLOCKS:
+        return channels_first
+    if isinstance(layer, nn.Sequential) and len(layer):
+        name, child = list(layer.named_children())[-1]
+        return _layout_of_maps([*path, (name, child)], output, size)
+    siblings = list(path[-2][1].named_children()) if len(path) > 1 and isinstance(path[-2][1], nn.Sequential) else []
+    place = next((index for index, (_, module) in enumerate(siblings) if module is layer), 0)
+    if place and _is_elementwise(layer):
+        return _layout_of_maps([*path[:-1], siblings[place - 1]], output, size)
+    if _name(network) in _SWIN:
+        return channels_last
+    return _layout_by_contents(path, output, size)
+
+
+def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size: Sequence[int]) -> Layout | None:
+    """Maps (B,K,h,w) where the smallest module around that has convolutions has nothing that wants channels last."""
+    layer = path[-1][1]
+    own = len(path) - 1 if next(layer.children(), None) is not None else len(path) - 2
+    for _, module in reversed(path[: own + 1]):
+        inner = list(module.modules())
+        if any(_wants_channels_last(part) for part in inner):
+            return None
+        if any(isinstance(part, nn.Conv2d) for part in inner):
+            break
+    else:
+        return None
+    # a module of one's own may still permute: then its third axis is no width, or its channels are nobody's
+    (a, b, c), (height, width) = output.shape[1:], size
+    first = abs(b * width - c * height) < max(height, width)
+    last = abs(a * width - b * height) < max(height, width)
+    if first and not last:
+        return channels_first
+    network = path[0][1]
+    known = set(_channel_numbers(network))
+    first, last = first and (a in known or c not in known), last and (c in known or a not in known)
+    childless = next(layer.children(), None) is None and not _is_elementwise(layer)
+    mixed = any(_wants_channels_last(part) for part in network.modules())
+    return None if (last and (childless or not first)) or (mixed and not first) else channels_first
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is attention, by the name of its class."""
+    name = type(module).__name__.lower()
+    return any(word in name for word in ("attention", "attn", "mhsa", "gpsa", "xca")) and "block" not in name
+
+
+def _is_convolutional(module: nn.Module) -> bool:
+    of_library = _name(module).startswith(("timm.layers.", "torchvision."))
+    return isinstance(module, _CONVOLUTIONAL) or (of_library and type(module).__name__.endswith("2d"))
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    name = _name(module)
+    return isinstance(module, nn.Identity) or name.startswith(_ELEMENTWISE) or name.endswith(".StochasticDepth")
+
+
+def _wants_channels_last(module: nn.Module) -> bool:
+    name = type(module).__name__
+    norm = ("LayerNorm" in name or "RMSNorm" in name or "RmsNorm" in name) and not _is_convolutional(module)
+    return norm or isinstance(module, nn.MultiheadAttention) or _name(module) == "torchvision.ops.misc.Permute"
+
+
+def _channel_numbers(network: nn.Module) -> Iterable[int]:
+    for module in network.modules():
+        for name in ("in_channels", "out_channels", "num_features", "in_features", "out_features"):
+            if isinstance(number := getattr(module, name, None), int):
+                yield number

@@ -1,0 +1,302 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from opticam import METHODS, grad_cam, wrap
+from opticam.features import feature_maps, features_and_gradients
+from opticam.layouts import Tokens, channels_first, channels_last
+from opticam.probe import check_layout, default_layer
+
+from torchvision import models  # isort: skip  (after opticam)
+
+
+class Patches(nn.Module):
+    """Looks like a transformer: tokens of 8x8 patches between class tokens, in an order of its own."""
+
+    def __init__(self, before: int = 0, after: int = 0) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+        self.embed = nn.Conv2d(3, 4, 8, 8)
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        extra = [torch.full((len(tokens), number, 4), 9.0, dtype=tokens.dtype) for number in (self.before, self.after)]
+        return self.fc(self.norm(torch.cat([extra[0], tokens, extra[1]], 1)).mean(1))
+
+
+class Permute(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, maps):
+        return maps.permute(*self.order)
+
+
+class LastBlock(nn.Module):
+    """A convolution that gives its maps channels-last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 8, 8)
+
+    def forward(self, images):
+        return self.conv(images).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_told_tokens_become_a_grid_in_reading_order(prefix):
+    torch.manual_seed(0)
+    network = Patches(prefix).eval()
+    images = torch.rand(2, 3, 64, 128)
+    model = wrap(network, "norm", layout=Tokens(8, 16, prefix))
+    (features,), _ = feature_maps(model, images)
+    assert features.shape == (2, 4, 8, 16)
+    torch.testing.assert_close(features, network.norm(network.embed(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    assert check_layout(model, images).all()
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "equal_weights", "ablation_cam", "score_cam"])
+@pytest.mark.parametrize("network", [Patches(), Patches(1), Patches(0, 1)], ids=["none", "first", "last"])
+def test_tokens_of_an_unknown_network_are_refused_however_many_there_are(network, method):
+    """16 tokens of 24x40 pixels would be a square grid of 4x4 with the class token in it: 3x5 and one more."""
+    with pytest.raises(ValueError, match=r"layer: where the cells of LayerNorm's output .* layout=") as raised:
+        METHODS[method](network.eval(), torch.rand(2, 3, 24, 40), torch.tensor([0, 1]), layer="norm")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_function_says_where_class_tokens_lie_last():
+    torch.manual_seed(0)
+    network = Patches(0, 1).eval()
+    images, class_idx = torch.rand(2, 3, 24, 40), torch.tensor([0, 1])
+    last = wrap(network, "norm", layout=lambda tokens: tokens[:, :-1].transpose(1, 2).unflatten(2, (3, 5)))
+    first = wrap(Patches(1).eval(), "norm", layout=Tokens(3, 5, 1))
+    first.network.load_state_dict(network.state_dict())
+    for name in ("grad_cam", "layer_cam", "ablation_cam", "equal_weights"):
+        torch.testing.assert_close(METHODS[name](last, images, class_idx), METHODS[name](first, images, class_idx))
+    with pytest.raises(ValueError, match=r"wanted tokens \(B,1\+4\*4,K\), got shape \(2, 16, 4\)"):
+        grad_cam(wrap(network, "norm", layout=Tokens(4, 4, 1)), images, class_idx)
+    with pytest.raises(ValueError, match=r"layout: wanted a function to \(B,K,h,w\), got \(2, 15, 4\)"):
+        grad_cam(wrap(network, "norm", layout=lambda tokens: tokens[:, :-1]), images, class_idx)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (64, 64)])
+@pytest.mark.parametrize("channels", [3, 8, 32])
+def test_maps_that_a_module_of_ones_own_gives_channels_last_are_refused_or_told(channels, size):
+    """At 64x64 with 8 channels a block's maps are 8x8x8, which nothing but an experiment can tell."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, *size)
+    block = LastBlock(channels)
+    for first, layer in (([block], "0"), ([block.conv, Permute(0, 2, 3, 1)], "1")):
+        network = nn.Sequential(
+            *first, Permute(0, 3, 1, 2), nn.Flatten(), nn.Linear(channels * size[0] * size[1] // 64, 2)
+        )
+        network.eval()
+        told = wrap(network, layer, layout=channels_last)
+        torch.testing.assert_close(feature_maps(told, images)[0][0], block.conv(images).detach())
+        assert check_layout(told, images).all()
+        assert not check_layout(wrap(network, layer, layout=channels_first), images).all() or channels < 3
+        if (channels, size, layer) != (8, (64, 64), "0"):
+            with pytest.raises(ValueError, match=r"layer: where the cells .* channels_last"):
+                feature_maps(network, images, layer)
+
+
+class Windows(nn.Module):
+    """Takes every quarter of the image for an image of its own, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 4, 4)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, images):
+        parts = torch.cat([half for side in images.chunk(2, 2) for half in side.chunk(2, 3)])
+        return self.fc(self.conv(parts).mean((2, 3)).unflatten(0, (4, -1)).mean(0))
+
+
+def test_windows_in_the_batch_axis_are_refused():
+    images, class_idx = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    for name in ("grad_cam", "equal_weights", "ablation_cam"):
+        with pytest.raises(ValueError, match=r"layer: its output \(8, 4, 4, 4\) does not begin with the 2 images"):
+            METHODS[name](Windows().eval(), images, class_idx, layer="conv")
+
+
+def test_sequence_first_tokens_are_refused():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), Permute(2, 0, 1), nn.TransformerEncoderLayer(8, 2, 16), Permute(1, 2, 0)
+    )
+    model = nn.Sequential(network, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    for number in (2, 16):  # 16 images of 16 tokens: the axes have the same length
+        with pytest.raises(ValueError, match=r"^layer: .*wanted another layer"):
+            feature_maps(model, torch.rand(number, 3, 32, 32), "0.3")
+
+
+@pytest.mark.parametrize("layer", ["blocks.1.attn.q_norm", "blocks.1.attn.attn_drop", "blocks.1.attn.k_norm"])
+def test_heads_are_not_channels(layer):
+    options = {"img_size": 64, "depth": 2, "qk_norm": True, "num_classes": 3}
+    network = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    for block in network.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(ValueError, match="layer: where the cells of"):
+        feature_maps(network, torch.rand(1, 3, 64, 64), layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("swin_tiny_patch4_window7_224", "layers.1.blocks.0.attn"),
+        ("swinv2_tiny_window8_256", "layers.1.blocks.0.attn.cpb_mlp"),
+        ("swinv2_tiny_window8_256", "layers.1.blocks.0.mlp"),
+    ],
+)
+def test_the_inside_of_window_attention_is_refused(name, layer):
+    options = {"img_size": 64, "window_size": 4, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16}
+    network = timm.create_model(name, num_classes=3, **options).eval()
+    with pytest.raises(ValueError, match=r"^layer: "):
+        feature_maps(network, torch.rand(1, 3, 64, 64), layer)
+
+
+def test_channels_last_layers_of_torchvisions_swin():
+    network = models.swin_t(num_classes=3).eval()
+    images = torch.rand(1, 3, 96, 72)
+    names = ["features.0.0", "features.0", "features.7.1", "features.7.1.norm2", "norm", "permute"]
+    with torch.no_grad():
+        maps = feature_maps(network, images, names)[0]
+        assert [tuple(map_.shape[1:]) for map_ in maps] == [(96, 24, 18)] * 2 + [(768, 3, 3)] * 4
+        torch.testing.assert_close(maps[1], network.features[0](images).permute(0, 3, 1, 2))
+        torch.testing.assert_close(maps[5], maps[4])
+
+
+def test_the_tokens_of_hiera_are_put_in_place():
+    torch.manual_seed(0)
+    network = timm.create_model("hiera_tiny_224", img_size=128, num_classes=3).eval()
+    images = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        own = network.forward_intermediates(images, intermediates_only=True, norm=False)
+    for end, maps in zip(network.stage_ends, own, strict=True):
+        torch.testing.assert_close(feature_maps(network, images, f"blocks.{end}")[0][0], maps, rtol=0, atol=1e-4)
+    for layer in ("blocks.1", "blocks.9.norm1"):
+        with pytest.raises(ValueError, match=r"^layer: "):
+            feature_maps(network, images, layer)
+
+
+def test_patches_beyond_the_image_are_counted():
+    options = {"img_size": 64, "depth": 1, "dynamic_img_size": True, "dynamic_img_pad": True, "num_classes": 3}
+    network = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    assert feature_maps(network, torch.rand(1, 3, 50, 70), "blocks.0.norm1")[0][0].shape == (1, 192, 4, 5)
+
+
+def test_a_last_norm_that_only_the_class_token_leaves_is_refused():
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3).eval()
+    images, class_idx = torch.rand(1, 3, 64, 64), torch.tensor([1])
+    for layer in ("norm", "blocks.1", "blocks.1.norm2"):
+        with pytest.raises(ValueError, match="layer: the logits depend on the class token alone"):
+            grad_cam(network, images, class_idx, layer=layer)
+    assert grad_cam(network, images, class_idx, layer="blocks.1.norm1").any()
+
+
+def test_ablation_refuses_maps_that_are_a_copy():
+    network = timm.create_model("hiera_tiny_224", img_size=128, num_classes=3).eval()
+    with pytest.raises(ValueError, match="layer: ablation_cam wants one whose maps are a view"):
+        METHODS["ablation_cam"](network, torch.rand(1, 3, 128, 128), torch.tensor([1]), layer="blocks.9")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (lambda tokens: Tokens(4, 4, 1)(tokens).mT, "transposed"),
+        (lambda tokens: Tokens(4, 4, 1)(tokens).flip(3), "flipped"),
+        (lambda tokens: Tokens(4, 4, 1)(tokens).roll((2, 2), (2, 3)), "rolled"),
+        (lambda tokens: Tokens(4, 4)(tokens[:, :-1]), "class token taken for a patch"),
+        (lambda tokens: Tokens(4, 4)(tokens[:, 1:].roll(-1, 1)), "one token too many dropped"),
+        (lambda tokens: tokens[:, 1:].unflatten(2, (12, 4, 4)).mean(1), "channels taken for places"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_experiment_finds_wrong_layouts(wrong, name):
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3).eval()
+    images = torch.rand(1, 3, 64, 64)
+    assert check_layout(network, images, layer="blocks.1.norm1").all()
+    assert not check_layout(wrap(network, "blocks.1.norm1", layout=wrong), images).all()
+
+
+def test_the_experiment_points_at_the_cells_in_doubt(images):
+    """A network that shows the image itself, but for two cells far apart that changed places."""
+
+    def exchanged(maps):
+        maps = maps.clone()
+        maps[:, :, 0, 0], maps[:, :, 2, 3] = maps[:, :, 2, 3].clone(), maps[:, :, 0, 0].clone()
+        return maps
+
+    network = nn.Sequential(nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).double()
+    answers = check_layout(wrap(network, "0", layout=exchanged), images[:2])
+    assert answers.shape == (3, 4)
+    assert (~answers).nonzero().tolist() == [[0, 0], [2, 3]]
+    with pytest.raises(ValueError, match="images: wanted larger ones; maps of 2x4 cells"):
+        check_layout(wrap(network, "0"), images[:, :, :16])
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        (lambda: models.resnet18(num_classes=3), "layer4"),
+        (lambda: models.vgg11(num_classes=3), "features.19"),
+        (lambda: models.mobilenet_v3_small(num_classes=3), "features"),
+        (lambda: models.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=3), "encoder.layers.encoder_layer_1.ln_1"),
+        (lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=3), "blocks.1.norm1"),
+        (lambda: timm.create_model("cait_xxs24_224", img_size=64, depth=2), "blocks_token_only.1.norm1"),
+        (lambda: timm.create_model("vit_base_patch16_siglip_224", img_size=64, depth=1, num_classes=3), "norm"),
+    ],
+)
+def test_the_default_layer_has_the_last_maps_with_more_than_one_cell(network, layer):
+    torch.manual_seed(0)
+    assert default_layer(network().eval(), 64) == layer
+
+
+def test_a_network_without_known_maps_has_no_default_layer():
+    with pytest.raises(ValueError, match=r"layer: Sequential has no layer whose maps are known; see opticam\.wrap"):
+        default_layer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)), 8)
+
+
+TRANSFORMERS = {
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": (64, 32), "depth": 2}, "blocks.1.norm1", 2),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 84), "depth": 2}, "blocks.1.norm1", 5),
+    "no class token": (
+        "vit_tiny_patch16_224",
+        {"img_size": (64, 32), "depth": 2, "class_token": False, "global_pool": "avg"},
+        "blocks.1.norm1",
+        0,
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": (64, 32), "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, "window_size": 4},
+        "norm",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "layer", "prefix"), TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_the_grid_of_transformers_of_timm(name, options, layer, prefix):
+    model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
+    height, width = options["img_size"]
+    images = torch.rand(2, 3, height, width)
+    outputs = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    (features,), same_logits = feature_maps(model, images, layer)
+    assert torch.equal(logits, same_logits)
+    rows, columns = features.shape[2:]
+    assert rows * width == columns * height
+    for i, j in ((0, 0), (0, columns - 1), (rows - 1, 0), (1, 1)):
+        token = outputs[0][:, i, j] if prefix is None else outputs[0][:, prefix + i * columns + j]
+        assert torch.equal(features[:, :, i, j], token)
+    _, gradients, _ = features_and_gradients(model, images, torch.tensor([1, 6]), layer)
+    assert gradients.shape == features.shape
+    assert gradients.abs().sum() > 0
