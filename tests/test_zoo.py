@@ -219,7 +219,10 @@ def row(family: Family, layer: str, grid: str, verdict: str) -> str:
 
 HEADING = """# Networks that were tried
 
-One small network per family was built with random weights, whose middle taps weigh most so that places stand out.
+One small network per family was built with random weights. So that places stand out, the middle taps of its kernels
+weigh most, and weights that a library sets to zero, or attention biases, are filled. Five families, whose code says so,
+have even taps and are tried four times. The settings were found by trying, so a verdict says that a right layout can be
+seen, and a wrong one is.
 
 - *Layer* is what `default_layer` finds.
 - *Grid* is that of its maps, for the small image of the test.
