@@ -9,17 +9,17 @@ from typing import Any
 
 _NAMES = {
     "datasets": "DATASETS Photos Sample demo imagefolder imagenet imagenette load_dataset maps_to_input read_image"
-    " to_input",
-    "evaluate": "evaluate score stored_saliency stream",
+    " stack to_input",
+    "evaluate": "evaluate saliency_maps score score_maps stored_saliency stream",
     "explorer": "Explorer describe",
     "files": "REPOSITORY",
     "findings": "compare finding report",
     "plotting": "condition_panels difference_dots explanation_figure gallery image_grid interval_table latex_table"
     " metric_bars metric_scatter metric_values objective_curve overlay overview probability_bars save_figure show_boxes"
-    " similarity_curves to_picture use_style",
+    " show_table similarity_curves to_picture use_style",
     "results": "read_arrays read_evidence read_rows read_shards write_arrays write_rows",
-    "summary": "Estimate box_accuracies estimate estimate_of interval paired proportion_interval ratio_of_means"
-    " spearman summarize summarize_differences",
+    "summary": "Estimate box_accuracies difference estimate estimate_of interval paired print_differences"
+    " proportion_interval ratio_of_means spearman summarize summarize_differences",
     "synthetic": "PATTERNS draw_scenes",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -158,6 +158,23 @@ class Photos(Dataset):
             path, name, label, *_ = self.photos[index]
             return Skipped(name, label, str(error).replace(str(path), name))
 
+    def readable(self, limit: int | None = None) -> list[Sample]:
+        """Those of the first `limit` photos that can be used; None for all."""
+        read = map(self.get, range(len(self))[:limit])
+        return [photo for photo in read if isinstance(photo, Sample)]
+
+
+def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
+
+    Raises:
+        ValueError: no sample.
+    """
+    if not samples:
+        raise ValueError("samples: wanted at least one")
+    images = torch.stack([sample.image for sample in samples]).to(device)
+    return images, torch.tensor([sample.label for sample in samples], device=device)
+
 
 def select(
     items: Sequence[Item],

@@ -125,6 +125,43 @@ def score(
     return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
 
 
+def score_maps(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Mapping[str, Tensor],
+    names: Sequence[Any] | None = None,
+) -> pd.DataFrame:
+    """`score` of the maps of several methods: one row per method and image, with the columns `image` and `method`.
+
+    Args:
+        model: as `score`, like `images` and `class_idx`.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64.
+        saliency: method -> (B,1,H,W) in [0,1].
+        names: B of them, for the column `image`; None for 0 to B-1.
+    """
+    named = range(len(images)) if names is None else names
+    tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
+    return pd.concat(tables, ignore_index=True)
+
+
+def saliency_maps(
+    model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method], batch_size: int = 20
+) -> dict[str, Tensor]:
+    """Maps (B,1,H,W) by each method, made in batches.
+
+    Args:
+        model: that the methods explain.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64.
+        methods: name -> method.
+        batch_size: images in flight.
+    """
+    batches = list(zip(images.split(batch_size), class_idx.split(batch_size), strict=True))
+    return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
+
+
 def _curves(batch: Explained) -> dict[str, Any]:
     in_flight = 8 if batch.images.device.type == "cpu" else 64  # what caches hold
     arguments = batch.model, batch.images, batch.class_idx, batch.saliency

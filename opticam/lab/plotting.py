@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -97,6 +97,7 @@ def image_grid(
     column_titles: Sequence[str] = (),
     row_titles: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
+    boxes: Sequence[Tensor] = (),
     size: float = 2.0,
 ) -> Figure:
     """Images in rows and columns.
@@ -105,7 +106,8 @@ def image_grid(
         rows: pictures (H,W,3) or (H,W), or tensors (3,H,W) or (1,H,W), in [0,1]; maps are shown in colour.
         column_titles: above the first row.
         row_titles: left of each row.
-        captions: below each picture.
+        captions: below each picture; an empty row for none.
+        boxes: (n,4) of each picture, row by row, drawn over it.
         size: width and height of one picture in inches.
 
     Returns:
@@ -121,7 +123,7 @@ def image_grid(
             ax = axes[i, j]
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
-            if captions:
+            if i < len(captions) and j < len(captions[i]):
                 ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=10)
             if i == 0 and j < len(column_titles):
                 ax.set_title(column_titles[j], fontsize=11)
@@ -129,6 +131,8 @@ def image_grid(
                 ax.text(
                     -0.06, 0.5, row_titles[i], transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=10
                 )
+    for some, ax in zip(boxes, axes.flat, strict=False):
+        show_boxes(ax, some)
     return figure
 
 
@@ -221,31 +225,24 @@ def gallery(
         photos: (n,3,H,W) in [0,1].
         names: of the class of each photo.
         probs: p of each photo.
-        saliency: method -> (m,1,H,W) in [0,1], of all photos or of the first m.
-        masked_probs: method -> o of each photo that it has a map of.
+        saliency: method -> (n,1,H,W) in [0,1].
+        masked_probs: method -> o of each photo.
         boxes: (k,4) of each photo, drawn over it.
         size: width and height of one picture in inches.
 
     Returns:
         The figure, not shown.
     """
-    rows: list[list[Tensor | np.ndarray]] = [list(photos)]
-    captions = [[f"p = {p:.3f}" for p in probs]]
-    for method, maps in saliency.items():
-        some = [overlay(x, S) for x, S in zip(photos, maps, strict=False)]
-        missing = len(photos) - len(some)
-        rows.append([*some, *[torch.ones_like(photos[0])] * missing])
-        captions.append([*(f"o = {o:.3f}" for o in masked_probs[method]), *["not run"] * missing])
-    figure = image_grid(
-        rows,
+    rows = [[overlay(x, S) for x, S in zip(photos, maps, strict=True)] for maps in saliency.values()]
+    after = [[f"o = {o:.3f}" for o in masked_probs[method]] for method in saliency]
+    return image_grid(
+        [list(photos), *rows],
         column_titles=[textwrap.fill(name, 10) for name in names],
         row_titles=["photo", *(method_label(method).replace(" ", "\n") for method in saliency)],
-        captions=captions,
+        captions=[[f"p = {p:.3f}" for p in probs], *after],
+        boxes=boxes,
         size=size,
     )
-    for some_boxes, ax in zip(boxes, figure.axes, strict=False):
-        show_boxes(ax, some_boxes)
-    return figure
 
 
 def overview(
@@ -512,12 +509,14 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
     return figure
 
 
-def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: int = 1) -> "pd.DataFrame":
+def interval_table(
+    summary: "pd.DataFrame", columns: Mapping[str, str] | None = None, digits: int = 1
+) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row per method; empty where there is no value.
 
     Args:
         summary: from `summary.summarize`.
-        columns: column -> heading.
+        columns: column -> heading; None for all, with the headings of their records.
         digits: after the point.
 
     Returns:
@@ -525,6 +524,8 @@ def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: 
     """
     import pandas as pd
 
+    if columns is None:
+        columns = headings([str(column) for column in summary if f"{column}_low" in summary])
     cells = {
         heading: [
             "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -533,6 +534,21 @@ def interval_table(summary: "pd.DataFrame", columns: Mapping[str, str], digits: 
         for column, heading in columns.items()
     }
     return pd.DataFrame(cells, index=summary.index.map(method_label))
+
+
+def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
+    """Show a table in a notebook, below a title in Markdown. Rows that are only numbered are shown without numbers.
+
+    Args:
+        table: any.
+        title: one paragraph; empty for none.
+        options: of `DataFrame.to_markdown`.
+    """
+    import pandas as pd
+    from IPython.display import Markdown, display
+
+    text = table.to_markdown(index=not isinstance(table.index, pd.RangeIndex), **options)
+    display(Markdown(f"{title}\n\n{text}".strip()))
 
 
 def latex_table(table: "pd.DataFrame") -> str:

@@ -1,7 +1,7 @@
 """From rows to numbers: means, correlations and accuracies over images, with 95 % intervals."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from opticam.metrics import COLUMNS, max_box_accuracy
+from opticam.methods import method_label
+from opticam.metrics import COLUMNS, factors, headings, max_box_accuracy
 
 
 class Estimate(NamedTuple):
@@ -119,6 +120,28 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
     return (wide[method] - wide[reference]).dropna().to_numpy(float)
 
 
+def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
+    """Mean of `paired` with its 95 % interval, times the column's factor: for a fraction, percentage points."""
+    return estimate(factors([column])[column] * paired(rows, column, method, reference))
+
+
+def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
+    """Print `difference` for each column and reference, and on how many images the method has more.
+
+    Args:
+        rows: one row per image and method.
+        columns: of numbers.
+        method: to subtract from.
+        references: to subtract.
+    """
+    for column, heading in headings(columns).items():
+        for reference in references:
+            gained = paired(rows, column, method, reference)
+            title = f"{heading}: {method_label(method)} minus {method_label(reference)}"
+            shown = f"{difference(rows, column, method, reference):.1f}"
+            print(f"{title} {shown}; higher on {(gained > 0).sum()} of {len(gained)}")
+
+
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
     half = error * stats.t.ppf((1 + confidence) / 2, freedom)
     return float(center - half), float(center + half)
@@ -156,14 +179,17 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     return float(found.low), float(found.high)
 
 
-def summarize(rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | None = None) -> pd.DataFrame:
+def summarize(
+    rows: pd.DataFrame, columns: Mapping[str, float] | Collection[str], repeats: str | None = None
+) -> pd.DataFrame:
     """Means over images with 95 % intervals, per method; see `interval`, for proportions `proportion_interval`.
 
     Rows that were skipped do not count, nor values that are not defined, such as those that need a box.
 
     Args:
         rows: from `evaluate`, `results.read_shards` or `results.read_rows`.
-        columns: column -> factor to multiply with, 100 for a percentage.
+        columns: names of columns, which are multiplied with the factor of their record, 100 for a percentage; or
+            column -> factor.
         repeats: column that numbers the repeats of each image and method, all images having the same.
 
     Returns:
@@ -173,8 +199,13 @@ def summarize(rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | N
 
 
 def _summarize(
-    rows: pd.DataFrame, columns: Mapping[str, float], repeats: str | None, differences: bool = False
+    rows: pd.DataFrame,
+    columns: Mapping[str, float] | Collection[str],
+    repeats: str | None,
+    differences: bool = False,
 ) -> pd.DataFrame:
+    if not isinstance(columns, Mapping):
+        columns = factors(columns)
     proportions = {column for column in columns if column in COLUMNS and COLUMNS[column].proportion}
     summary = {}
     if "status" in rows:
@@ -198,7 +229,10 @@ def _summarize(
 
 
 def summarize_differences(
-    rows: pd.DataFrame, columns: Mapping[str, float], reference: str, repeats: str | None = None
+    rows: pd.DataFrame,
+    columns: Mapping[str, float] | Collection[str],
+    reference: str,
+    repeats: str | None = None,
 ) -> pd.DataFrame:
     """Mean differences to one method, image by image, with 95 % intervals, per other method.
 
@@ -207,7 +241,7 @@ def summarize_differences(
 
     Args:
         rows: as `summarize`, with the column `image`; one row per image and method.
-        columns: column -> factor to multiply with, 100 for a percentage.
+        columns: as `summarize`.
         reference: the method to subtract.
         repeats: as `summarize`; differences are taken within a repeat.
 

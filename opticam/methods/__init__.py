@@ -1,6 +1,8 @@
 """The methods compared, by name: `METHODS[name](model, images, class_idx, *, layer=None) -> saliency (B,1,H,W)`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,6 +73,22 @@ def find_method(name: str) -> Callable[..., Tensor]:
     return METHODS[name]
 
 
+def find_methods(names: Collection[str], **options: Mapping[str, Any]) -> dict[str, Callable[..., Tensor]]:
+    """Methods by name, each with its own options: `find_methods(["grad_cam", "rise"], rise={"num_masks": 500})`.
+
+    Args:
+        names: as `find_method` takes them.
+        options: method -> its keyword arguments; those of a method that is not asked for change nothing.
+
+    Raises:
+        ValueError: no such method, among the names or among the options.
+        ImportError: a library is not installed.
+    """
+    for name in options:
+        find_method(name)
+    return {name: partial(find_method(name), **options.get(name, {})) for name in names}
+
+
 __all__ = [
     "METHODS",
     "OBJECTIVES",
@@ -80,6 +98,7 @@ __all__ = [
     "class_logit",
     "fake_cam",
     "find_method",
+    "find_methods",
     "grad_cam",
     "light_methods",
     "method_color",
