@@ -232,7 +232,13 @@ def gallery(
 
     Returns:
         The figure, not shown.
+
+    Raises:
+        ValueError: a method has not one map per photo.
     """
+    for method, maps in saliency.items():
+        if len(maps) != len(photos):
+            raise ValueError(f"saliency: wanted {len(photos)} maps by {method}, got {len(maps)}")
     rows = [[overlay(x, S) for x, S in zip(photos, maps, strict=True)] for maps in saliency.values()]
     after = [[f"o = {o:.3f}" for o in masked_probs[method]] for method in saliency]
     return image_grid(

@@ -179,9 +179,7 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     return float(found.low), float(found.high)
 
 
-def summarize(
-    rows: pd.DataFrame, columns: Mapping[str, float] | Collection[str], repeats: str | None = None
-) -> pd.DataFrame:
+def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
     """Means over images with 95 % intervals, per method; see `interval`, for proportions `proportion_interval`.
 
     Rows that were skipped do not count, nor values that are not defined, such as those that need a box.
@@ -199,10 +197,7 @@ def summarize(
 
 
 def _summarize(
-    rows: pd.DataFrame,
-    columns: Mapping[str, float] | Collection[str],
-    repeats: str | None,
-    differences: bool = False,
+    rows: pd.DataFrame, columns: Collection[str], repeats: str | None, differences: bool = False
 ) -> pd.DataFrame:
     if not isinstance(columns, Mapping):
         columns = factors(columns)
@@ -229,10 +224,7 @@ def _summarize(
 
 
 def summarize_differences(
-    rows: pd.DataFrame,
-    columns: Mapping[str, float] | Collection[str],
-    reference: str,
-    repeats: str | None = None,
+    rows: pd.DataFrame, columns: Collection[str], reference: str, repeats: str | None = None
 ) -> pd.DataFrame:
     """Mean differences to one method, image by image, with 95 % intervals, per other method.
 

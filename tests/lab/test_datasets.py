@@ -28,6 +28,7 @@ from opticam.lab.datasets import (
     maps_to_input,
     read_image,
     select,
+    stack,
     to_input,
 )
 from opticam.lab.files import PACKAGE, REPOSITORY
@@ -622,6 +623,22 @@ def test_damaged_photos_are_skipped_and_the_rest_goes_on_in_worker_processes(fol
         assert row.label == 0
     with pytest.raises(IndexError, match=r"photo: wanted a number in 0\.\.7, got 8"):
         photos.get(8)
+
+
+def test_readable_photos_make_a_batch(folders):
+    write(folders / "val" / TENCH / "c.JPEG", "no image")
+    photos = imagenet(folders, 64, 64)
+    names = [photo.name for photo in photos.photos if not photo.name.endswith("c.JPEG")]
+    assert [sample.name for sample in photos.readable()] == names
+    assert [sample.name for sample in photos.readable(2)] == names[:1]  # the second photo of all is the damaged one
+    samples = photos.readable()
+    images, class_idx = stack(samples)
+    assert images.shape == (len(names), 3, 64, 64)
+    assert class_idx.dtype == torch.int64
+    assert class_idx.tolist() == [sample.label for sample in samples]
+    assert torch.equal(images[-1], samples[-1].image)
+    with pytest.raises(ValueError, match="samples: wanted at least one"):
+        stack([])
 
 
 def test_whatever_is_wrong_with_a_file_ends_in_a_record(tmp_path):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from opticam import METHODS, evaluate, load_model, metrics, opti_cam, score, wrap
 from opticam.lab import results
 from opticam.lab.datasets import Photo, Sample, Skipped, demo
-from opticam.lab.evaluate import SCORES, stored_saliency, stream
+from opticam.lab.evaluate import SCORES, saliency_maps, score_maps, stored_saliency, stream
 from opticam.lab.results import read_shards
 from opticam.lab.summary import summarize
 from opticam.saliency import BASELINES
@@ -51,6 +51,19 @@ def test_score_over_a_baseline(tiny, images, class_idx):
         table = score(tiny, images, class_idx, saliency, baseline=baseline)
         np.testing.assert_allclose(table[["masked_logit", "masked_prob"]], expected[["logit", "prob"]], atol=1e-12)
         assert table.logit.equals(score(tiny, images, class_idx, saliency).logit)
+
+
+def test_maps_of_several_methods_are_made_in_batches_and_scored_one_by_one(tiny, images, class_idx):
+    methods = {name: partial(METHODS[name], layer="features") for name in ("fake_cam", "grad_cam")}
+    maps = saliency_maps(tiny, images, class_idx, methods, batch_size=2)
+    for name, S in maps.items():
+        torch.testing.assert_close(S, methods[name](tiny, images, class_idx))
+    rows = score_maps(tiny, images, class_idx, maps, ["a", "b", "c", "d", "e"])
+    assert list(rows.method) == ["fake_cam"] * 5 + ["grad_cam"] * 5
+    assert list(rows.image) == [*"abcde"] * 2
+    alone = score(tiny, images, class_idx, maps["grad_cam"])
+    assert rows[5:].reset_index(drop=True)[alone.columns].equals(alone)
+    assert list(score_maps(tiny, images, class_idx, maps).image) == [*range(5)] * 2
 
 
 def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):

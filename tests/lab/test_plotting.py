@@ -22,6 +22,7 @@ from opticam.lab.plotting import (
     probability_bars,
     save_figure,
     show_boxes,
+    show_table,
     similarity_curves,
     use_style,
 )
@@ -60,6 +61,15 @@ def test_image_grid_leaves_missing_places_empty():
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", "", ""]
 
 
+def test_image_grid_puts_captions_and_boxes_where_they_belong():
+    box, none = torch.tensor([[1.0, 2.0, 5.0, 7.0]]), torch.zeros(0, 4)
+    rows = [[torch.rand(3, 9, 9)] * 2] * 2
+    figure = image_grid(rows, captions=[[], ["c", "d"]], boxes=[none, box, torch.cat([box, box])])
+    assert [[text.get_text() for text in ax.texts] for ax in figure.axes] == [[], [], ["c"], ["d"]]
+    assert [len(ax.patches) for ax in figure.axes] == [0, 1, 2, 0]
+    assert figure.axes[1].patches[0].get_bbox().extents.tolist() == [1, 2, 5, 7]
+
+
 def test_saved_figures_are_byte_identical_and_whole(tmp_path):
     image, saliency = torch.rand(3, 16, 16), torch.rand(1, 16, 16)
     for suffix in ("png", "pdf", "svg", "PNG"):
@@ -86,6 +96,7 @@ def test_bars_and_table_show_the_summary():
     )
     table = interval_table(summary, {"average_gain": "AG"})
     assert table.loc["Opti-CAM", "AG"] == "75.0 [66.0, 83.0]"
+    assert interval_table(summary).equals(interval_table(summary, {"average_gain": "AG % ↑"}))
     assert interval_table(summary * np.nan, {"average_gain": "AG"}).loc["Opti-CAM", "AG"] == ""
     (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
     assert [bar.get_width() for bar in ax.patches] == [10, 75.04]
@@ -150,24 +161,27 @@ def test_the_objective_curve_marks_its_step_and_the_photos_logit():
     assert not mpl.pyplot.get_fignums()
 
 
-def test_gallery_puts_each_map_over_its_photo_and_says_what_was_not_run():
+def test_gallery_puts_each_map_over_its_photo():
     photos, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
-    figure = gallery(
-        photos,
-        ["a", "African hunting dog"],
-        [0.25, 0.5],
-        {"grad_cam": maps, "rise": maps[:1]},
-        {"grad_cam": [0.125, 1], "rise": [0.75]},
-        [torch.tensor([[2.0, 3.0, 4.0, 6.0]]), torch.zeros(0, 4)],
-    )
-    assert [ax.texts[0].get_text() for ax in figure.axes] == [
-        *("p = 0.250", "p = 0.500"),
-        *("o = 0.125", "o = 1.000"),
-        *("o = 0.750", "not run"),
-    ]
+    arguments = photos, ["a", "African hunting dog"], [0.25, 0.5]
+    boxes = [torch.tensor([[2.0, 3.0, 4.0, 6.0]]), torch.zeros(0, 4)]
+    figure = gallery(*arguments, {"grad_cam": maps}, {"grad_cam": [0.125, 1]}, boxes)
+    texts = [ax.texts[0].get_text() for ax in figure.axes]
+    assert texts == ["p = 0.250", "p = 0.500", "o = 0.125", "o = 1.000"]
     assert [ax.get_title() for ax in figure.axes[:2]] == ["a", "African\nhunting\ndog"]
-    assert [len(ax.patches) for ax in figure.axes] == [1, 0, 0, 0, 0, 0]
+    assert [len(ax.patches) for ax in figure.axes] == [1, 0, 0, 0]
     np.testing.assert_allclose(figure.axes[3].images[0].get_array(), overlay(photos[1], maps[1]), atol=1e-6)
+    with pytest.raises(ValueError, match="saliency: wanted 2 maps by rise, got 1"):
+        gallery(*arguments, {"rise": maps[:1]}, {"rise": [0.75]})
+
+
+def test_tables_are_shown_below_their_title(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data.splitlines()))
+    show_table(pd.DataFrame({"AG": [1.25]}, index=pd.Index(["Grad-CAM"], name="method")), "**means**")
+    show_table(pd.DataFrame({"AG": [1.25, 2]}), floatfmt=".1f")
+    assert shown[0][:3] == ["**means**", "", "| method   |   AG |"]
+    assert [line.replace(" ", "") for line in shown[1]] == ["|AG|", "|-----:|", "|1.2|", "|2.0|"]
 
 
 def test_overview_shows_the_feature_maps_the_curve_and_its_references():

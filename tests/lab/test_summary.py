@@ -7,7 +7,9 @@ from scipy import stats
 
 from opticam.lab.summary import (
     box_accuracies,
+    difference,
     interval,
+    print_differences,
     proportion_interval,
     ratio_of_means,
     spearman,
@@ -162,6 +164,34 @@ def test_summarize_differences_pairs_by_image():
         summarize_differences(rows, {"average_gain": 100}, "d")
     with pytest.raises(ValueError, match="duplicate"):
         summarize_differences(pd.concat([rows, rows]), {"average_gain": 100}, "a")
+
+
+def test_names_alone_take_the_factors_of_their_records():
+    rows = pd.DataFrame({"image": [0, 1] * 2, "method": ["a", "a", "b", "b"], "average_gain": [0.1, 0.3, 0.2, 0.6]})
+    rows["masked_logit"] = rows["own"] = 10 * rows.average_gain
+    summary = summarize(rows, ["average_gain", "masked_logit", "own"])
+    assert summary.loc["a", ["average_gain", "masked_logit", "own"]].tolist() == pytest.approx([20, 2, 2])
+    found = summarize_differences(rows, ["average_gain", "own"], "a")
+    assert found.loc["b", ["average_gain", "own"]].tolist() == pytest.approx([20, 2])
+
+
+def test_differences_by_hand(capsys):
+    """b - a of the fractions: i 0.3 - 0.1, ii 0.5 - 0.4, so 20 and 10 points; iii has no b. Of the logits -2 and 1."""
+    rows = pd.DataFrame(
+        [("i", "a", 0.1, 5), ("ii", "a", 0.4, 1), ("iii", "a", 0.9, 0), ("ii", "b", 0.5, 2), ("i", "b", 0.3, 3)],
+        columns=["image", "method", "average_gain", "masked_logit"],
+    )
+    half = 12.706205 * 5  # t with one degree of freedom
+    assert list(difference(rows, "average_gain", "b", "a")) == pytest.approx([15, 15 - half, 15 + half])
+    assert list(difference(rows, "masked_logit", "b", "a")) == pytest.approx(
+        [-0.5, -0.5 - 0.3 * half, -0.5 + 0.3 * half]
+    )
+    more = pd.concat([rows.replace({"method": {"a": "grad_cam", "b": "opti_cam"}}), rows[rows.method == "a"]])
+    assert print_differences(more, ["average_gain", "masked_logit"], "opti_cam", "grad_cam", "a") is None
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"AG % ↑: Opti-CAM minus {name} 15.0 [-48.5, 78.5]; higher on 2 of 2" for name in ("Grad-CAM", "a")),
+        *(f"masked logit ↑: Opti-CAM minus {name} -0.5 [-19.6, 18.6]; higher on 1 of 2" for name in ("Grad-CAM", "a")),
+    ]
 
 
 def test_summarize_differences_is_the_bootstrap_of_the_differences():

@@ -9,7 +9,7 @@ from torch import nn
 from opticam import METHODS, fake_cam, grad_cam, load_model, wrap
 from opticam.features import feature_maps, resolve_layer
 from opticam.lab.datasets import demo
-from opticam.methods import one_per_map
+from opticam.methods import find_methods, one_per_map
 from opticam.methods.cam import ablation_cam, eigen_cam, finer_cam, refine_cam, score_cam
 from opticam.saliency import combine, min_max, saliency_map
 
@@ -317,3 +317,14 @@ def test_methods_that_are_grad_cam_under_another_name_are_left_out(tiny, images,
     assert one_per_map(tiny, images, class_idx, earlier) == (earlier, {})
     alone = {"x_grad_cam": methods["x_grad_cam"]}
     assert one_per_map(tiny, images, class_idx, alone) == (alone, {})
+
+
+def test_methods_by_name_take_their_own_options(tiny, images, class_idx):
+    found = find_methods(["grad_cam", "opti_cam"], opti_cam={"num_steps": 1}, rise={"num_masks": 2})
+    assert list(found) == ["grad_cam", "opti_cam"]
+    for name, options in (("grad_cam", {}), ("opti_cam", {"num_steps": 1})):
+        expected = METHODS[name](tiny, images, class_idx, layer="features", **options)
+        assert torch.equal(found[name](tiny, images, class_idx, layer="features"), expected)
+    for names, options in ((["gradcam"], {}), (["grad_cam"], {"opticam": {"num_steps": 1}})):
+        with pytest.raises(ValueError, match="method: wanted one of"):
+            find_methods(names, **options)
