@@ -279,23 +279,27 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
 
 
 def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size: Sequence[int]) -> Layout | None:
-    """Maps (B,K,h,w) where the smallest module around that has convolutions has nothing that wants channels last."""
+    """Maps (B,K,h,w) where the smallest module around that has convolutions has nothing that wants channels last.
+
+    Without convolutions only where the axes cannot be read in another way.
+    """
     layer = path[-1][1]
     own = len(path) - 1 if next(layer.children(), None) is not None else len(path) - 2
     for _, module in reversed(path[: own + 1]):
         inner = list(module.modules())
         if any(_wants_channels_last(part) for part in inner):
             return None
-        if any(isinstance(part, nn.Conv2d) for part in inner):
+        convolutional = any(isinstance(part, nn.Conv2d) for part in inner)
+        if convolutional:
             break
-    else:
-        return None
     # a module of one's own may still permute: then its third axis is no width, or its channels are nobody's
     (a, b, c), (height, width) = output.shape[1:], size
     first = abs(b * width - c * height) < max(height, width)
     last = abs(a * width - b * height) < max(height, width)
     if first and not last:
         return channels_first
+    if not convolutional:
+        return None
     network = path[0][1]
     known = set(_channel_numbers(network))
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)

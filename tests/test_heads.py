@@ -16,7 +16,7 @@ from opticam.methods import OBJECTIVES, perturbation
 
 C = 3  # the class explained
 SHORT = {"opti_cam": {"num_steps": 4}, "rise": {"num_masks": 12}, "extremal_perturbation": {"num_steps": 3}}
-ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout"}
+ATTENTION = {"raw_attention", "attention_rollout", "gradient_rollout", "legrad"}
 
 
 def with_outputs(network, rows):

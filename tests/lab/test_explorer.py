@@ -184,7 +184,7 @@ def test_the_page_compares_methods_and_says_which_do_not_apply(page):
     assert list(page.comparison) == ["fake_cam", "grad_cam"]
     titles = [tile.children[0].value for tile in page.grid.children]
     assert [title.split(":")[0] for title in titles] == ["Fake-CAM", "Raw attention", "Grad-CAM"]
-    assert "no attention in EfficientNet" in page.grid.children[1].children[1].value
+    assert "EfficientNet has no attention" in page.grid.children[1].children[1].value
     assert page.status.value.count("2 methods compared for bald eagle.") == 1
 
 
@@ -206,7 +206,7 @@ def test_the_page_takes_another_photo(page):
 REFUSED = {
     "class": ("class_search", "unicorn", "class: wanted an index in 0..999 or a class name, got &#x27;unicorn&#x27;"),
     "index": ("class_search", "1000", "class: wanted an index in 0..999, got 1000"),
-    "method": ("method_choice", "attention_rollout", "model: no attention in EfficientNet"),
+    "method": ("method_choice", "attention_rollout", "model: EfficientNet has no attention"),
     "upload": ("photo_choice", "upload", "photo: nothing is uploaded yet"),
     "damaged": (
         "upload",
