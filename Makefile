@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup figures notebooks docs bench bench-gpu soak check test
+.PHONY: setup figures notebooks docs bench bench-gpu soak check lint fast test
 
 setup: .venv/.installed
 
@@ -40,7 +40,6 @@ bench: setup
 	$(BIN)/python benchmarks/allocator.py
 	$(BIN)/python benchmarks/busy.py
 	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/portability.py
 	$(BIN)/python benchmarks/soak.py
 
 soak: setup
@@ -50,14 +49,18 @@ soak: setup
 bench-gpu:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
-check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow and not browser and not gpu"
+TESTS := $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+
+fast: setup
+	$(TESTS) -m "not slow and not browser and not gpu"
+
+check: setup
+	$(MAKE) --no-print-directory -j2 lint fast
+
+test: lint
+	$(TESTS)
