@@ -9,10 +9,12 @@ import tomllib
 from functools import cache
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import yaml
-from torchvision.models import resnet18
+from PIL import Image
+from torchvision.models import densenet121, resnet18
 
 import opticam
 from opticam import METHODS, METRICS
@@ -221,3 +223,20 @@ def test_import_needs_no_network_and_leaves_random_state_alone():
 
 def test_references_share_no_code_with_the_package():
     assert "import opticam" not in (REPOSITORY / "tests" / "references.py").read_text().split('"""', 2)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["A network with one logit", "A network with fourteen labels"])
+def test_the_medical_code_of_the_data_page_runs_on_files_of_that_form(title, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    for name in ("PNEUMONIA/1.png", "NORMAL/1.png"):
+        path = tmp_path / "data" / "xray" / name
+        path.parent.mkdir(parents=True)
+        Image.fromarray(noise.integers(0, 4096, (240, 230)).astype(np.uint16)).save(path)
+    torch.manual_seed(0)
+    torch.save(resnet18(num_classes=1).state_dict(), "data/xray.pt")
+    torch.save(densenet121(num_classes=14).state_dict(), "data/chest14.pt")
+    section = (REPOSITORY / "data" / "README.md").read_text().split(f"### {title}")[1]
+    exec(re.search(r"```python\n(.+?)```", section, re.S)[1], {})  # noqa: S102
+    assert "masked_prob" in capsys.readouterr().out
