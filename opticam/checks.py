@@ -1,10 +1,16 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
+import random
+from contextlib import suppress
+from weakref import WeakSet
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Output, bare, find_logits, own, read
+from opticam.classifier import Classifier, Head, Output, bare, find_logits, own, read, unwrapped
 from opticam.state import aside
 
 
@@ -16,10 +22,13 @@ def check_network(model: nn.Module) -> None:
 
     Raises:
         TypeError: not a module, TorchScript, or quantised.
-        ValueError: weights without values, or batch norms by which an image's result depends on its batch.
+        ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
+            inside whose head is not that of the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    classifier = own(model)
+    head = "softmax" if classifier is None else classifier.head
     for module in model.modules():
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
@@ -31,22 +40,40 @@ def check_network(model: nn.Module) -> None:
                 f"model: {kind.__name__} without running statistics makes an image's result depend on its batch; "
                 "wanted track_running_stats=True, or a norm of each image alone"
             )
+        if isinstance(module, Classifier) and module.head != head:
+            raise ValueError(
+                f"model: {type(model).__name__} holds a Classifier with head={module.head!r} and does not hand that "
+                f"on; wanted the Classifier itself, or opticam.wrap(..., head={module.head!r}) around the whole"
+            )
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.is_meta:
-                raise ValueError("model: weights on the meta device have no values; wanted the weights loaded")
+            if tensor is not None and (is_lazy(tensor) or tensor.is_meta):
+                what = "lazy weights" if is_lazy(tensor) else "weights on the meta device"
+                raise ValueError(f"model: {what} have no values; wanted the weights loaded")
         for tensor in module._parameters.values():
             if tensor is not None and tensor.dtype in (torch.int8, torch.uint8):
                 raise TypeError(f"model: {kind.__name__} is quantised; wanted floating-point weights")
 
 
 def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
+    """As `check_images`, and `class_idx` has to be (B,) int64 on the same device."""
+    check_images(model, images)
+    if not isinstance(class_idx, Tensor):
+        raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
+    if class_idx.dtype != torch.int64:
+        raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
+    if class_idx.shape != images.shape[:1]:
+        raise ValueError(f"class_idx: wanted shape ({len(images)},), one class per image, got {tuple(class_idx.shape)}")
+    if class_idx.device != images.device:
+        raise ValueError(f"class_idx: wanted on the device of the images, {images.device}, got {class_idx.device}")
+
+
+def check_images(model: nn.Module, images: Tensor) -> None:
     """Refuse, in one sentence, what would fail later or go wrong in silence.
 
     Args:
         model: any network, see `check_network`; of a `Classifier`, the images' range and number of channels are checked
             too.
         images: (B,C,H,W) float, of the device and dtype of the model.
-        class_idx: (B,) int64 on the same device.
 
     Raises:
         TypeError: an argument is not a tensor, or has the wrong dtype; a network of a wrong kind.
@@ -59,14 +86,6 @@ def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
-    if not isinstance(class_idx, Tensor):
-        raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
-    if class_idx.dtype != torch.int64:
-        raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
-    if class_idx.shape != images.shape[:1]:
-        raise ValueError(f"class_idx: wanted shape ({len(images)},), one class per image, got {tuple(class_idx.shape)}")
-    if class_idx.device != images.device:
-        raise ValueError(f"class_idx: wanted on the device of the images, {images.device}, got {class_idx.device}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and parameter.device != images.device:
         raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
@@ -114,7 +133,8 @@ def check_at_least(least: int, **numbers: int | None) -> None:
 def examine(model: nn.Module, images: Tensor) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
-    Only where something looks suspicious are there further passes, of a few images, which no hook hears.
+    There are further passes of a few images, which no hook of a method hears: one of two images, with its gradient,
+    when a network with code of one's own is first seen; and some where something looks suspicious.
 
     Args:
         model: any network, inside `frozen`.
@@ -122,9 +142,17 @@ def examine(model: nn.Module, images: Tensor) -> Output:
 
     Raises:
         TypeError: see `read`.
-        ValueError: see `read`; outputs that are probabilities; two passes that differ; class names that are not one per
-            class.
+        ValueError: see `read`; outputs that are probabilities; two passes that differ; logits that depend on other
+            images of the batch; class names that are not one per class.
     """
+    if model not in _independent:
+        with aside(), torch.enable_grad():
+            if _mixes_images(unwrapped(model), images[:1].detach()):
+                raise ValueError(
+                    f"model: in {type(bare(model)).__name__} the logits of an image depend on the other images of its "
+                    "batch, as by batch statistics; wanted a network that takes each image for itself"
+                )
+        _independent.add(model)
     before = _state(model, images)
     output = read(model, images)
     classifier = own(model)
@@ -132,10 +160,11 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     if num_names not in (0, num_classes):
         raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
     if _state(model, images) != before:
-        x = images[:1].detach()
+        x = images[:1].detach().repeat(4, 1, 1, 1)  # what is drawn per image or per pass may be the same by chance
         with aside(), torch.no_grad():
-            first, second = (read(model, x).logits for _ in range(2))
-        if (first - second).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
+            first, *others = (read(model, x).logits for _ in range(6))
+        change = torch.stack(others).sub(first).abs().max()
+        if change > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
             raise ValueError(
                 f"model: two passes of {type(bare(model)).__name__} over one image differ in eval mode (dropout by "
                 "function, random numbers or a state that it changes); wanted a network that gives the same each time"
@@ -144,43 +173,67 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     if output.head == "sigmoid" and num_classes == 2:
         logits = logits[:, :1]  # of a network with one logit the second is the first with another sign
     low, high = logits.aminmax()
-    if low >= 0 and high <= 1:
+    if (low >= 0 and high <= 1) or high <= 0:
         with aside(), torch.enable_grad():
-            ending = _ending(model, images[:1].detach())
+            ending = _ending(unwrapped(model), images[:1].detach(), output.head)
         if ending is not None:
+            logarithms = ending.startswith("log")
+            told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
             raise ValueError(
-                f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are probabilities; wanted "
-                f"logits: leave the last layer out, or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
+                f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
+                f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
             )
     return output
+
+
+_independent: WeakSet[nn.Module] = WeakSet()  # networks seen to take each image for itself
+_LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")  # whose modules do, in eval mode
+
+
+def _mixes_images(model: nn.Module, image: Tensor) -> bool:
+    """Whether the logits of one image have a gradient with respect to another: exact, unlike a comparison of values."""
+    if all(type(module).__module__.startswith(_LIBRARIES) for module in model.modules()):
+        return False
+    pair = torch.cat([image, image.flip(3)]).requires_grad_()
+    with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
+        (slope,) = torch.autograd.grad(read(model, pair).logits[0, 0], pair)
+        return bool((slope[1].abs() > 0).any())
+    return False
 
 
 def _state(model: nn.Module, images: Tensor) -> tuple:
     """What a pass changes if it draws random numbers or writes into buffers."""
     buffers = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
     generator = torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.get_rng_state()
-    return bytes(generator.numpy()), *(0 if tensor.is_inference() else tensor._version for tensor in buffers)
+    drawn = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  (networks draw from it)
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in buffers]
+    return bytes(generator.numpy()), drawn["key"].tobytes(), drawn["pos"], random.getstate(), versions
 
 
-def _ending(model: nn.Module, image: Tensor) -> str | None:
-    """ "softmax" or "sigmoid" where the network ends in one: seen from its graph, and from how extreme images fare."""
-    images = torch.cat([image, image.flip(3), image / 2, 50 * image, -50 * image]).requires_grad_()
-    try:
-        raw = find_logits(model(images.clone()), len(images))
-    except (RuntimeError, ValueError, TypeError):  # it may take neither five images nor such
+def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
+    """The last layer of a network that does not end in logits for this head; None where it does.
+
+    Seen from its graph, and from how extreme images fare.
+    """
+    found = []
+    for x in (image, image.flip(3), image / 2, 50 * image, -50 * image):  # one by one: it may take no other number
+        with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # nor such images
+            found.append(find_logits(model(x.requires_grad_().clone()), 1))
+    if not found:
         return None
-    values, last = raw.detach().double(), _last_operation(raw)
+    values, last = torch.cat([raw.detach().double().reshape(1, -1) for raw in found]), _last_operation(found[0])
+    if last == "LogSigmoid" or (last == "LogSoftmax" and head == "sigmoid"):
+        return last.lower()
     if not ((values >= 0) & (values <= 1)).all():
         return None
-    sums = values.flatten(1).sum(1) if values.ndim > 1 and values[0].numel() > 1 else torch.zeros_like(values)
-    if ((sums - 1).abs() <= max(1e-4, 4 * torch.finfo(raw.dtype).eps)).all():
+    if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
         return "softmax"
     low, high = values.aminmax()
     return "sigmoid" if last in ("Sigmoid", "Softmax", "Hardsigmoid") or high - low > 0.9 else None
 
 
 def _last_operation(tensor: Tensor) -> str:
-    """Name of the operation that made a tensor, whatever only shaped its result aside."""
+    """Name of the operation that made a tensor, what only shaped, joined or averaged its results aside."""
     node = tensor.grad_fn
     while node is not None and node.name().startswith(_SHAPING):
         node = node.next_functions[0][0]
@@ -188,6 +241,11 @@ def _last_operation(tensor: Tensor) -> str:
 
 
 _SHAPING = (
+    "Cat",
+    "Stack",
+    "Mean",
+    "Amax",
+    "Clamp",
     "View",
     "Unsafe",
     "Reshape",

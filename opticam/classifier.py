@@ -1,6 +1,7 @@
 """What a network takes and gives: images in [0,1] or its own, and logits under a softmax or a sigmoid per class."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, ValuesView
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -37,7 +38,7 @@ class Classifier(nn.Module):
         *,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
-        head: Head = "softmax",
+        head: Head | None = None,
         to_logits: Callable[[Any], Any] | None = None,
         input_size: int = 224,
         resize: int = 256,
@@ -45,6 +46,11 @@ class Classifier(nn.Module):
         layout: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        heads: dict[Any, Head] = {logits_of_softmax: "softmax", logits_of_sigmoid: "sigmoid"}
+        said = heads.get(to_logits)
+        if said and head not in (None, said):
+            raise ValueError(f"head: wanted {said!r}, that of to_logits=logits_of_{said}, got {head!r}")
+        head = head or said or "softmax"
         check_head(head)
         self.network = network
         self.name = name
@@ -80,10 +86,17 @@ class Output(NamedTuple):
 
 
 def own(model: nn.Module) -> Classifier | None:
-    """The `Classifier` that the model is, compiled by `torch.compile` or not; None for any other network."""
-    if type(model).__name__ == "OptimizedModule":
-        model = model._modules.get("_orig_mod") or model
-    return model if isinstance(model, Classifier) else None
+    """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
+    inner = unwrapped(model)
+    return inner if isinstance(inner, Classifier) else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or `DataParallel` stands around; any other network itself."""
+    compiled = type(model).__name__ == "OptimizedModule"
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = model._modules.get("_orig_mod" if compiled else "module") if compiled or parallel else None
+    return model if inner is None else unwrapped(inner)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -102,23 +115,33 @@ def read(model: nn.Module, images: Tensor) -> Output:
 
     Raises:
         TypeError: the network wants more than the images, or returns no floating-point logits.
-        ValueError: the logits are not (B,C) of the images, or images in a graph lead to logits outside of it.
+        ValueError: the network cannot take images of that shape or dtype; the logits are not (B,C) of the images;
+            images in a graph lead to logits outside of it.
     """
     if images.is_leaf and own(model) is None:  # mean/std of a classifier make a copy of their own
         images = images.clone()
+    name = type(bare(model)).__name__
     try:
         returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
             raise TypeError(
-                f"model: {type(bare(model)).__name__} wants {', '.join(wanted)} beside the images; "
+                f"model: {name} wants {', '.join(wanted)} beside the images; "
                 "wanted a module that takes the images alone and gives it the rest"
             ) from error
         raise
+    except (RuntimeError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"images: {name} cannot take a tensor {tuple(images.shape)} of {images.dtype} ({reason}); "
+            "wanted images as it takes them, or a module around it that makes them so"
+        ) from error
     output = as_output(model, returned, len(images))
     if torch.is_grad_enabled() and images.requires_grad and not output.logits.requires_grad:
         raise ValueError(
-            f"model: the logits of {type(bare(model)).__name__} carry no gradient (no_grad, inference_mode or detach "
+            f"model: the logits of {name} carry no gradient (no_grad, inference_mode or detach "
             "in its forward); wanted a network that can be differentiated, or a method without gradients"
         )
     return output
@@ -147,7 +170,7 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; see opticam.wrap")
     classifier = own(model)
     if logits.shape[1] == 1:
-        return Output(torch.cat([logits, -logits], 1), "sigmoid")
+        return Output(with_absence(logits), "sigmoid")
     return Output(logits, "softmax" if classifier is None else classifier.head)
 
 
@@ -169,21 +192,28 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
 
 
 _COLLECTIONS = (tuple, list, ValuesView)
+_OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
 
 def _further_inputs(network: nn.Module) -> list[str]:
-    """Names of what `forward` needs beside its first argument."""
+    """Names of what `forward` needs beside its first argument, and those that it takes by name only."""
     try:
         parameters = inspect.signature(network.forward).parameters.values()
     except (TypeError, ValueError):
         return []
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return needed[1:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for place, p in enumerate(needed) if place or p.kind is p.KEYWORD_ONLY]
 
 
 def usable(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def with_absence(logits: Tensor) -> Tensor:
+    """Of one logit y, as (B,1) or (B,), the logits (B,2) of the class that it stands for and of its absence, -y."""
+    y = logits.reshape(-1, 1)
+    return torch.cat([y, -y], 1)
 
 
 def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
@@ -201,13 +231,15 @@ def probabilities(logits: Tensor, head: Head = "softmax") -> Tensor:
     """The probability of every class.
 
     Args:
-        logits: (B,C).
+        logits: (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
         head: "softmax" or "sigmoid".
 
     Returns:
-        (B,C) in [0,1], of the dtype of the logits.
+        (B,C) in [0,1], of the dtype of the logits; of one logit (B,2), see `with_absence`.
     """
     check_head(head)
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        return with_absence(logits).sigmoid()
     return logits.softmax(1) if head == "softmax" else logits.sigmoid()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_class_range, examine
+from opticam.checks import check_class_range, check_network, examine
 from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, usable
 from opticam.layouts import Tokens, class_token_grid, find_layout, parts_of_transformer, plain_transformer, token_grid
 from opticam.state import changed, frozen, hooked
@@ -100,8 +100,10 @@ def feature_maps(
         tokens; channels-last maps (B,h,w,K), as of a Swin transformer, come as (B,K,h,w).
 
     Raises:
+        TypeError: a network of a wrong kind.
         ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
     """
+    check_network(model)
     layers = as_layers(layer)
     outputs, logits = layer_outputs(model, images, layers)
     return tuple(as_grid(output, model, images, name) for output, name in zip(outputs, layers, strict=True)), logits

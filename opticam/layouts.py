@@ -199,10 +199,13 @@ def _record(path: list[tuple[str, nn.Module]]) -> tuple[nn.Module, str]:
     """The innermost network of timm or torchvision around the layer, and the layer's name in it."""
     for depth in reversed(range(len(path))):
         module = path[depth][1]
-        of_timm = _name(module).startswith("timm.models.") and isinstance(getattr(module, "feature_info", None), list)
-        if of_timm or _name(module) in _READING_ORDER | _SWIN:
+        if _is_of_timm(module) or _name(module) in _READING_ORDER | _SWIN:
             return module, ".".join(name for name, _ in path[depth + 1 :])
     return path[0][1], ".".join(name for name, _ in path[1:])
+
+
+def _is_of_timm(module: nn.Module) -> bool:
+    return _name(module).startswith("timm.models.") and isinstance(getattr(module, "feature_info", None), list)
 
 
 def _layout_of_tokens(path: list[tuple[str, nn.Module]], output: Tensor, size: Sequence[int]) -> Layout | None:
@@ -231,6 +234,11 @@ def token_grid(network: Any, size: Sequence[int]) -> Tokens:
         return Tokens(side, side, 1)
     names = ("pixel_embed", "patch_embed", "stem")
     embedding = next(getattr(network, name) for name in names if isinstance(getattr(network, name, None), nn.Module))
+    if not _name(embedding).startswith("timm."):  # of one's own: nothing says where its patches lie
+        raise ValueError(
+            f"layer: the order of the patches of {type(embedding).__name__} is not known; wanted "
+            "opticam.wrap(network, layer, layout=Tokens(rows, columns, prefix))"
+        )
     if hasattr(embedding, "grid_size") and getattr(embedding, "strict_img_size", True):
         rows, columns = embedding.grid_size
     elif hasattr(embedding, "dynamic_feat_size"):
@@ -252,7 +260,7 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
     layer = path[-1][1]
     if _is_convolutional(layer):
         return channels_first
-    for info in getattr(network, "feature_info", ()):
+    for info in network.feature_info if _is_of_timm(network) else ():  # type: ignore[union-attr]
         if info["module"] == name:
             last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _name(network) == "timm.models.volo.VOLO"
             return (

@@ -57,7 +57,7 @@ def wrap(
     network: nn.Module,
     layer: str,
     *,
-    head: Head = "softmax",
+    head: Head | None = None,
     to_logits: Callable[[Any], Any] | None = None,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -74,7 +74,8 @@ def wrap(
             `classifier.as_output`. One logit, (B,1) or (B,), is a sigmoid by itself: class 0 is what it stands for,
             class 1 the absence of that.
         layer: dotted name of the target layer inside the network.
-        head: "softmax", one class per image, or "sigmoid", each class for itself.
+        head: "softmax", one class per image, or "sigmoid", each class for itself; by default that of `to_logits`, else
+            "softmax".
         to_logits: from what the network returns to its logits, where that is not clear. For a network that ends in a
             softmax or a sigmoid `classifier.logits_of_softmax` or `classifier.logits_of_sigmoid`.
         mean: of the normalisation, per channel or one for all, for images in [0,1]; by default none.
@@ -88,7 +89,8 @@ def wrap(
 
     Raises:
         TypeError: `network` is not a module.
-        ValueError: an unknown head or layer; mean and std that do not fit together.
+        ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
+            together.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from opticam.checks import check_images, check_network
 from opticam.classifier import bare
 from opticam.features import Layer, all_outputs, feature_maps
 from opticam.layouts import find_layout, is_attention
@@ -23,8 +24,10 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
         The dotted name; of modules with the same output, that of the outermost.
 
     Raises:
+        TypeError: a network of a wrong kind.
         ValueError: no such layer.
     """
+    check_network(network)
     images = torch.rand(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
     parameter = next((p for p in network.parameters() if p.is_floating_point()), images)
     outputs = all_outputs(network, images.to(parameter.device, parameter.dtype))
@@ -83,8 +86,10 @@ def check_layout(
         passes per change, and one more for the maps.
 
     Raises:
+        TypeError: an argument is not a tensor or has the wrong dtype; a network of a wrong kind.
         ValueError: an unknown layer or layout; maps with under 3 rows or columns, which are too few to tell.
     """
+    check_images(model, images)
     (features,), _ = feature_maps(model, images, layer)
     (rows, columns), (height, width) = features.shape[2:], images.shape[2:]
     if min(rows, columns) < 3:

@@ -1,14 +1,19 @@
 """What is refused at the door, in one sentence, and what must not be."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from opticam import METHODS, grad_cam, opti_cam, score, wrap
+from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, opti_cam, score, wrap
 from opticam.checks import check_at_least, check_inputs, check_network, examine
 from opticam.classifier import logits_of_sigmoid, logits_of_softmax
-from opticam.features import count_passes
+from opticam.features import count_passes, feature_maps
+from opticam.lab.datasets import Sample
+from opticam.lab.explorer import explain
 from opticam.state import frozen
 
 
@@ -153,6 +158,9 @@ ENDINGS = {
     "one sigmoid": lambda y: y[:, :1].sigmoid(),
     "one sigmoid without dimension": lambda y: y[:, 0].sigmoid().squeeze(),
     "one of two by softmax": lambda y: y[:, :2].softmax(1)[:, 1],
+    "sigmoids of two parts": lambda y: torch.cat([(y[:, :2] / 9).sigmoid(), (y[:, 2:] / 9).sigmoid()], 1),
+    "mean of sigmoids": lambda y: torch.stack([(y / 9).sigmoid(), (y / 8).sigmoid()]).mean(0),
+    "sigmoid kept from 0 and 1": lambda y: (y / 9).sigmoid().clamp(1e-6, 1 - 1e-6),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
 
@@ -191,8 +199,7 @@ def test_probabilities_as_the_caller_says(tiny, images, class_idx):
 REAL = {
     "small logits": lambda y: y.abs() / 10,
     "one small logit": lambda y: 0.4 + y[:, 0] / 100,
-    "logits of one image with sum 1": lambda y: y - y[:1] + 0.2,
-    "log-softmax": lambda y: y.log_softmax(1),
+    "negative": lambda y: -y.abs(),
     "rectified": lambda y: y.relu(),
     "all the same": lambda y: 0 * y,
     "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
@@ -207,6 +214,127 @@ def test_real_logits_are_never_refused(tiny, images, kind, head):
         with count_passes(model) as passes:
             first_pass(model, images[:number])
         assert passes[0] == number  # a closer look is not a pass of the method
+
+
+@pytest.mark.parametrize("kind", ["one image at a time", "only images in [0,1]"])
+def test_probabilities_of_networks_that_do_not_take_everything(tiny, images, kind):
+    def forward(inner, x):
+        if x.amax() > 1 or x.amin() < 0:
+            raise ValueError("wanted images in [0,1]")
+        return inner(x).view(1 if kind == "one image at a time" else -1, 5).div(9).sigmoid()
+
+    x, c = images[:1], torch.tensor([2])
+    refused(ValueError, "model: Own ends in a sigmoid", lambda: score(Own(tiny, forward), x, c, x[:, :1]))
+
+
+def test_logarithms_of_probabilities_are_logits_of_a_softmax_alone(tiny, images, class_idx):
+    S = images[:, :1]
+    soft = Own(tiny, lambda inner, x: inner(x).log_softmax(1))
+    torch.testing.assert_close(
+        torch.tensor(score(soft, images, class_idx, S).prob), torch.tensor(score(tiny, images, class_idx, S).prob)
+    )
+    single = Own(tiny, lambda inner, x: inner(x).log_softmax(1)[:, 2])
+    each = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)))
+    for model, name in (
+        (wrap(soft, "inner.features", head="sigmoid"), "logsoftmax"),
+        (single, "logsoftmax"),
+        (each, "logsigmoid"),
+        (wrap(each, "inner.features", head="sigmoid"), "logsigmoid"),
+    ):
+        message = rf"model: Own ends in a {name}, so its outputs are logarithms of probabilities; wanted logits"
+        refused(ValueError, message, lambda model=model: score(model, images, 0 * class_idx, S))
+
+
+class BatchOfItsOwn(nn.Module):
+    """Whose batch norm is in training mode whatever anyone says."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(3).double(), network
+
+    def forward(self, images):
+        return self.inner(self.norm.train()(images))
+
+
+MIXING = {
+    "batch norm by function": lambda tiny: Own(
+        tiny, lambda inner, x: inner(F.batch_norm(x, None, None, training=True))
+    ),
+    "batch norm in training mode": BatchOfItsOwn,
+    "centred over the batch": lambda tiny: Own(tiny, lambda inner, x: inner(x - x.mean(0))),
+    "centred logits": lambda tiny: Own(tiny, lambda inner, x: (y := inner(x)) - 0.9 * y.mean(0)),
+}
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "score_cam", "rise", "opti_cam", "eigen_cam"])
+@pytest.mark.parametrize("kind", MIXING)
+def test_networks_that_mix_the_images_of_a_batch_are_refused(tiny, images, class_idx, kind, name):
+    model = MIXING[kind](tiny)
+    message = f"model: in {type(model).__name__} the logits of an image depend on the other images of its batch"
+    for number in (5, 1):  # of one image too: masked ones come in batches
+        call = lambda n=number: METHODS[name](model, images[:n], class_idx[:n], layer=tiny.features)  # noqa: E731
+        refused(ValueError, message, call)
+        refused(ValueError, message, lambda: score(wrap(model, "inner"), images, class_idx, images[:, :1]))
+
+
+def test_a_network_that_takes_one_image_at_a_time(tiny, images, class_idx):
+    single = Own(tiny, lambda inner, x: inner(x.reshape(1, 3, 24, 32)))
+    found = [grad_cam(single, images[i : i + 1], class_idx[i : i + 1], layer="inner.features") for i in range(5)]
+    torch.testing.assert_close(torch.cat(found), grad_cam(tiny, images, class_idx, layer="features"))
+
+
+def test_a_classifier_inside_another_network_keeps_its_head_or_is_refused(tiny, images, class_idx):
+    model, S = wrap(tiny, "features", head="sigmoid"), images[:, :1]
+    expected = score(model, images, class_idx, S)
+    assert score(nn.DataParallel(model), images, class_idx, S).equals(expected)
+    assert score(wrap(model, "network.features", head="sigmoid"), images, class_idx, S).equals(expected)
+    for outer in (nn.Sequential(model), wrap(model, "network.features")):
+        message = rf"model: {type(outer).__name__} holds a Classifier with head='sigmoid' and does not hand that on"
+        refused(ValueError, message, lambda outer=outer: score(outer, images, class_idx, S))
+        refused(ValueError, message, lambda outer=outer: grad_cam(outer, images, class_idx, layer=tiny.features))
+
+
+MISFITS = {
+    "channels": (lambda inner, x: inner(x[:, :1]), r"expected input.*1 channels"),
+    "size": (lambda inner, x: inner.fc(x[:, 0].flatten(1)), "shapes cannot be multiplied"),
+    "dtype": (lambda inner, x: inner(x.float()), "type"),
+    "a dict": (lambda inner, x: inner(x["pixel_values"]), "too many indices for tensor"),
+    "a record": (lambda inner, x: inner(x.pixel_values), "'Tensor' object has no attribute 'pixel_values'"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_images_that_a_network_cannot_take(tiny, images, class_idx, kind):
+    forward, reason = MISFITS[kind]
+    model = Own(tiny, forward)
+    message = rf"images: Own cannot take a tensor \(\d+, 3, 24, 32\) of torch.float64 \(.*{reason}"
+    for name in ("grad_cam", "rise", "opti_cam"):
+        call = lambda name=name: METHODS[name](model, images, class_idx, layer="inner.features")  # noqa: E731
+        refused(ValueError, message, call)
+    refused(ValueError, message, lambda: score(model, images, class_idx, images[:, :1]))
+
+
+def test_what_else_a_network_raises_is_not_hidden(tiny, images, class_idx):
+    for error in (RuntimeError("boom"), KeyError("age"), torch.OutOfMemoryError("no memory for a tensor")):
+
+        def forward(inner, x, error=error):
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            score(Own(tiny, forward), images, class_idx, images[:, :1])
+        assert raised.value is error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["scripted", "quantised"])
+def test_every_door_refuses_foreign_networks(tiny, images, kind):
+    change, error, message = FOREIGN[kind]
+    model, data = change(tiny), [Sample("a", images[0], 0, torch.zeros(0, 4))]
+    refused(error, message, lambda: feature_maps(model, images, "features"))
+    refused(error, message, lambda: check_layout(model, images, layer="features"))
+    refused(error, message, lambda: default_layer(model, 32))
+    refused(error, message, lambda: evaluate(model, data, {"fake_cam": METHODS["fake_cam"]}))
+    refused(error, message, lambda: explain(model, images[0], 0, "rise"))
 
 
 class Counting(nn.Module):
@@ -224,6 +352,9 @@ RANDOM = {
     "dropout by function": lambda tiny: Own(tiny, lambda inner, x: inner(F.dropout(x, 0.5))),
     "noise": lambda tiny: Own(tiny, lambda inner, x: inner(x + 0.1 * torch.randn_like(x))),
     "state": lambda tiny: nn.Sequential(Counting(0.1), tiny),
+    "python's random": lambda tiny: Own(tiny, lambda inner, x: inner(x * random.random())),  # noqa: S311
+    "numpy's random": lambda tiny: Own(tiny, lambda inner, x: inner(x * np.random.rand())),  # noqa: NPY002
+    "images left out": lambda tiny: Own(tiny, lambda inner, x: inner(x * (torch.rand(len(x), 1, 1, 1) < 0.5))),
 }
 
 

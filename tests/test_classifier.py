@@ -176,6 +176,15 @@ def test_only_a_classifier_is_read_as_ours(tiny, images):
     assert read(model, images).head == "sigmoid"
 
 
+def test_the_head_follows_from_to_logits(tiny):
+    for function, head, other in ((logits_of_softmax, "softmax", "sigmoid"), (logits_of_sigmoid, "sigmoid", "softmax")):
+        assert wrap(tiny, "features", to_logits=function).head == head
+        assert wrap(tiny, "features", to_logits=function, head=head).head == head
+        with pytest.raises(ValueError, match=f"head: wanted '{head}', that of to_logits={function.__name__}, got"):
+            wrap(tiny, "features", to_logits=function, head=other)
+    assert wrap(tiny, "features", to_logits=torch.neg).head == "softmax"
+
+
 def test_a_compiled_classifier_is_ours(tiny, images):
     model = wrap(tiny, "features", head="sigmoid")
     compiled = torch.compile(model, backend="eager")

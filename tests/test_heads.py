@@ -187,6 +187,32 @@ def test_tables(network, pair, one, images):
         assert table.official_metric.tolist() == [0 if value > 0 else 1 for value in y[:, C].tolist()]
 
 
+def test_whether_one_logit_stands_for_the_first_or_the_second_class_is_asked(network, one, images):
+    class Named(list):
+        class_names = ("healthy", "ill")
+
+    data = Named(Sample(f"{i}.png", image, 1, torch.zeros(0, 4)) for i, image in enumerate(images))
+    fake = {"fake_cam": METHODS["fake_cam"]}
+    for model in (one, wrap(one, "inner.features.0"), wrap(one, "inner.features.0", class_names=["sick"])):
+        with pytest.raises(ValueError, match="dataset: whether the network's one logit stands for 'healthy', label 0"):
+            evaluate(model, data, fake)
+    y = network(images)[:, C].detach()
+    for to_logits, sign in ((None, -1), (torch.neg, 1)):
+        model = wrap(one, "inner.features.0", class_names=data.class_names, to_logits=to_logits)
+        same(torch.tensor(evaluate(model, data, fake).prob), (sign * y).sigmoid())
+    assert len(evaluate(network, Named(data), fake)) == 5  # of several logits the order is that of the labels
+
+
+def test_the_probability_of_one_logit(one, images):
+    y, c = one(images), torch.tensor([0, 1, 0, 1, 1])
+    expected = torch.where(c == 0, y, -y).sigmoid()
+    for logits in (y, y[:, None]):
+        for head in ("softmax", "sigmoid"):
+            same(metrics.class_probability(logits, c, head), expected)
+    table = score(one, images, c, images[:, :1], y)  # logits in a graph, as a user has them
+    same(torch.tensor(table.prob), expected.detach())
+
+
 def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
     class Named(list):
         class_names = ("healthy", "ill")

@@ -183,6 +183,25 @@ def test_the_tokens_of_hiera_are_put_in_place():
             feature_maps(network, images, layer)
 
 
+def test_an_embedding_of_ones_own_in_a_known_transformer_is_refused():
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, num_classes=3).eval()
+    network.patch_embed = nn.Sequential(nn.Conv2d(3, 192, 16, 16), nn.Flatten(2), Permute(0, 2, 1))
+    images, class_idx = torch.rand(1, 3, 64, 64), torch.tensor([1])
+    for call in (
+        lambda: feature_maps(network, images, "blocks.0.norm1"),
+        lambda: METHODS["raw_attention"](network, images, class_idx),
+    ):
+        with pytest.raises(ValueError, match="layer: the order of the patches of Sequential is not known"):
+            call()
+
+
+@pytest.mark.parametrize("value", [5, "NHWC", ["a"], {"module": "a"}, [{"module": "features", "num_chs": 6}]])
+def test_records_of_a_network_that_is_not_timms_mean_nothing(tiny, images, class_idx, value):
+    expected = grad_cam(tiny, images, class_idx, layer="features")
+    tiny.feature_info, tiny.output_fmt = value, "NHWC"
+    assert torch.equal(grad_cam(tiny, images, class_idx, layer="features"), expected)
+
+
 def test_patches_beyond_the_image_are_counted():
     options = {"img_size": 64, "depth": 1, "dynamic_img_size": True, "dynamic_img_pad": True, "num_classes": 3}
     network = timm.create_model("vit_tiny_patch16_224", **options).eval()

@@ -259,6 +259,8 @@ def test_a_classifier_keeps_the_memory_format_of_its_weights(images):
     network = Normed().double()
     network.features[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model = wrap(network, "features")
+    feature_maps(model, images)  # a network that is first seen is looked at closer
+    seen.clear()
     feature_maps(model, images)
     feature_maps(model.to(memory_format=torch.channels_last), images)
     assert [x.is_contiguous() for x in seen] == [True, False]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
 from opticam.classifier import Output, as_output, class_logit, own, read
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
@@ -122,7 +122,7 @@ def score(
         "masked_prob": o,
         **{name: metric(p, o) for name, metric in METRICS.items()},
     }
-    return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
+    return pd.DataFrame({name: values.detach().double().cpu().numpy() for name, values in columns.items()})
 
 
 def score_maps(
@@ -398,6 +398,7 @@ def stream(
 
 
 def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
+    check_network(model)
     if not len(dataset):
         raise ValueError("dataset: wanted at least one image")
     if not methods:
@@ -413,6 +414,21 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
         raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
     if names != others and any(name in names and names.index(name) != others.index(name) for name in others):
         raise ValueError("dataset: its classes are in another order than the model's; wanted the same order")
+    if len(others) == 2 and names[:1] != others[:1] and _has_one_logit(model, dataset):
+        raise ValueError(
+            f"dataset: whether the network's one logit stands for {others[0]!r}, label 0, is not known; wanted "
+            f"opticam.wrap(..., class_names={others}), and to_logits=torch.neg if it stands for {others[1]!r}"
+        )
+
+
+def _has_one_logit(model: nn.Module, dataset: Samples) -> bool:
+    read_sample = getattr(dataset, "get", dataset.__getitem__)
+    sample = next((one for one in map(read_sample, range(len(dataset))) if isinstance(one, Sample)), None)
+    if sample is None:
+        return False
+    with frozen(model), torch.no_grad():
+        logits, head = read(model, prepared(model, sample.image[None].to(_device(model), _dtype(model))))
+    return head == "sigmoid" and torch.equal(logits[:, :1], -logits[:, 1:])
 
 
 def _tables(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from opticam.checks import examine
+from opticam.checks import check_network, examine
 from opticam.classifier import Head, probabilities, read
 from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
@@ -109,6 +109,7 @@ def explain(
         Stopped: `stopped` said so.
         ValueError: unknown method, one that does not apply to the model, or an argument out of range.
     """
+    check_network(model)
     images, target = image[None], torch.tensor([class_idx], device=image.device)
     every = max(1, -(-num_steps // KEPT))
     maps: dict[int, Tensor] = {}

@@ -190,11 +190,14 @@ def eigen_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
     (features,), logits = feature_maps(model, images, layer)
     check_class_range(class_idx, logits.shape[1])
     places = features.flatten(2).mT.double()  # (B,hw,K)
+    finite = places.isfinite().all(2).all(1)
+    places = places.where(finite[:, None, None], 0)  # the decomposition of others would fail too
     noise = 8 * torch.finfo(features.dtype).eps * torch.linalg.matrix_norm(places)
     left, values, _ = torch.linalg.svd(places - places.mean(1, keepdim=True), full_matrices=False)
     first = torch.where(values[:, :1] > noise[:, None], values[:, :1] * left[:, :, 0], 0)
     low, high = first.aminmax(dim=1, keepdim=True)
-    first = torch.where(low.abs() > high.abs(), -first, first).unflatten(1, features.shape[2:])
+    first = torch.where(low.abs() > high.abs(), -first, first).where(finite[:, None], torch.nan)
+    first = first.unflatten(1, features.shape[2:])
     return saliency_map(first[:, None].to(torch.promote_types(features.dtype, torch.float32)), images.shape[-2:])
 
 

@@ -230,7 +230,7 @@ def blur_pyramid(images: Tensor) -> Tensor:
 def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:
     """Images (B,3,H,W) interpolated between the two levels next to `7 m` at every pixel."""
     position = (mask * (LEVELS - 1)).unsqueeze(1)
-    low = position.detach().floor().clamp(0, LEVELS - 2)
+    low = position.detach().nan_to_num().floor().clamp(0, LEVELS - 2)
     share = position - low
     index = low.long().expand(-1, 1, pyramid.shape[2], -1, -1)
     below, above = pyramid.gather(1, index), pyramid.gather(1, index + 1)

@@ -32,7 +32,7 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
     """Probability of each image's class, in float64, so that `1 - p` keeps its digits.
 
     Args:
-        logits: (B,C).
+        logits: (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
         class_idx: (B,) int64.
         head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
 

@@ -121,6 +121,16 @@ def test_refine_cam_is_the_product_of_the_maps(tiny, images, class_idx):
         refine_cam(tiny, images, class_idx, layer=[])
 
 
+def test_nan_stays_with_its_image(tiny, images, class_idx):
+    broken = images.clone()
+    broken[1, 0, 3, 4] = torch.nan
+    for name, options in (("eigen_cam", {}), ("grad_cam", {}), ("extremal_perturbation", {"num_steps": 2})):
+        found, expected = (METHODS[name](tiny, x, class_idx, layer="features", **options) for x in (broken, images))
+        assert found[1].isnan().all()
+        rest = torch.tensor([0, 2, 3, 4])
+        torch.testing.assert_close(found[rest], expected[rest])
+
+
 def test_eigen_cam_of_constant_features_is_zero(tiny, images, class_idx):
     for value in (0.3, -7.1, 0.0):
         with torch.no_grad():
