@@ -105,8 +105,8 @@ def read_batch(path: str | Path) -> Batch:
     except OSError:
         raise
     except Exception as error:  # PyYAML raises whatever it stumbles over in a date, a number or a tag
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path.name}: wanted YAML; a value cannot be read ({told})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path.name}: wanted YAML; a value cannot be read ({reason})") from error
     lines: dict[Place, int] = {}
     faults: list[tuple[Place, str]] = []
     if tree is not None:
