@@ -115,9 +115,9 @@ def count_classes(content: Mapping[Any, Any], network: nn.Module, num_classes: i
 
 def _tables(content: object, place: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
     if isinstance(content, Mapping) and depth:
-        tensors = {
-            str(name): value for name, value in content.items() if isinstance(value, Tensor) and not value.is_nested
-        }
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if nested := [name for name, value in tensors.items() if value.is_nested]:
+            raise ValueError(f"checkpoint: {place}{nested[0]} is a nested tensor; {WANTED}")
         if tensors:
             yield place, tensors
         for name, value in content.items():
