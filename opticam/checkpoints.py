@@ -116,6 +116,8 @@ def count_classes(content: Mapping[Any, Any], network: nn.Module, num_classes: i
 def _tables(content: object, place: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
     if isinstance(content, Mapping) and depth:
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if nested := [name for name, value in tensors.items() if value.is_nested]:
+            raise ValueError(f"checkpoint: {place}{nested[0]} is a nested tensor; {WANTED}")
         if tensors:
             yield place, tensors
         for name, value in content.items():
@@ -156,7 +158,17 @@ def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
             for name in own
             if name in weights and weights[name].shape != own[name].shape
         ),
+        *(
+            f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {own[name].dtype}"
+            for name, value in weights.items()
+            if name in own and not _fits(value, own[name])
+        ),
     ]
+
+
+def _fits(value: Tensor, own: Tensor) -> bool:
+    plain = value.layout == torch.strided and not value.is_meta
+    return plain and (value.is_floating_point() or not own.is_floating_point())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

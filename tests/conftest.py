@@ -52,6 +52,23 @@ class TinyViT(nn.Module):
         return self.network(4 * images)
 
 
+def state(model: nn.Module) -> tuple:
+    """Everything a method might leave changed, comparable with ==."""
+    modules = list(model.modules())
+    return (
+        [module.training for module in modules],
+        [
+            (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for module in modules
+        ],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad if parameter.grad is None else parameter.grad.tolist() for parameter in model.parameters()],
+        [value.tolist() for value in model.state_dict().values()],
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
 @pytest.fixture
 def tiny() -> TinyCNN:
     torch.manual_seed(0)

@@ -102,8 +102,11 @@ def read_batch(path: str | Path) -> Batch:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path.name}, line {line}: wanted YAML; {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: wanted YAML; {' '.join(str(error).split())}") from error
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML raises whatever it stumbles over in a date, a number or a tag
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path.name}: wanted YAML; a value cannot be read ({reason})") from error
     lines: dict[Place, int] = {}
     faults: list[tuple[Place, str]] = []
     if tree is not None:
@@ -332,17 +335,21 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
         inside = path.parent / fields["notebook"]
         notebook = find_notebook(inside if inside.is_file() else fields["notebook"])
         known = notebook_parameters(notebook)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         faults.append((("notebook",), str(error).removeprefix("notebook: ")))
         return []
     fixed, grid = _checked(path, fields, known, faults)
+    folder = REPOSITORY / "data" / "results" / "batches" / path.stem
+    if "output" in fields:
+        try:
+            folder = _beside(path, fields["output"])
+        except ValueError as error:
+            faults.append((("output",), str(error)))
     number = math.prod(len(values) for values in grid.values())
     if number > _MOST_RUNS:
         faults.append((("grid",), f"wanted at most {_MOST_RUNS} runs, got {number}"))
     if faults:
         return []
-    default = REPOSITORY / "data" / "results" / "batches" / path.stem
-    folder = Path(path.parent, Path(fields["output"]).expanduser()).resolve() if "output" in fields else default
     runs = list(_combined(notebook, fixed, grid, folder, gpus))
     source, first = notebook.resolve(), dict[str, Run]()
     for run in runs:
@@ -352,6 +359,13 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
         if other is not run:
             faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))
     return runs
+
+
+def _beside(path: Path, place: str) -> Path:
+    try:
+        return Path(path.parent, Path(place).expanduser()).resolve()
+    except (RuntimeError, ValueError) as error:  # of an unknown user, in a circle of links, or with a null character
+        raise ValueError(f"wanted a path, got {place!r} ({error})") from error
 
 
 def _gpus(resources: Mapping[str, Any], faults: list[tuple[Place, str]]) -> int:
@@ -372,9 +386,10 @@ def _checked(
     def value_of(place: Place, name: str, value: Any) -> Any:
         try:
             value = cast(name, value, known[name]["type"])
+            return str(_beside(path, value)) if name in PATHS and value else value
         except ValueError as error:
             faults.append((place, str(error).removeprefix(f"parameter {name}: ")))
-        return str(Path(path.parent, Path(value).expanduser()).resolve()) if name in PATHS and value else value
+            return value
 
     def may_be_set(place: Place, name: Any) -> bool:
         if name in OWN:

@@ -10,7 +10,6 @@ import ast
 import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -106,7 +105,7 @@ def read_cells(path: Path) -> list[Cell]:
         if not isinstance(content, dict) or content.get("nbformat") != 4:
             raise ValueError("wanted nbformat 4")
         cells = [
-            Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+            Cell(cell["cell_type"], "".join(cell["source"]), list(cell["metadata"].get("tags", [])))
             for cell in content["cells"]
         ]
         known = content["metadata"]
@@ -132,6 +131,13 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     """
     path = find_notebook(notebook)
     source = next((cell.source for cell in read_cells(path) if "parameters" in cell.tags), "")
+    try:
+        return _read_parameters(path, source)
+    except (MemoryError, RecursionError) as error:  # of Python's parser
+        raise ValueError(f"notebook: the parameters of {path.name} are nested too deeply to be read") from error
+
+
+def _read_parameters(path: Path, source: str) -> dict[str, dict[str, Any]]:
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
@@ -455,7 +461,8 @@ def cast(name: str, value: Any, kind: str) -> Any:
         return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "float" and number and abs(value) <= sys.float_info.max:
         return float(value)
     raise wanted
 

@@ -493,6 +493,8 @@ def imagenet(
         if len(predictions) < len(table):
             (twice, _), *_ = Counter(name for name, _ in table).most_common(1)
             raise ValueError(f"{solution.name}: wanted each image once, got {twice} more than once")
+        if outside := [name for name in predictions if Path(name).name != name]:
+            raise ValueError(f"{solution.name}: wanted names of images without folders, got {outside[0]!r}")
     _, listed = _class_folders(images, r"n\d{8}")
     if not listed and predictions:
         listed = [(images / f"{name}.JPEG", "") for name in predictions]
@@ -511,7 +513,7 @@ def imagenet(
         try:
             objects = _objects(path, wnid, predictions, places)
             wnid = wnid or next((name or "" for name, _ in objects), "")
-            boxes = _boxes(box for name, box in objects if name == wnid)
+            boxes = _boxes(box for name, box in objects if name == wnid or len(box) < 4)
             if wnid not in index:
                 fault = f"label: wanted one of the 1000 classes of ImageNet, got {wnid!r}"
         except (OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
@@ -689,9 +691,11 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"table: no file at {path}")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         return list(table[columns].itertuples(index=False, name=None))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
 
 

@@ -641,19 +641,6 @@ def test_readable_photos_make_a_batch(folders):
         stack([])
 
 
-def test_whatever_is_wrong_with_a_file_ends_in_a_record(tmp_path):
-    path = write(tmp_path / "class" / "a.jpg", NOISE, quality=50)
-    whole, photos, chance = path.read_bytes(), imagefolder(tmp_path, 32, 32), np.random.default_rng(0)
-    kinds = set()
-    for _ in range(300):
-        broken = bytearray(whole)
-        for _ in range(5):
-            broken[chance.integers(min(len(broken), 700))] = chance.integers(256)
-        path.write_bytes(broken)
-        kinds.add(type(photos.get(0)))
-    assert kinds == {Sample, Skipped}
-
-
 def test_read_image_names_what_no_one_expects(tmp_path, monkeypatch):
     def stumble(photo):
         raise KeyError("tile")

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TinyCNN, TinyViT
+from conftest import TinyCNN, TinyViT, state
 
 from opticam import METHODS
 from opticam.methods import perturbation
@@ -30,23 +30,6 @@ def method(name, monkeypatch):
 def tiny(name):
     torch.manual_seed(0)
     return (TinyViT() if name in ATTENTION else TinyCNN()).double()
-
-
-def state(model):
-    """Everything a method might leave changed, comparable with ==."""
-    modules = list(model.modules())
-    return (
-        [module.training for module in modules],
-        [
-            (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-            for module in modules
-        ],
-        [parameter.requires_grad for parameter in model.parameters()],
-        [parameter.grad if parameter.grad is None else parameter.grad.tolist() for parameter in model.parameters()],
-        [value.tolist() for value in model.state_dict().values()],
-        torch.get_rng_state().tolist(),
-        torch.is_grad_enabled(),
-    )
 
 
 def test_shape_range_dtype_and_no_gradient(method, tiny, images, class_idx):

@@ -8,8 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import TinyCNN, TinyViT
-from test_contract import state
+from conftest import TinyCNN, TinyViT, state
 from torch import nn
 
 import opticam
