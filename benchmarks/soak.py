@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from opticam import METHODS
 from opticam.lab.datasets import Photo, Photos, Sample
-from opticam.lab.evaluate import stream
+from opticam.lab.evaluation import stream
 from opticam.lab.results import read_shards
 
 SIDE, CLASSES = 32, 5

@@ -38,7 +38,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from opticam.classifier import Classifier
-    from opticam.lab.evaluate import evaluate, score
+    from opticam.lab.evaluation import evaluate, score
     from opticam.layouts import Tokens, channels_first, channels_last
     from opticam.methods import (
         METHODS,
@@ -71,13 +71,13 @@ else:
         "class_logit": "methods",
         "class_probability": "metrics",
         "default_layer": "probe",
-        "evaluate": "lab.evaluate",
+        "evaluate": "lab.evaluation",
         "fake_cam": "methods",
         "find_method": "methods",
         "grad_cam": "methods",
         "load_model": "networks",
         "opti_cam": "methods",
-        "score": "lab.evaluate",
+        "score": "lab.evaluation",
         "wrap": "networks",
     }
 

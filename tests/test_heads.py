@@ -11,7 +11,7 @@ from torch import nn
 
 from opticam import METHODS, evaluate, find_method, metrics, opti_cam, score, wrap
 from opticam.lab.datasets import Sample
-from opticam.lab.evaluate import SCORES
+from opticam.lab.evaluation import SCORES
 from opticam.methods import OBJECTIVES, perturbation
 
 C = 3  # the class explained

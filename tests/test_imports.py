@@ -66,7 +66,7 @@ def test_every_public_name_is_where_the_table_says_for_checkers_of_types_too():
     [
         "import opticam.saliency",
         "import opticam, timm\nassert opticam.saliency.BASELINES",
-        "import opticam.lab.evaluate as one\nfrom opticam import evaluate\nassert one.evaluate is evaluate",
+        "import opticam.lab.evaluation as one\nfrom opticam import evaluate\nassert one.evaluate is evaluate",
     ],
 )
 def test_imports_in_any_order(program, tmp_path):

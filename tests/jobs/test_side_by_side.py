@@ -164,7 +164,7 @@ def test_errors_are_reported_before_anything_starts(write, out):
 
 BAR = """
 import time
-from opticam.lab.evaluate import _bar
+from opticam.lab.evaluation import _bar
 with _bar(4, True) as bar:
     bar.update(3)
     bar.refresh()

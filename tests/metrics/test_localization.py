@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from opticam import metrics
-from opticam.lab.evaluate import score
+from opticam.lab.evaluation import score
 from opticam.lab.files import REPOSITORY
 from opticam.metrics import (
     box_experiment_masks,

@@ -14,10 +14,10 @@ import references
 import torch
 from tqdm import tqdm
 
-from opticam import METHODS, evaluate, load_model, metrics, opti_cam, score, wrap
+from opticam import METHODS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
 from opticam.lab import results
 from opticam.lab.datasets import Photo, Sample, Skipped, demo
-from opticam.lab.evaluate import SCORES, saliency_maps, score_maps, stored_saliency, stream
+from opticam.lab.evaluation import SCORES, saliency_maps, score_maps, stored_saliency, stream
 from opticam.lab.results import read_shards
 from opticam.lab.summary import summarize
 from opticam.saliency import BASELINES
@@ -362,7 +362,7 @@ def test_another_run_has_a_folder_of_its_own(tiny, samples, tmp_path, monkeypatc
     elif what == "keys":
         changed = {"keys": {"model": "tiny, mended"}}
     elif what == "libraries":
-        monkeypatch.setattr("opticam.lab.evaluate.library_versions", lambda: {"torch": "0.1"})
+        monkeypatch.setattr("opticam.lab.evaluation.library_versions", lambda: {"torch": "0.1"})
     elif what == "layer":
         tiny = wrap(tiny.network, "features.0")
     elif what == "frame":
@@ -507,3 +507,8 @@ def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_pa
     rows, _ = read_shards(run_stream(tmp_path / "killed", tiny, many))
     assert whole.items() <= written(tmp_path / "killed").items()
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), undisturbed.drop(columns="seconds"))
+
+
+def test_no_name_of_the_laboratory_is_that_of_a_module():
+    modules = {path.stem for path in Path(lab.__file__).parent.glob("*.py")}
+    assert not set(lab.__all__) & modules  # once imported, the module would stand in for the function
