@@ -100,9 +100,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The network inside a `Classifier`; any other network itself, whatever its attributes are called."""
+    """The network inside a `Classifier`; any other network itself, whatever its attributes are called, as written."""
     classifier = own(model)
-    return model if classifier is None else classifier.network
+    return unwrapped(model if classifier is None else classifier.network)
 
 
 def read(model: nn.Module, images: Tensor) -> Output:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_network, examine
-from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, usable
+from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, unwrapped, usable
 from opticam.layouts import Tokens, class_token_grid, find_layout, parts_of_transformer, plain_transformer, token_grid
 from opticam.state import changed, frozen, hooked
 
@@ -110,12 +110,16 @@ def feature_maps(
 
 
 def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
-    """Outputs of layers in the layout of the network, copies, and the logits. Otherwise as `feature_maps`."""
+    """Outputs of layers in the layout of the network, copies, and the logits. Otherwise as `feature_maps`.
+
+    Where hooks are needed, here and below, a compiled network runs as it was written: what was compiled before a hook
+    was set does not call it.
+    """
     captured: list[list[Tensor]] = [[] for _ in layers]
     with frozen(model), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
-        logits = examine(model, prepared(model, images)).logits
+        logits = examine(unwrapped(model), prepared(model, images)).logits
     return [usable(_reached(place, images)) for place in captured], logits
 
 
@@ -127,14 +131,14 @@ def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tens
         return output.clone() if next(calls) == call else own
 
     with frozen(model), torch.no_grad(), hooked(layer, replace):
-        return read(model, prepared(model, images)).logits
+        return read(unwrapped(model), prepared(model, images)).logits
 
 
 def count_calls(model: nn.Module, images: Tensor, layer: nn.Module) -> int:
     """How often one pass of the network calls the layer."""
     calls: list[None] = []
     with frozen(model), torch.no_grad(), hooked(layer, lambda module, args, output: calls.append(None)):
-        read(model, prepared(model, images))
+        read(unwrapped(model), prepared(model, images))
     return len(calls)
 
 
@@ -169,7 +173,7 @@ def features_and_gradients(
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
-        logits, head = examine(model, prepared(model, images))
+        logits, head = examine(unwrapped(model), prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured, images)
         scores = score(*as_softmax(logits, usable(class_idx), head))
@@ -215,7 +219,7 @@ def attention_maps(
     with frozen(model), _attention_shown(model, captured.append):
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
-            logits = examine(model, x).logits
+            logits = examine(unwrapped(model), x).logits
         check_class_range(class_idx, logits.shape[1])
         _check_attention(model, captured, grid, len(images))
         gradients: Sequence[Tensor] = ()
@@ -261,7 +265,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
     with frozen(model), _attention_shown(model, restart_at_attention), ExitStack() as hooks:
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
-        logits = examine(model, prepared(model, images)).logits
+        logits = examine(unwrapped(model), prepared(model, images)).logits
         check_class_range(class_idx, logits.shape[1])
         _check_attention(model, captured, grid, len(images))
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
@@ -343,7 +347,7 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Ten
         for name, module in bare(model).named_modules():
             if name:
                 hooks.enter_context(hooked(module, partial(keep, name)))
-        logits = read(model, prepared(model, images).clone().requires_grad_()).logits
+        logits = read(unwrapped(model), prepared(model, images).clone().requires_grad_()).logits
         target = logits.sum()
         if given and given[0].requires_grad:
             (slope,) = torch.autograd.grad(target, given[0], retain_graph=True, allow_unused=True)

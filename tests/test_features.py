@@ -115,3 +115,18 @@ def test_layers_that_cannot_be_drawn(tiny, images, class_idx):
     tiny.forward = lambda x: tiny.fc(tiny.features(x).mean((2, 3)).detach() * 0)
     with pytest.raises(ValueError, match="the logits do not depend on its output"):
         features_and_gradients(tiny, images, class_idx, "features")
+
+
+@pytest.mark.slow
+def test_a_network_that_was_compiled_before_is_read_as_it_was_written():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+    images = torch.rand(2, 3, 16, 16)
+    compiled = torch.compile(network, backend="eager")
+    compiled(images)
+    (A,), logits = feature_maps(compiled, images, "1")
+    (wanted,), same = feature_maps(network, images, "1")
+    assert torch.equal(A, wanted)
+    assert torch.equal(logits, same)
