@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.metrics import METRICS
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
@@ -66,8 +67,15 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`."""
-    return read_rows(REPOSITORY / "data" / "evidence" / f"{name}.parquet")
+    """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`.
+
+    A metric that is younger than the rows is computed from their probabilities.
+    """
+    rows, provenance = read_rows(REPOSITORY / "data" / "evidence" / f"{name}.parquet")
+    for column, metric in METRICS.items() if {"prob", "masked_prob"} <= {*rows} else ():
+        if column not in rows:
+            rows[column] = metric(*(torch.tensor(rows[part].to_numpy()) for part in ("prob", "masked_prob"))).numpy()
+    return rows, provenance
 
 
 def write_arrays(

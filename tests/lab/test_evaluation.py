@@ -14,7 +14,7 @@ import references
 import torch
 from tqdm import tqdm
 
-from opticam import METHODS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
+from opticam import METHODS, METRICS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
 from opticam.lab import results
 from opticam.lab.datasets import Photo, Sample, Skipped, demo
 from opticam.lab.evaluation import SCORES, saliency_maps, score_maps, stored_saliency, stream
@@ -40,7 +40,7 @@ def test_score_by_hand(tiny, images, class_idx):
         p, o = references.softmax(y)[c], references.softmax(z)[c]
         expected = [y[c], z[c], p, o, *(getattr(references, name)(p, o) for name in table.columns[4:])]
         np.testing.assert_allclose(table.loc[b], expected, atol=1e-12)
-    assert list(table.columns[4:]) == ["average_drop", "average_gain", "average_increase"]
+    assert list(table.columns[4:]) == [*METRICS]
 
 
 def test_score_over_a_baseline(tiny, images, class_idx):

@@ -8,6 +8,7 @@ import torch
 from opticam import METHODS, METRICS, Classifier, evaluate, find_method
 from opticam.lab.datasets import DATASETS, demo, load_dataset
 from opticam.lab.plotting import condition_panels, interval_table, metric_bars, metric_scatter, metric_values
+from opticam.lab.results import read_evidence
 from opticam.lab.summary import summarize
 from opticam.methods import Method, light_methods, method_label
 from opticam.metrics import COLUMNS, Metric, factors, headings, insertion
@@ -63,7 +64,10 @@ def test_a_metric_of_probabilities(monkeypatch, half, tiny, samples):
     table = interval_table(summarize(rows, factors(METRICS)), headings(METRICS))
     assert table["kept % ↑"].iloc[0].startswith(f"{100 * rows['kept'].mean():.1f} [")
     titles = [ax.get_title() for ax in metric_values(rows, METRICS).axes]
-    assert titles == ["AD ↓", "AG ↑", "AI ↑", "kept ↑"]
+    assert titles == [*headings(METRICS, unit=False).values()]
+    assert titles[-1] == "kept ↑"
+    many, _ = read_evidence("imagenet_val_300")  # older than the metric
+    assert many["kept"].tolist() == pytest.approx((many["masked_prob"] / many["prob"]).clip(upper=1).tolist())
 
 
 def test_a_metric_of_the_map_and_a_proportion(monkeypatch, half, tiny, samples):
