@@ -1,6 +1,7 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
 import random
+from collections import OrderedDict
 from contextlib import suppress
 from weakref import WeakSet
 
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, bare, find_logits, own, read, unwrapped
+from opticam.folding import twin_of
 from opticam.state import aside
 
 
@@ -133,8 +135,9 @@ def check_at_least(least: int, **numbers: int | None) -> None:
 def examine(model: nn.Module, images: Tensor) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
-    There are further passes of a few images, which no hook of a method hears: one of two images, with its gradient,
-    when a network with code of one's own is first seen; and some where something looks suspicious.
+    There are further passes of a few images, which no hook of a method hears: one of two images, with its gradient, by
+    a twin without any hooks, when a network with code of one's own is first seen; and some where something looks
+    suspicious.
 
     Args:
         model: any network, inside `frozen`.
@@ -196,7 +199,11 @@ def _mixes_images(model: nn.Module, image: Tensor) -> bool:
         return False
     pair = torch.cat([image, image.flip(3)]).requires_grad_()
     with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
-        (slope,) = torch.autograd.grad(read(model, pair).logits[0, 0], pair)
+        copies: dict[nn.Module, nn.Module] = {}
+        silent = twin_of(model, copies)
+        for copy in copies.values():  # whoever counts the passes of a method is not to hear of this one
+            copy._forward_hooks = OrderedDict()
+        (slope,) = torch.autograd.grad(read(silent, pair).logits[0, 0], pair)
         return bool((slope[1].abs() > 0).any())
     return False
 

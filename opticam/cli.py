@@ -213,7 +213,7 @@ def run(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Show what the committed notebooks claim beside what the last run here found."""
     if not _show_findings([path.stem for path in list_notebooks()]):
-        raise ValueError("results: no findings of a run here; wanted opticam run before")
+        raise ValueError("results: no run has left findings here; first: opticam run")
     return 0
 
 

@@ -6,6 +6,7 @@ Whatever happens inside, the network is left as it was found: no hook, no change
 import difflib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -63,7 +64,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     network = bare(model)
     names = dict(network.named_modules(remove_duplicate=False))
     if not layer or layer not in names:
-        target = [] if classifier is None else [classifier.layer]
+        target = [] if classifier is None or classifier.layer == layer else [classifier.layer]
         close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
         raise ValueError(
             f"layer: no {layer!r} in {type(network).__name__}; wanted a dotted name such as {', '.join(close)}"
@@ -448,4 +449,6 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
             raise ValueError(
                 f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
             )
+        if grid.shape[2:] == (1, 1):
+            warnings.warn("layer: its maps have one cell, so saliency is 0; take one before pooling", stacklevel=4)
     return grids

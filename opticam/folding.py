@@ -41,7 +41,7 @@ def folded(model: nn.Module, images: Tensor, logits: Tensor) -> nn.Module:
         if model not in _pairs:
             _pairs[model] = _find_pairs(model)
         if pairs := _pairs[model]:
-            twin = _fold(_twin(model, {}), pairs)
+            twin = _fold(twin_of(model, {}), pairs)
             wanted = logits[:1]  # by `forward`: hooks count the passes of a method, and this is none
             tolerance = 2**13 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
             found = as_output(twin, twin.forward(images[:1].clone()), 1).logits  # the network may work in place
@@ -77,12 +77,12 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
-def _twin(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     """A copy of the tree of modules that shares parameters, buffers and hooks."""
     if module not in known:
         known[module] = twin = object.__new__(type(module))
         twin.__dict__ = dict(vars(module))
-        twin._modules = {name: child and _twin(child, known) for name, child in module._modules.items()}
+        twin._modules = {name: child and twin_of(child, known) for name, child in module._modules.items()}
     return known[module]
 
 

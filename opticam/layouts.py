@@ -21,7 +21,9 @@ def channels_first(output: Tensor) -> Tensor:
 
 
 def channels_last(output: Tensor) -> Tensor:
-    """The layout of Swin transformers: (B,h,w,K), as maps (B,K,h,w)."""
+    """The layout of Swin transformers: (B,h,w,K), as maps (B,K,h,w). ValueError: not four axes."""
+    if output.ndim != 4:
+        raise ValueError(f"layer: wanted maps (B,h,w,K), got shape {tuple(output.shape)}")
     return output.permute(0, 3, 1, 2)
 
 

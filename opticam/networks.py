@@ -88,14 +88,20 @@ def wrap(
             `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`.
 
     Raises:
-        TypeError: `network` is not a module.
+        TypeError: `network` is not a module; `to_logits` or `layout` is not a function.
         ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
             together.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
+    for argument, function in (("to_logits", to_logits), ("layout", layout)):
+        if not (function is None or callable(function)):
+            raise TypeError(f"{argument}: wanted a function, got {function!r}")
+    mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
+    if any(abs(value) > 1 for value in mean):
+        raise ValueError(f"mean: wanted that of images in [0,1], got {mean}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
-        raise ValueError(f"std: wanted positive numbers, as many as mean, {tuple(mean)}, got {tuple(std)}")
+        raise ValueError(f"std: wanted positive numbers, as many as mean, {mean}, got {std}")
     if len(class_names) == 1:
         class_names = [*class_names, f"not {class_names[0]}"]
     classifier = Classifier(
@@ -104,8 +110,8 @@ def wrap(
         layer,
         head=head,
         to_logits=to_logits,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         input_size=input_size,
         resize=resize or round(input_size / 0.875),
         class_names=list(class_names),

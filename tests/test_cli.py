@@ -251,7 +251,7 @@ def test_without_an_extra(monkeypatch, capsys):
 def test_verify_shows_findings_and_runs_nothing(folder, monkeypatch, capsys):
     monkeypatch.setattr(cli, "RESULTS", folder / "results" / "notebooks")
     assert cli.main(["verify"]) == 2
-    assert capsys.readouterr().err == "opticam: results: no findings of a run here; wanted opticam run before\n"
+    assert capsys.readouterr().err == "opticam: results: no run has left findings here; first: opticam run\n"
     monkeypatch.setattr(findings, "COMMITTED", folder / "committed")
     for holds, name in ((True, "02_metric_flaw"), (False, "03_faithfulness"), (False, "99_elsewhere")):
         claim = finding("gains", Estimate(1, 0.5, 2) if holds else Estimate(1, -0.5, 2), above=0)

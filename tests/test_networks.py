@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from opticam import METHODS
+from opticam import METHODS, grad_cam
 from opticam.features import feature_maps
 from opticam.networks import MODELS, ModelSpec, class_index, find_spec, imagenet_classes, load_model, wrap
 
@@ -558,3 +558,28 @@ def test_a_folder_of_transformers_itself(tmp_path):
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     model = load_model(f"hf/{tmp_path}")
     assert (model.class_names, model.input_size) == (["cat", "dog", "bird"], 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "mean: wanted that of images in"),
+        ({"layout": (14, 14, 1)}, r"layout: wanted a function, got \(14, 14, 1\)"),
+        ({"to_logits": "neg"}, "to_logits: wanted a function, got 'neg'"),
+    ],
+)
+def test_what_wrap_cannot_use_is_refused_at_once(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrap(nn.Sequential(nn.Conv2d(3, 2, 3)), "0", **given)
+
+
+def test_one_mean_and_std_serve_all_channels():
+    network = nn.Sequential(nn.Conv2d(3, 2, 3))
+    images = torch.rand(1, 3, 4, 4)
+    assert torch.equal(wrap(network, "0", mean=0.5, std=0.25)(images), network((images - 0.5) / 0.25))
+
+
+def test_a_layer_of_one_cell_is_warned_of():
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.warns(UserWarning, match="layer: its maps have one cell"):
+        grad_cam(network, torch.rand(1, 3, 8, 8), torch.tensor([0]), layer="1")

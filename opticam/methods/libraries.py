@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opticam.checks import check_class_range, check_inputs
 from opticam.classifier import bare, read, usable
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
-from opticam.folding import _twin
+from opticam.folding import twin_of
 from opticam.methods.captum import captum_attribution, find_attribution
 from opticam.saliency import saliency_map
 
@@ -39,7 +39,7 @@ class _Logits(nn.Module):
 def _private(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Module -> its twin, which shares the values of the weights and nothing else that a library may change."""
     twins: dict[nn.Module, nn.Module] = {}
-    _twin(model, twins)
+    twin_of(model, twins)
     for twin in twins.values():
         own = {key: value.copy() for key, value in vars(twin).items() if isinstance(value, dict)}  # hooks among them
         own["_parameters"] = {

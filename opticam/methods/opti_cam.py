@@ -199,7 +199,9 @@ def opti_cam(
     functions = {"objective": objective, "normalize": normalize, "optimizer": optimizer, "on_step": on_step or repr}
     for name, function in functions.items():
         if not callable(function):
-            raise TypeError(f"{name}: wanted a function, such as OBJECTIVES['class_logit'], got {function!r}")
+            raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
+    if not isinstance(space, Space):
+        raise TypeError(f"space: wanted a Space, such as weight_space, got {space!r}")
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
         got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
         raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")

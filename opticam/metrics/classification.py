@@ -40,9 +40,11 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
         (B,) float64 in [0,1].
 
     Raises:
-        ValueError: an unknown head.
+        ValueError: an unknown head; a class index out of range.
     """
-    return class_logit(probabilities(logits.double(), head), class_idx)
+    values = probabilities(logits.double(), head)
+    check_class_range(class_idx, values.shape[1])
+    return class_logit(values, class_idx)
 
 
 def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
