@@ -89,7 +89,7 @@ def main() -> None:
         }
         for (page, text), values in found.items()
     ]
-    report("portability", rows, changes=CHANGES)
+    report("portability", rows, changes={name: CHANGES[name] for name in options.changes})
     flipped = pd.DataFrame([row for row in rows if any("not hold" in str(value) for value in row.values())])
     print(flipped.to_markdown(index=False) if len(flipped) else "all findings hold under all changes that were run")
 
