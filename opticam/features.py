@@ -102,7 +102,7 @@ def feature_maps(
 
     Raises:
         TypeError: a network of a wrong kind.
-        ValueError: unknown layer, a layer the pass never reaches, or an output that is no grid of feature maps.
+        ValueError: unknown layer, a layer the pass never reaches, or an output that is not a grid of feature maps.
     """
     check_network(model)
     layers = as_layers(layer)

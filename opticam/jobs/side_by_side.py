@@ -34,7 +34,7 @@ _PATIENCE = 20.0  # seconds for a notebook to end once told
 _UNWRITABLE = 2  # exit code of a notebook's process that could not write
 _PROGRAM = "import sys; from opticam.jobs.side_by_side import _main; sys.exit(_main())"  # of that process
 if sys.platform == "linux":
-    # it is told to end when its starter dies, and clears up; had that died before, nobody would tell it
+    # it ends and clears up when its starter dies; a starter that died before would not be noticed
     _PROGRAM = (
         "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.getppid() == int(sys.argv[1]) or sys.exit(1); "
         + _PROGRAM

@@ -94,7 +94,7 @@ class Photos(Dataset):
 
     Attributes:
         photos: their records.
-        class_names: one name a label.
+        class_names: one name per label.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         upright: turn photos as their EXIF orientation says; see `read_image`.

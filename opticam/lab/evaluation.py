@@ -101,7 +101,7 @@ def score(
         `average_increase` as fractions.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)

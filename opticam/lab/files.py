@@ -14,7 +14,7 @@ PROVENANCE = b"opticam"  # in the metadata of a table
 RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
 _LIBRARIES: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers", "captum", "grad-cam", "torchcam")
 _LIBRARIES += ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")
-_SHOWS = ("cli.py", "lab/plotting.py", "lab/explorer.py", "lab/findings.py")
+_SHOWS = ("__main__.py", "cli.py", "lab/plotting.py", "lab/explorer.py", "lab/findings.py")
 
 
 @contextmanager

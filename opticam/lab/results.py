@@ -81,7 +81,7 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 def write_arrays(
     arrays: Mapping[str, np.ndarray], path: str | Path, parameters: Mapping[str, Any], device: str = "cpu"
 ) -> Path:
-    """Write what is no table, such as photos and maps, with its provenance; see `write_rows`.
+    """Write arrays, such as photos and maps, with its provenance; see `write_rows`.
 
     Args:
         arrays: name -> array of numbers or text.

@@ -24,7 +24,7 @@ def raw_attention(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer:
         (B,1,H,W) in [0,1].
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range; a model without attention or without a class token.
 
     Reference:

@@ -31,7 +31,7 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
         (B,1,H,W) in [0,1]; zeros where no location has a positive sum.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range; unknown layer.
 
     Reference:
@@ -302,7 +302,7 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
         (B,1,H,W), zeros and ones.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
 
     Reference:

@@ -40,7 +40,7 @@ def captum_attribution(
 
     Raises:
         ImportError: captum is not installed.
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: no such attribution, or captum refuses it for this model; wrong shape, device or range.
 
     Reference:

@@ -40,7 +40,7 @@ class OptiCAMResult(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What `on_step` is told: the tensors of the loop as they are, detached, of the n images still at work.
+    """What `on_step` is called with: the tensors of the loop as they are, detached, of the n images still at work.
 
     Attributes:
         number: steps taken, 0 to T.
@@ -189,7 +189,7 @@ def opti_cam(
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
 
     Raises:
-        TypeError: an argument is no tensor, of the wrong dtype, or no function where one is wanted.
+        TypeError: an argument is not a tensor, has the wrong dtype, or is not a function where one is wanted.
         ValueError: wrong shape, device or range, unknown layer, negative `num_steps`, `lr` not above 0.
     """
     check_inputs(model, images, class_idx)

@@ -49,7 +49,7 @@ def rise(
         (B,1,H,W) in [0,1].
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
 
     Reference:
@@ -130,7 +130,7 @@ def extremal_perturbation(
         (B,1,H,W) in [0,1], the final mask after `min_max`.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
 
     Reference:

@@ -40,11 +40,9 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
         (B,) float64 in [0,1].
 
     Raises:
-        ValueError: an unknown head; a class index out of range.
+        ValueError: an unknown head.
     """
-    values = probabilities(logits.double(), head)
-    check_class_range(class_idx, values.shape[1])
-    return class_logit(values, class_idx)
+    return class_logit(probabilities(logits.double(), head), class_idx)
 
 
 def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -142,14 +140,14 @@ def insertion(
         saliency: (B,1,H,W) in [0,1].
         pixels_per_step: at least 1; None for 8 rows, 8 W, which makes T = H/8: the authors' 28 steps at 224x224.
         batch_size: masked images in flight; the result does not depend on it.
-        mean: colour that mean/std makes zero, one value a channel; None for that of the `Classifier`.
+        mean: colour that mean/std makes zero, one value per channel; None for that of the `Classifier`.
 
     Returns:
         The area (B,) float64, a fraction in [0,1], and the curve (B,T+1) float64 of probabilities, which ends at p.
         NaN for a map with a NaN, and where a probability is.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range; no `mean`, and the model has none.
 
     Reference:
@@ -236,7 +234,7 @@ def road(
         (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
 
     Reference:

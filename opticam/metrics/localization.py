@@ -42,7 +42,7 @@ def predicted_box(saliency: Tensor) -> Tensor:
         kept: a constant map, but for one of ones, whose box is the frame; a map with a NaN.
 
     Raises:
-        TypeError: `saliency` is no tensor.
+        TypeError: `saliency` is not a tensor.
         ValueError: wrong shape or range.
 
     Reference:
@@ -70,7 +70,7 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         (B,) float64, 0 or 1; NaN for an image without box and for a map with a NaN; 1 where no box is predicted.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
@@ -99,7 +99,7 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
         (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors, or `correct` is not bool.
+        TypeError: an argument is not a tensor, or not a sequence of tensors, or `correct` is not bool.
         ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
@@ -127,7 +127,7 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
@@ -161,7 +161,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
         (B,) float64, at least log 0.05 = -3.0, unbounded above; NaN for a map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor or of the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape, device or range.
 
     Reference:
@@ -196,7 +196,7 @@ def energy_pointing_game(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
@@ -228,7 +228,7 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
         map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start; a negative tolerance.
 
     Reference:
@@ -272,7 +272,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
         of zeros (of values under 1/255) and a map with a NaN.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start; `num_thresholds` is not positive.
 
     Reference:
@@ -355,7 +355,7 @@ def box_experiment_masks(saliency: Tensor, boxes: Sequence[Tensor]) -> dict[str,
         dtype and on the device of the map.
 
     Raises:
-        TypeError: an argument is no tensor, or no sequence of tensors.
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:

@@ -101,7 +101,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
         a map tells nothing; NaN where a map has a NaN. In a sanity check lower is better.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: wrong shape.
 
     Reference:
@@ -128,7 +128,7 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
         NaN where a map has a NaN. In a sanity check lower is better.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: wrong shape.
 
     Reference:

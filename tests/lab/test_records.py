@@ -33,7 +33,6 @@ def samples():
 
 
 def test_a_method(half, tiny, samples):
-    tiny.layer = "features"
     assert light_methods()[-1] == "half"
     rows = evaluate(tiny.float(), samples, {name: find_method(name) for name in ("fake_cam", "half")})
     summary = summarize(rows, factors(METRICS))
@@ -57,7 +56,6 @@ def test_a_method_is_a_choice_of_the_explorer(half):
 
 def test_a_metric_of_probabilities(monkeypatch, half, tiny, samples):
     monkeypatch.setitem(METRICS, "kept", Metric(lambda p, o: (o / p).clamp(max=1), "kept", higher=True))
-    tiny.layer = "features"
     rows = evaluate(tiny.float(), samples, {"half": find_method("half")})
     assert rows["kept"].tolist() == pytest.approx((rows["masked_prob"] / rows["prob"]).clip(upper=1).tolist())
     assert headings(METRICS)["kept"] == "kept % ↑"
