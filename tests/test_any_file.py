@@ -174,6 +174,7 @@ ANNOTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANNOTATIONS)
 @drawn(60)
 @given(change=damage())
@@ -262,6 +263,7 @@ def check_notebook(path):
     return found
 
 
+@pytest.mark.slow
 @drawn(100)
 @given(tree=swapped(json.loads(NOTEBOOK)))
 @example(tree={**json.loads(NOTEBOOK), "cells": [{"cell_type": "code", "source": "", "metadata": {"tags": None}}]})
@@ -323,6 +325,7 @@ def check_batch(folder):
     return found
 
 
+@pytest.mark.slow
 @drawn(150)
 @given(tree=swapped(BATCH, VALUES | st.sampled_from(["~nobody/x", "\0", "a" * 300, "\ud800", "/", "10"])))
 @example(tree=BATCH | {"parameters": {"root": 5}})
@@ -336,6 +339,7 @@ def test_values_of_batches(tree, batches):
     check_batch(batches)
 
 
+@pytest.mark.slow
 @drawn(150)
 @given(change=damage())
 @pytest.mark.parametrize("flow", [True, False])

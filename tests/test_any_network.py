@@ -139,6 +139,7 @@ def test_the_map_is_that_of_the_formula(case):
     assert not found[(high == 0)[:, 0, 0, 0]].any()
 
 
+@pytest.mark.slow
 @drawn
 @given(case=cases(), name=st.sampled_from(CHEAP))
 def test_maps_of_a_batch_are_the_maps_one_by_one(case, name):
@@ -150,6 +151,7 @@ def test_maps_of_a_batch_are_the_maps_one_by_one(case, name):
         torch.testing.assert_close(whole[i : i + 1], one, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=20)
 @given(case=cases())
 def test_opti_cam_of_a_batch_is_opti_cam_one_by_one(case):
@@ -187,6 +189,7 @@ def test_scores_are_those_of_the_head(case, seed, power):
     assert torch.equal(gain > 0, o > p)
 
 
+@pytest.mark.slow
 @drawn
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, *HALVES]), name=st.sampled_from(CHEAP))
 def test_other_dtypes(data, dtype, name):

@@ -77,6 +77,7 @@ def test_the_gpu_benchmark_says_what_it_had_no_time_for(tmp_path):
     assert found["tests"]["outcome"] == "no time was left"
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_names_what_is_missing(tmp_path):
     (tmp_path / "timm.py").write_text("raise ModuleNotFoundError(\"No module named 'timm'\", name='timm')")
     done = run(GPU, PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPOSITORY)]))

@@ -384,6 +384,7 @@ NO_GRADIENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NO_GRADIENT)
 def test_networks_without_gradients(tiny, images, class_idx, kind):
     model = Own(tiny, NO_GRADIENT[kind])

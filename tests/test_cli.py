@@ -71,6 +71,7 @@ def test_explain_a_network_of_another_head(capsys, monkeypatch, outputs, head):
     assert "opticam: model: wanted a network that returns logits, got a list" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_explain_by_a_schedule(monkeypatch, folder):
     given = []
     quick = METHODS["equal_weights"]
@@ -81,6 +82,7 @@ def test_explain_by_a_schedule(monkeypatch, folder):
     assert given == [{"layer": None}, {"layer": None, **SCHEDULES["fast"]}]
 
 
+@pytest.mark.slow
 def test_explain_shows_in_a_terminal_that_it_works(quick, capsys, monkeypatch):
     assert cli.main(["explain", PHOTO]) == 0
     assert capsys.readouterr().err == ""
@@ -112,6 +114,7 @@ print(before[2] - before[1])
     assert 10 * fetched[1] < fetched[0], "pages fetched again from the system"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "png")]
 )
@@ -206,6 +209,7 @@ def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatc
     assert os.environ["OPTICAM_IMAGENET"] == str(folder / "images")
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_ends_with_one(capsys, folder):
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     broken = new_notebook(cells=[new_code_cell("1 / 0")], metadata={"kernelspec": kernel})

@@ -152,6 +152,7 @@ def test_else_the_network_itself(network):
     assert twin_of(network, images) is network
 
 
+@pytest.mark.slow
 def test_methods_and_metrics_give_the_numbers_of_the_network(monkeypatch):
     torch.manual_seed(0)
     network = shuffled(tv.resnet18(num_classes=7)).double()

@@ -161,6 +161,7 @@ def test_metrics_that_ask_the_network(name, network, pair, one, images):
         same(sum((area.clamp(min=0.05).log() - value).exp() for value in both), torch.ones(5).double())
 
 
+@pytest.mark.slow
 def test_tables(network, pair, one, images):
     maps = METHODS["equal_weights"](pair, images, torch.zeros(5, dtype=torch.int64))
     boxes = metrics.predicted_box(maps)[:, None] + torch.tensor([0, 0, 1, 1])

@@ -71,6 +71,7 @@ def test_ones_own_network_is_explained_and_scored_without_the_laboratory(install
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_core_imports_nothing_slow_beside_torch_and_torchvision(installed):
     program = """
 import opticam, torch, torchvision

@@ -83,6 +83,7 @@ def test_a_function_says_where_class_tokens_lie_last():
         grad_cam(wrap(network, "norm", layout=lambda tokens: tokens[:, :-1]), images, class_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 128), (64, 64)])
 @pytest.mark.parametrize("channels", [3, 8, 32])
 def test_maps_that_a_module_of_ones_own_gives_channels_last_are_refused_or_told(channels, size):
@@ -259,6 +260,7 @@ def test_the_experiment_points_at_the_cells_in_doubt(images):
         check_layout(wrap(network, "0"), images[:, :, :16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "layer"),
     [

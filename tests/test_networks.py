@@ -383,6 +383,7 @@ def test_numbers_of_classes_that_do_not_agree():
 # ------------------------------------------------------------------------------------------- networks of libraries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["torchvision/resnet18", "torchvision/resnet18.IMAGENET1K_V1", "timm/resnet18.a1_in1k"]
 )

@@ -7,6 +7,7 @@ papermill, nbclient and nbformat are imported only where a notebook is executed,
 """
 
 import ast
+import contextlib
 import io
 import json
 import logging
@@ -430,7 +431,8 @@ def cast(name: str, value: Any, kind: str) -> Any:
 
     Args:
         name: of the parameter.
-        value: of that type already, or text that can be read as it; a list also as words between commas.
+        value: of that type already, or text that can be read as it; a list also as words between commas, in brackets
+            or not.
         kind: int, float, bool, str, list[str] or a Literal of text, numbers and truth values.
 
     Raises:
@@ -447,7 +449,12 @@ def cast(name: str, value: Any, kind: str) -> Any:
     if kind == "str" and isinstance(value, str):
         return value
     if kind == "list[str]":
-        if isinstance(value, str):
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            import yaml
+
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+        elif isinstance(value, str):
             value = [part.strip() for part in value.split(",")] if value.strip() else []
         if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part for part in value):
             return list(value)

@@ -154,6 +154,7 @@ def test_parameters_of_another_form_are_refused(tmp_path, source, message):
         ({"loud": "true"}, True),
         ({"loud": "False"}, False),
         ({"names": "x, y"}, ["x", "y"]),
+        ({"names": '[x, "y, z"]'}, ["x", "y, z"]),
         ({"names": ("x",)}, ["x"]),
         ({"names": ""}, []),
     ],
@@ -179,6 +180,7 @@ def test_values_are_cast_to_the_annotated_type(notebook, given, cast):
         ({"loud": "1"}, "parameter loud: wanted true or false"),
         ({"loud": 1}, "parameter loud: wanted true or false"),
         ({"names": [1]}, "parameter names: wanted words"),
+        ({"names": "[x"}, "parameter names: wanted words"),
         ({"count": "x", "cuont": 1}, "parameter count: .*\nparameter cuont: "),
     ],
 )
@@ -260,6 +262,7 @@ plt.plot([1, 2, 4]);
 """
 
 
+@pytest.mark.slow
 def test_two_renders_are_byte_identical(notebook, tmp_path):
     path = notebook(DRAWING, "{'a': count}")
     first = render_notebook(path).read_bytes()

@@ -486,6 +486,7 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
         evaluate(load_model("efficientnet_lite0"), two, {"fake_cam": METHODS["fake_cam"]})
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments_no_row_is_lost_or_double(tiny, samples, tmp_path):
     """SIGKILL at random moments of a run of some 0.2 s, then one start more: the rows of an undisturbed run."""
     tiny = wrap(tiny, "features")

@@ -160,6 +160,7 @@ def test_the_page_opens_with_the_photo_and_its_likeliest_classes(page):
     assert bundle["text/plain"].startswith("The page is alive only in a running notebook")
 
 
+@pytest.mark.slow
 def test_the_page_explains_and_goes_back(page):
     page.start(page.explain)
     page.wait()

@@ -109,6 +109,7 @@ def test_a_network_that_was_changed_has_another_key(change):
     assert key(network) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -70,6 +70,7 @@ def test_image_grid_puts_captions_and_boxes_where_they_belong():
     assert figure.axes[1].patches[0].get_bbox().extents.tolist() == [1, 2, 5, 7]
 
 
+@pytest.mark.slow
 def test_saved_figures_are_byte_identical_and_whole(tmp_path):
     image, saliency = torch.rand(3, 16, 16), torch.rand(1, 16, 16)
     for suffix in ("png", "pdf", "svg", "PNG"):

@@ -126,6 +126,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unfit", UNFIT)
 def test_attention_that_is_not_one_plain_sequence_is_refused(unfit):
     model = timm.create_model(unfit, num_classes=3, **UNFIT[unfit]).eval()

@@ -121,6 +121,7 @@ def test_refine_cam_is_the_product_of_the_maps(tiny, images, class_idx):
         refine_cam(tiny, images, class_idx, layer=[])
 
 
+@pytest.mark.slow
 def test_nan_stays_with_its_image(tiny, images, class_idx):
     broken = images.clone()
     broken[1, 0, 3, 4] = torch.nan
@@ -235,6 +236,7 @@ class Loud(torch.nn.Module):
         return 1e5 * self.model(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("layer", [None, "blocks.4"])
 def test_agrees_with_grad_cam_on_a_real_network(photos, name, layer):

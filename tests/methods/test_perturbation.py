@@ -67,6 +67,7 @@ class _Contrast(Corner):
         return torch.stack([torch.zeros_like(evidence), evidence], 1)
 
 
+@pytest.mark.slow
 def test_extremal_perturbation_agrees_with_the_loop_version(tiny):
     images = torch.rand(1, 3, 10, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     louder = nn.Sequential(tiny, _Times(50))

@@ -103,6 +103,7 @@ def test_equals_reference(name):
     assert len(set(expected)) > (1 if name == "localization_error" else 6)
 
 
+@pytest.mark.slow
 def test_hits_of_all_contours_equal_reference():
     maps, boxes = random_maps(4)
     maps[0, :, 3:14, 3:20] = 0.8
@@ -454,6 +455,7 @@ def test_bad_input_of_single_metrics(tiny, images, class_idx):
         max_box_accuracy(torch.zeros(4, 7), 0)
 
 
+@pytest.mark.slow
 def test_half_precision_maps_are_truncated_as_they_are():
     maps = torch.rand(4, 1, 24, 32, generator=torch.Generator().manual_seed(3)).half()
     boxes = [torch.tensor([[4.0, 4.0, 20.0, 16.0]])] * 4

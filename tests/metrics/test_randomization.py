@@ -75,6 +75,7 @@ def test_stages_are_groups_in_the_order_of_the_network(tiny):
     assert changed(tiny, network) == parts("features.2")
 
 
+@pytest.mark.slow
 def test_stages_of_a_classifier_are_named_as_its_network_names_them():
     model = opticam.load_model("efficientnet_lite0", pretrained=False)
     stages = ["conv_stem", *(f"blocks.{i}" for i in range(7)), "classifier"]
