@@ -183,4 +183,14 @@ def blur(images: Tensor) -> Tensor:
     return TF.gaussian_blur(images, [11, 11], [5.0, 5.0])
 
 
-BASELINES: dict[str, Callable[[Tensor], Tensor] | None] = {"black": None, "mean": mean_color, "blur": blur}
+def gray(images: Tensor) -> Tensor:
+    """Baseline: one half in every channel, (1,1,1,1)."""
+    return images.new_full((1, 1, 1, 1), 0.5)
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "black": None,
+    "mean": mean_color,
+    "blur": blur,
+    "gray": gray,
+}

@@ -3,6 +3,7 @@
 Networks are only called; gradients come from central differences, so that no line of autograd is shared either.
 """
 
+import decimal
 import itertools
 import math
 from collections.abc import Callable
@@ -430,6 +431,25 @@ def average_increase(p: float, o: float) -> float:
 
 def average_gain(p: float, o: float) -> float:
     return 0.0 if p == 1 else max(0.0, o - p) / (1 - p)
+
+
+def gain_minus_drop(p: float, o: float) -> float:
+    return (o - p) / (1 - p) if o > p else (o - p) / p
+
+
+def log_odds(logits: list[float], c: int, head: str) -> float:
+    """With 60 digits, so that neither q nor 1 - q is ever rounded to 0 or 1."""
+    with decimal.localcontext(prec=60):
+        y = [decimal.Decimal(value) for value in logits]
+        if len(y) == 1:
+            y, head = [y[0], -y[0]], "sigmoid"
+        total = sum(value.exp() for value in y) if head == "softmax" else y[c].exp() + 1
+        q = y[c].exp() / total
+        return float((q / (1 - q)).ln())
+
+
+def log_odds_change(logits: list[float], masked_logits: list[float], c: int, head: str) -> float:
+    return log_odds(masked_logits, c, head) - log_odds(logits, c, head)
 
 
 # Localization and sanity checks: pixels are counted one by one, boxes are (xmin, ymin, xmax, ymax).

@@ -8,6 +8,7 @@ from opticam.saliency import (
     blur,
     check_saliency,
     combine,
+    gray,
     max_only,
     mean_color,
     min_max,
@@ -108,6 +109,7 @@ def test_apply_mask_with_a_baseline():
 def test_baselines():
     image = rand(2, 3, 12, 16)
     torch.testing.assert_close(mean_color(image)[1, 2, 0, 0], image[1, 2].mean())
+    assert (gray(image).expand_as(image) == 0.5).all()
     flat = torch.full((1, 3, 12, 16), 0.25)
     torch.testing.assert_close(blur(flat), flat)
     spot = torch.zeros(1, 1, 21, 21)

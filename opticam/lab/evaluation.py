@@ -29,7 +29,6 @@ from opticam.lab.identity import describe, digest_of
 from opticam.lab.results import is_done, write_rows
 from opticam.metrics import (
     COLUMNS,
-    METRICS,
     adcc,
     box_experiment_masks,
     box_hits,
@@ -39,8 +38,10 @@ from opticam.metrics import (
     energy_pointing_game,
     insertion_deletion,
     localization_error,
+    log_odds_change,
     official_metric,
     pointing_game,
+    probability_metrics,
     road,
     saliency_metric,
     soft_f1,
@@ -97,8 +98,8 @@ def score(
             in `BASELINES`; None for black, as published.
 
     Returns:
-        Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o), and `average_drop`, `average_gain`,
-        `average_increase` as fractions.
+        Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o); `average_drop`, `average_gain`,
+        `average_increase` and `gain_minus_drop` as fractions; and `log_odds`, see `metrics.log_odds_change`.
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype.
@@ -120,7 +121,8 @@ def score(
         "masked_logit": class_logit(masked_y, class_idx),
         "prob": p,
         "masked_prob": o,
-        **{name: metric(p, o) for name, metric in METRICS.items()},
+        **{name: metric(p, o) for name, metric in probability_metrics().items()},
+        "log_odds": log_odds_change(y, masked_y, class_idx, head),
     }
     return pd.DataFrame({name: values.detach().double().cpu().numpy() for name, values in columns.items()})
 
@@ -247,7 +249,7 @@ SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
 
 def _is_single(name: str) -> bool:
     """Whether a metric is a score of its own: all that it needs is known of an explained batch."""
-    return name not in METRICS and set(COLUMNS[name].needs) <= set(Explained._fields)
+    return set(COLUMNS[name].needs) <= set(Explained._fields)
 
 
 def _score_columns(kind: str, batch: Explained) -> dict[str, Any]:
@@ -274,7 +276,8 @@ def evaluate(
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
-        scores: what to compute beside `METRICS`: names in `SCORES`, or of other metrics in `metrics.COLUMNS`.
+        scores: what to compute beside the columns of `score`: names in `SCORES`, or of other metrics in
+            `metrics.COLUMNS`.
         batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
             the result does not depend on it.
         num_workers: processes that decode images ahead; None for none on a CPU, which is busy, and 8 beside a GPU.
@@ -349,7 +352,7 @@ def stream(
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     keys = keys or {}
     for name, key in keys.items():
-        if not (isinstance(key, str) and key and name in {"model", *methods, *METRICS, *scores}):
+        if not (isinstance(key, str) and key and name in {"model", *methods, *probability_metrics(), *scores}):
             raise ValueError(
                 f"keys: wanted a word for 'model' or for the name of a method or metric, got {name!r}: {key!r}"
             )
@@ -361,7 +364,7 @@ def stream(
         "methods": {name: described(name, method) for name, method in methods.items()},
         "layer": _layer_name(model, None),
         "scores": [name if name in SCORES else [name, described(name, COLUMNS[name])] for name in scores],
-        "metrics": {name: described(name, metric) for name, metric in METRICS.items()},
+        "metrics": {name: described(name, metric) for name, metric in probability_metrics().items()},
         "batch_size": batch_size,
         "weights": described("model", model),
         "device": str(_device(model)),

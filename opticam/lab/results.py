@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
-from opticam.metrics import METRICS
+from opticam.metrics import probability_metrics
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
@@ -69,12 +69,16 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`.
 
-    A metric that is younger than the rows is computed from their probabilities.
+    A metric that is younger than the rows is computed from their probabilities; the change of log-odds is then NaN
+    where one of them is exactly 0 or 1.
     """
     rows, provenance = read_rows(REPOSITORY / "data" / "evidence" / f"{name}.parquet")
-    for column, metric in METRICS.items() if {"prob", "masked_prob"} <= {*rows} else ():
-        if column not in rows:
-            rows[column] = metric(*(torch.tensor(rows[part].to_numpy()) for part in ("prob", "masked_prob"))).numpy()
+    if {"prob", "masked_prob"} <= {*rows}:
+        p, o = (torch.tensor(rows[part].to_numpy(float)) for part in ("prob", "masked_prob"))
+        change = o.logit() - p.logit()
+        younger = {column: metric(p, o) for column, metric in probability_metrics().items() if column not in rows}
+        younger |= {} if "log_odds" in rows else {"log_odds": change.where(change.isfinite(), torch.nan)}
+        rows = rows.assign(**{column: values.numpy() for column, values in younger.items()})
     return rows, provenance
 
 

@@ -16,9 +16,11 @@ from opticam.metrics.classification import (
     coherency,
     complexity,
     deletion,
+    gain_minus_drop,
     impute,
     insertion,
     insertion_deletion,
+    log_odds_change,
     road,
 )
 from opticam.metrics.localization import (
@@ -48,14 +50,17 @@ METRICS: dict[str, Metric] = {
     "average_gain": Metric(average_gain, "AG", higher=True),
     "average_increase": Metric(average_increase, "AI", higher=True, proportion=True),
 }
-"""Those of the probabilities p of the image and o of the masked image: every scored map has them."""
+"""Those of the probabilities p of the image and o of the masked image that lie in [0,1]."""
 
 _MAP, _BOXES = ("saliency",), ("saliency", "boxes")
 _PASSES = ("model", "images", "class_idx", "saliency")
 _PAIR = ("saliency", "other")
+_LOGITS = ("logits", "masked_logits", "class_idx", "head")
 
 COLUMNS: ChainMap[str, Metric] = ChainMap(
     {
+        "gain_minus_drop": Metric(gain_minus_drop, "AG - AD", True),
+        "log_odds": Metric(log_odds_change, "log-odds", True, factor=1, needs=_LOGITS),
         "masked_logit": Metric(class_logit, "masked logit", True, factor=1, needs=("masked_logits", "class_idx")),
         "insertion": Metric(insertion, "insertion", True, needs=_PASSES),
         "deletion": Metric(deletion, "deletion", False, needs=_PASSES),
@@ -75,6 +80,11 @@ COLUMNS: ChainMap[str, Metric] = ChainMap(
     METRICS,
 )
 """All that tables have columns of. What is added here is a score of `evaluate`, where that knows what it needs."""
+
+
+def probability_metrics() -> dict[str, Metric]:
+    """Those of `COLUMNS` that need nothing but p and o: every scored map has them."""
+    return {name: metric for name, metric in COLUMNS.items() if metric.needs == Metric.needs}
 
 
 def factors(columns: Collection[str]) -> dict[str, float]:
@@ -106,16 +116,19 @@ __all__ = [
     "deletion",
     "energy_pointing_game",
     "factors",
+    "gain_minus_drop",
     "headings",
     "impute",
     "independent",
     "insertion",
     "insertion_deletion",
     "localization_error",
+    "log_odds_change",
     "max_box_accuracy",
     "official_metric",
     "pointing_game",
     "predicted_box",
+    "probability_metrics",
     "randomized",
     "rank_correlation",
     "road",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_class_range, check_inputs, examine
-from opticam.classifier import Head, class_logit, own, probabilities, read, usable
+from opticam.classifier import Head, as_softmax, class_logit, own, probabilities, read, usable, with_absence
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
@@ -109,6 +109,52 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """
     p, o = _checked(probs, masked_probs)
     return (o - p).clamp(min=0) / (1 - p).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def gain_minus_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
+    """Average Gain minus Average Drop of each image: gains count for the map and losses against it.
+
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes.
+
+    Args:
+        probs: (B,) p in [0,1].
+        masked_probs: (B,) o in [0,1].
+
+    Returns:
+        (B,) float64 in [-1,1]; NaN where a probability is NaN.
+
+    Raises:
+        ValueError: shapes differ or a value is outside [0,1].
+    """
+    return average_gain(probs, masked_probs) - average_drop(probs, masked_probs)
+
+
+def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
+    """Signed change of the log-odds of each image's class, `logit(o) - logit(p)` with `logit(q) = log(q/(1 - q))`.
+
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes, and a loss
+    counts as much as the gain that would undo it. **Ours.**
+
+    Taken from the logits, in float64: by a softmax `logit(q) = y_c - log sum_{j != c} exp y_j`, by a sigmoid y_c. So no
+    q has to be clipped near 0 or 1.
+
+    Args:
+        logits: (B,C) of the image; or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
+        masked_logits: of the masked image, of the same shape.
+        class_idx: (B,) int64.
+        head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
+
+    Returns:
+        (B,) float64, unbounded; NaN where logits are.
+
+    Raises:
+        ValueError: shapes differ, or an unknown head.
+    """
+    if masked_logits.shape != logits.shape:
+        raise ValueError(
+            f"masked_logits: wanted the shape of logits, {tuple(logits.shape)}, got {tuple(masked_logits.shape)}"
+        )
+    return _log_odds(masked_logits, class_idx, head) - _log_odds(logits, class_idx, head)
 
 
 def insertion(
@@ -377,6 +423,14 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
     terms = torch.stack([coherent, 1 - complexity(saliency), 1 - drop.double()])
     return 3 / (1 / terms).sum(0)
+
+
+def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
+    y = logits.double()
+    if y.ndim == 1 or y.shape[1] == 1:
+        y, head = with_absence(y), "sigmoid"
+    y, c = as_softmax(y, class_idx, head)
+    return class_logit(y, c) - y.scatter(1, c[:, None], -torch.inf).logsumexp(1)
 
 
 def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, batch_size: int) -> None:

@@ -38,9 +38,10 @@ def test_score_by_hand(tiny, images, class_idx):
         c = int(class_idx[b])
         y, z = (tiny(x[b : b + 1])[0].detach().numpy() for x in (images, images * saliency))
         p, o = references.softmax(y)[c], references.softmax(z)[c]
-        expected = [y[c], z[c], p, o, *(getattr(references, name)(p, o) for name in table.columns[4:])]
+        expected = [y[c], z[c], p, o, *(getattr(references, name)(p, o) for name in table.columns[4:-1])]
+        expected.append(references.log_odds_change(y.tolist(), z.tolist(), c, "softmax"))
         np.testing.assert_allclose(table.loc[b], expected, atol=1e-12)
-    assert list(table.columns[4:]) == [*METRICS]
+    assert list(table.columns[4:]) == [*METRICS, "gain_minus_drop", "log_odds"]
 
 
 def test_score_over_a_baseline(tiny, images, class_idx):
@@ -68,7 +69,7 @@ def test_maps_of_several_methods_are_made_in_batches_and_scored_one_by_one(tiny,
 
 def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):
     table = score(tiny, images, class_idx, torch.ones(5, 1, 24, 32))
-    assert (table[["average_drop", "average_gain", "average_increase"]] == 0).all(axis=None)
+    assert (table[[*METRICS, "gain_minus_drop", "log_odds"]] == 0).all(axis=None)
 
 
 def test_score_refuses_wrong_maps_and_classes(tiny, images, class_idx):

@@ -1,6 +1,7 @@
 """What is added from outside, by one record, is seen in every table, figure and choice."""
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -64,7 +65,10 @@ def test_a_metric_of_probabilities(monkeypatch, half, tiny, samples):
     titles = [ax.get_title() for ax in metric_values(rows, METRICS).axes]
     assert titles == [*headings(METRICS, unit=False).values()]
     assert titles[-1] == "kept ↑"
-    many, _ = read_evidence("imagenet_val_300")  # older than the metric
+    many, _ = read_evidence("imagenet_val_300")  # older than the metrics
+    odds = many[["prob", "masked_prob"]] / (1 - many[["prob", "masked_prob"]])
+    assert many["log_odds"].to_numpy() == pytest.approx(np.log(odds["masked_prob"] / odds["prob"]).to_numpy())
+    assert many["gain_minus_drop"].to_numpy() == pytest.approx(many["average_gain"] - many["average_drop"])
     assert many["kept"].tolist() == pytest.approx((many["masked_prob"] / many["prob"]).clip(upper=1).tolist())
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from opticam.classifier import Classifier
 from opticam.metrics import (
-    METRICS,
     adcc,
     average_drop,
     average_gain,
@@ -18,11 +17,16 @@ from opticam.metrics import (
     coherency,
     complexity,
     deletion,
+    gain_minus_drop,
     impute,
     insertion,
     insertion_deletion,
+    log_odds_change,
+    probability_metrics,
     road,
 )
+
+OF_PROBABILITIES = probability_metrics()
 
 
 def pairs():
@@ -32,11 +36,12 @@ def pairs():
     return p, o
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
 def test_equals_the_formula_written_out(name):
     p, o = pairs()
     expected = [getattr(references, name)(a, b) for a, b in zip(p.tolist(), o.tolist(), strict=True)]
-    torch.testing.assert_close(METRICS[name](p, o), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+    found = OF_PROBABILITIES[name](p, o)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_worked_example():
@@ -44,6 +49,7 @@ def test_worked_example():
     assert average_drop(p, o).tolist() == [0.5, 0.0, 0.0]  # (0.5 - 0.25)/0.5
     assert average_increase(p, o).tolist() == [0, 1, 0]  # strict: the third stays
     assert average_gain(p, o).tolist() == pytest.approx([0, 0.5, 0], abs=1e-6)  # (0.9 - 0.8)/(1 - 0.8)
+    assert gain_minus_drop(p, o).tolist() == pytest.approx([-0.5, 0.5, 0], abs=1e-6)
 
 
 def test_gain_is_the_mirror_image_of_drop():
@@ -67,20 +73,58 @@ def test_probability_keeps_the_digits_of_one_minus_p():
     assert (1 - p).item() == pytest.approx(1 / (1 + math.exp(20)), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", METRICS)
+HEADS = [("softmax", (5,)), ("sigmoid", (5,)), ("softmax", (1,)), ("sigmoid", ())]
+
+
+@pytest.mark.parametrize(("head", "classes"), HEADS, ids=["softmax", "sigmoid", "one logit", "one logit, flat"])
+@pytest.mark.parametrize("scale", [1, 30], ids=["moderate", "certain"])
+def test_change_of_log_odds_equals_the_formula_in_many_digits(head, classes, scale):
+    generator = torch.Generator().manual_seed(0)
+    logits, masked = scale * torch.randn(2, 20, *classes, dtype=torch.float64, generator=generator)
+    class_idx = torch.arange(20) % (5 if classes == (5,) else 2)
+    rows = zip(logits.view(20, -1).tolist(), masked.view(20, -1).tolist(), class_idx.tolist(), strict=True)
+    expected = torch.tensor([references.log_odds_change(*row, head) for row in rows], dtype=torch.float64)
+    found = log_odds_change(logits, masked, class_idx, head)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-12)
+
+
+def test_change_of_log_odds_by_hand():
+    # p = 1/2 -> o = 3/4: odds 1 -> 3; back again: the same with the other sign; two classes, then one logit of them
+    logits, masked = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
+    first, second = torch.tensor([0]), torch.tensor([1])
+    assert log_odds_change(logits, masked, first).item() == pytest.approx(math.log(3))
+    assert log_odds_change(masked, logits, first).item() == pytest.approx(-math.log(3))
+    assert log_odds_change(logits, masked, second).item() == pytest.approx(-math.log(3))
+    assert log_odds_change(logits[:, :1], masked[:, :1], second).item() == pytest.approx(-math.log(3))
+    # p rounds to 1 in float64, and the change is still there: logits 60 -> 50 against 0
+    certain, less = torch.tensor([[60.0, 0.0]]), torch.tensor([[50.0, 0.0]])
+    assert class_probability(certain, first).item() == class_probability(less, first).item() == 1
+    assert log_odds_change(certain, less, first).item() == -10
+    assert log_odds_change(certain, torch.tensor([[math.nan, 0.0]]), first).isnan()
+
+
+def test_change_of_log_odds_refuses():
+    logits, class_idx = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"masked_logits: wanted the shape of logits, \(2, 3\), got \(2, 4\)"):
+        log_odds_change(logits, torch.zeros(2, 4), class_idx)
+    with pytest.raises(ValueError, match="head: wanted one of softmax, sigmoid, got 'tanh'"):
+        log_odds_change(logits, logits, class_idx, "tanh")
+
+
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
 def test_nan_stays_nan(name):
     p, o = torch.tensor([math.nan, 0.5, math.nan]), torch.tensor([0.5, math.nan, math.nan])
-    assert METRICS[name](p, o).isnan().all()
+    assert OF_PROBABILITIES[name](p, o).isnan().all()
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
 def test_bad_input(name):
     with pytest.raises(ValueError, match=r"masked_probs: wanted the shape of probs, \(2,\), got \(3,\)"):
-        METRICS[name](torch.rand(2), torch.rand(3))
+        OF_PROBABILITIES[name](torch.rand(2), torch.rand(3))
     with pytest.raises(ValueError, match="probs: wanted probabilities"):
-        METRICS[name](torch.tensor([50.0]), torch.tensor([0.5]))
+        OF_PROBABILITIES[name](torch.tensor([50.0]), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="masked_probs: wanted probabilities"):
-        METRICS[name](torch.tensor([0.5]), torch.tensor([-0.5]))
+        OF_PROBABILITIES[name](torch.tensor([0.5]), torch.tensor([-0.5]))
 
 
 CURVES = {"insertion": insertion, "deletion": deletion}
