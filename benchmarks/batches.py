@@ -15,7 +15,7 @@ import psutil
 from common import report
 from nbformat.v4 import new_code_cell, new_notebook
 
-from opticam.jobs.batch import read_batch
+from opticam.jobs.batch import read_batches
 from opticam.jobs.cluster import run_batch
 from opticam.jobs.runner import run_notebook
 
@@ -48,7 +48,7 @@ def main() -> None:
             where = {"number": number, "results": str(folder / "alone")}
             run_notebook(folder / "10_tiny.ipynb", folder / "alone.ipynb", where, progress=False)
         alone = (time.perf_counter() - start) / options.alone
-        batch = read_batch(folder / "many.yaml")
+        (batch,) = read_batches(folder / "many.yaml")
         ended, samples = threading.Event(), []
         thread = threading.Thread(target=_sample, args=(batch.folder, ended, samples))
         thread.start()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from opticam.jobs.runner import (
@@ -25,7 +26,10 @@ try:
 except ModuleNotFoundError as error:
     print(f"opticam: the command needs the extra lab: pip install 'opticam[lab]' ({error})", file=sys.stderr)
     sys.exit(2)
-from opticam.lab.files import REPOSITORY
+from opticam.lab.files import EVIDENCE, REPOSITORY
+
+if TYPE_CHECKING:
+    from opticam.jobs.batch import Batch, Run
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
 _SECONDS = 0.5  # between two signs of life
@@ -245,33 +249,52 @@ def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
 
 
 def batch(options: argparse.Namespace) -> int:
-    """Run a notebook over a grid of parameters, here or on a cluster; runs that are done are skipped."""
+    """Run notebooks over grids of parameters, here or on a cluster; runs that are done are skipped."""
     try:
-        from opticam.jobs.batch import read_batch, read_record, select_runs, write_index, write_summary
+        from opticam.jobs.batch import read_batches, read_record, select_runs, write_evidence
 
-        if not options.dry_run:
-            from opticam.jobs.cluster import run_batch
+        if not options.dry_run and options.ship is None:
+            import opticam.jobs.cluster  # noqa: F401  (what it lacks is said here)
     except ModuleNotFoundError as error:
         raise ValueError(f"batch: needs the extra, pip install -e '.[batch]' ({error})") from error
-    chosen = read_batch(options.file)
-    runs = select_runs(chosen.runs, options.filter)
-    if options.dry_run:
-        for item in runs:
-            print(f"{read_record(item)['status']:6}  {item.name}")
-        print(f"{len(runs)} runs of {runs[0].notebook.stem} into {chosen.folder}")
+    parts = read_batches(options.file)
+    if options.ship is not None:
+        written = {path: text for part in parts for path, text in write_evidence(part, Path(options.ship)).items()}
+        for path, text in written.items():
+            print(f"wrote {path}: {text}")
+        if not written:
+            raise ValueError(f"ship: no run with evidence is done; first: opticam batch {options.file}")
         return 0
+    chosen = select_runs([item for part in parts for item in part.runs], options.filter)
+    all_done = True
+    for part in parts:
+        runs = [item for item in chosen if item.folder == part.folder]
+        if runs and options.dry_run:
+            for item in runs:
+                print(f"{read_record(item)['status']:6}  {item.name}")
+            print(f"{len(runs)} runs of {runs[0].notebook.stem} into {part.folder}")
+        elif runs:
+            all_done &= _run_part(part, runs, options)
+    return 0 if all_done else 1
+
+
+def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace) -> bool:
+    """Some runs of one document of a batch; whether all of them are done."""
+    from opticam.jobs.batch import write_index, write_summary
+    from opticam.jobs.cluster import run_batch
+
     try:
         records = run_batch(runs, scheduler=options.scheduler, jobs=options.jobs, retry_failed=options.retry_failed)
     finally:
-        if chosen.folder.is_dir():
-            print(f"wrote {write_index(chosen)}")
-    summary = write_summary(chosen)
+        if part.folder.is_dir():
+            print(f"wrote {write_index(part)}")
+    summary = write_summary(part)
     print(f"wrote {summary} and summary.csv" if summary else "no run wrote rows for a summary")
     failed = [(item, record) for item, record in zip(runs, records, strict=True) if record["status"] != "done"]
     for item, record in failed:
         print(f"{record['status']}: {item.name}: {record.get('error')}", file=sys.stderr)
     print(f"{len(runs) - len(failed)} done, {len(failed)} failed")
-    return 1 if failed else 0
+    return not failed
 
 
 def render(options: argparse.Namespace) -> int:
@@ -336,13 +359,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="compare findings", description=verify.__doc__)
     command.set_defaults(command=verify)
 
-    command = commands.add_parser("batch", help="run a notebook over a grid", description=batch.__doc__)
+    command = commands.add_parser("batch", help="run notebooks over grids", description=batch.__doc__)
     command.add_argument("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
     command.add_argument("--dry-run", action="store_true", help="print the runs and their states")
     command.add_argument(
         "--filter", action="append", default=[], metavar="NAME=PATTERN", help="only runs whose parameter matches"
     )
     command.add_argument("--jobs", type=int, help="runs at the same time on this machine")
+    command.add_argument(
+        "--ship",
+        nargs="?",
+        const=EVIDENCE,
+        metavar="FOLDER",
+        help="run nothing; write the rows of the runs that are done to the files in data/evidence that the batch names",
+    )
     command.add_argument("--retry-failed", action="store_true", help="also repeat runs that failed before")
     command.add_argument(
         "--scheduler",

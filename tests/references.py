@@ -438,8 +438,8 @@ def gain_minus_drop(p: float, o: float) -> float:
 
 
 def log_odds(logits: list[float], c: int, head: str) -> float:
-    """With 60 digits, so that neither q nor 1 - q is ever rounded to 0 or 1."""
-    with decimal.localcontext(prec=60):
+    """With 200 digits, so that neither q nor 1 - q is ever rounded to 0 or 1."""
+    with decimal.localcontext(prec=200):
         y = [decimal.Decimal(value) for value in logits]
         if len(y) == 1:
             y, head = [y[0], -y[0]], "sigmoid"

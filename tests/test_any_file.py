@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from torch import nn
 
-from opticam.jobs.batch import read_batch
+from opticam.jobs.batch import read_batches
 from opticam.jobs.runner import notebook_parameters
 from opticam.lab.datasets import imagefolder, imagenet, read_image
 from opticam.networks import MODELS, ModelSpec, load_model
@@ -303,6 +303,7 @@ BATCH = {
     "shards": 2,
     "resources": {"GPU": 1},
     "output": "out",
+    "evidence": {"10_tiny": "10_tiny"},
 }
 
 
@@ -314,9 +315,9 @@ def batches(tmp_path, monkeypatch):
 
 
 def check_batch(folder):
-    found = outcome(r"some\.yaml(, line \d+)?: ", read_batch, folder / "some.yaml")
-    for run in found.runs if found else []:
-        assert run.output.parent == found.folder
+    found = outcome(r"some\.yaml(, line \d+)?: ", read_batches, folder / "some.yaml")
+    for folder, run in [(part.folder, run) for part in found or [] for run in part.runs]:
+        assert run.output.parent == folder
         assert json.loads(json.dumps(run.parameters)) == run.parameters
         for name, value in run.parameters.items():
             assert type(value) in {"count": (int,), "rate": (float,), "names": (list,), "kind": (str, int)}.get(

@@ -139,7 +139,7 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--model", "resnet51"], "model: wanted one of efficientnet_lite0"),
         (
             [PHOTO, "--method", "gradcam"],
-            "opti_cam, captum:NAME, grad-cam:NAME, torchcam:NAME, got 'gradcam'",
+            "opti_cam, opti_cam:NAME, captum:NAME, grad-cam:NAME, torchcam:NAME, got 'gradcam'",
         ),
         ([PHOTO, "--method", "grad_cam", "--layer", "layer4"], "layer: no 'layer4' in EfficientNet"),
         ([PHOTO, "--method", "grad_cam", "--layer", "classifier"], "layer: wanted feature maps (B,K,h,w)"),

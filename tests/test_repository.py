@@ -18,7 +18,7 @@ from torchvision.models import densenet121, resnet18
 
 import opticam
 from opticam import METHODS, METRICS
-from opticam.jobs.batch import read_batch
+from opticam.jobs.batch import read_batches
 from opticam.jobs.runner import list_notebooks
 from opticam.lab.files import REPOSITORY
 
@@ -135,7 +135,7 @@ def test_the_page_of_batches_names_each_of_them():
     page = (REPOSITORY / "notebooks" / "batches" / "README.md").read_text()
     batches = {path.stem for path in tracked("notebooks/batches/*.yaml")}
     assert set(re.findall(r"^\| \[`(\w+)`\]", page, re.M)) == batches
-    assert all(read_batch(name).runs for name in batches)
+    assert all(part.runs for name in batches for part in read_batches(name))
 
 
 def test_the_schedules_of_the_benchmarks_page_are_the_measured_ones():
@@ -205,7 +205,7 @@ def test_every_notebook_and_batch_of_the_map_of_the_paper_exists():
     for number in re.findall(r"opticam run (\d\d)", "".join(rows)):
         assert any(path.name.startswith(number) for path in list_notebooks())
     for name in re.findall(r"opticam batch (\w+)", "".join(rows)):
-        assert read_batch(name).runs
+        assert read_batches(name)[0].runs
 
 
 @pytest.mark.slow

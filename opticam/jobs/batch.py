@@ -1,4 +1,4 @@
-"""A batch: one YAML file, many runs of a notebook, the state of each run, and the rows of all.
+"""Batches: one YAML file, many runs of a notebook, the state of each run, and the rows of all.
 
 A run is done when its record says so for the key it has now: the notebook's source, the package and the parameters.
 """
@@ -19,14 +19,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from opticam.jobs.runner import PATHS, cast, find_notebook, notebook_parameters, read_cells
-from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.lab.files import EVIDENCE, PROVENANCE, REPOSITORY, code_digest, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCHES = REPOSITORY / "notebooks" / "batches"
 OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
-_FIELDS = {"notebook": str, "parameters": dict, "grid": dict, "shards": int, "resources": dict, "output": str}
+_FIELDS = {
+    "notebook": str,
+    "parameters": dict,
+    "grid": dict,
+    "shards": int,
+    "resources": dict,
+    "output": str,
+    "evidence": dict,
+}
 _KINDS = {str: "text", dict: "names with values", int: "a whole number"}
 _MOST_RUNS = 100_000  # more is a typing error, which would fill the memory before anything is reported
 Place = tuple[str | int, ...]
@@ -67,26 +75,29 @@ class Run(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a YAML file asks for.
+    """What a YAML file, or one document of it, asks for.
 
     Attributes:
         name: the file's, without its suffix.
         folder: for all that is written.
         runs: in the order of the grid, the last name varying fastest, shards innermost.
+        evidence: name of a file in `data/evidence` -> the table of the runs whose rows it holds.
     """
 
     name: str
     folder: Path
     runs: list[Run]
+    evidence: dict[str, str]
 
 
-def read_batch(path: str | Path) -> Batch:
+def read_batches(path: str | Path) -> list[Batch]:
     """The runs that a YAML file asks for; nothing is written or started.
 
-    Fields: `notebook` (number, name or path), `parameters` (the same for all runs), `grid` (name -> list of values; all
-    combinations are run), `shards` (n: each combination is run n times, with `shard` = 0/n .. n-1/n), `resources`
-    (`GPU`: how many each run gets), `output` (folder; by default `data/results/batches/NAME`). Paths are relative to
-    the file.
+    A file may hold several documents, separated by lines of `---`: each is a batch, and they are run one after another.
+    Fields of each: `notebook` (number, name or path), `parameters` (the same for all runs), `grid` (name -> list of
+    values; all combinations are run), `shards` (n: each combination is run n times, with `shard` = 0/n .. n-1/n),
+    `resources` (`GPU`: how many each run gets), `output` (folder; by default `data/results/batches/NAME`), `evidence`
+    (name -> table, see `write_evidence`). Paths are relative to the file.
 
     Args:
         path: the file, or the name of one in `notebooks/batches`.
@@ -98,7 +109,8 @@ def read_batch(path: str | Path) -> Batch:
     path = _find(path)
     try:
         text = path.read_text(encoding="utf-8")
-        tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        trees = list(yaml.compose_all(text, Loader=yaml.SafeLoader)) or [None]
+        contents = list(yaml.safe_load_all(text)) or [None]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path.name}, line {line}: wanted YAML; {error.problem}") from error
@@ -107,35 +119,42 @@ def read_batch(path: str | Path) -> Batch:
     except Exception as error:  # PyYAML raises whatever it stumbles over in a date, a number or a tag
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path.name}: wanted YAML; a value cannot be read ({reason})") from error
-    lines: dict[Place, int] = {}
-    faults: list[tuple[Place, str]] = []
-    if tree is not None:
-        _walk(tree, (), lines, faults, set())
-    runs = _runs(path, content, faults)
-    if faults:
-        told = {f"{_dotted(place)}: {text}": lines.get(place) or lines.get(place[:-1]) or 1 for place, text in faults}
-        ordered = sorted(told.items(), key=lambda fault: fault[1])
-        raise ValueError("\n".join(f"{path.name}, line {line}: {text}" for text, line in ordered))
-    return Batch(path.stem, runs[0].folder, runs)
+    batches: list[Batch] = []
+    told: list[str] = []
+    for tree, content in zip(trees, contents, strict=True):
+        lines: dict[Place, int] = {}
+        faults: list[tuple[Place, str]] = []
+        if tree is not None:
+            _walk(tree, (), lines, faults, set())
+        batches += _batch(path, content, batches, faults)
+        found = {f"{_dotted(place)}: {text}": lines.get(place) or lines.get(place[:-1]) or 1 for place, text in faults}
+        ordered = sorted(found.items(), key=lambda fault: fault[1])
+        told += [f"{path.name}, line {line}: {text}" for text, line in ordered]
+    if told:
+        raise ValueError("\n".join(told))
+    return batches
 
 
 def select_runs(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
     """The runs that all filters let pass.
 
     Args:
-        runs: of a batch.
-        filters: `NAME=PATTERN` of a parameter, with the wildcards of a shell.
+        runs: of one batch or several.
+        filters: `NAME=PATTERN` of a parameter or of `notebook`, with the wildcards of a shell.
 
     Raises:
         ValueError: a filter has another form or names no parameter, or no run passes.
     """
     for text in filters:
         name, separator, pattern = text.partition("=")
-        known = sorted(set().union(*(run.parameters for run in runs)))
+        words = [{"notebook": run.notebook.stem, **run.parameters} for run in runs]
+        known = sorted(set().union(*words))
         if not separator or name not in known:
             raise ValueError(f"filter: wanted NAME=PATTERN with one of {', '.join(known)}, got {text!r}")
         runs = [
-            run for run in runs if name in run.parameters and fnmatch.fnmatchcase(_word(run.parameters[name]), pattern)
+            run
+            for run, given in zip(runs, words, strict=True)
+            if name in given and fnmatch.fnmatchcase(_word(given[name]), pattern)
         ]
     if not runs:
         raise ValueError(f"filter: no run of the batch passes {' '.join(filters)}")
@@ -226,7 +245,7 @@ def write_summary(batch: Batch) -> Path | None:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
-    done = [run for run in batch.runs if read_record(run)["status"] == "done" and run.table.is_file()]
+    done = [run for run in _done(batch) if run.table.is_file()]
     if not done:
         return None
     tables = [pq.read_schema(run.table).empty_table() for run in done]
@@ -253,6 +272,65 @@ def write_summary(batch: Batch) -> Path | None:
             rows.write_table(table)
             lines.write_table(table.select(flat.names))
     return path
+
+
+def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
+    """Write the rows of all runs that are done to the files that `evidence` names, for the pages to conclude from.
+
+    `evidence: {NAME: TABLE}` makes `NAME.parquet` of the tables `TABLE.parquet` of the runs. Images come in the order
+    of their names. Only numbers and words are shipped: columns of bytes are left out but for `box_hits`, and numbers
+    that are no probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
+    how many `images` and `runs` there are: a part of a batch may be shipped before the rest is done.
+
+    Args:
+        batch: with or without `evidence`.
+        folder: for the files.
+
+    Returns:
+        Path -> what was written, in words; without the files that no run has rows for yet.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    written = {}
+    for name, stem in batch.evidence.items():
+        done = [(run, run.table.with_name(f"{stem}.parquet")) for run in _done(batch)]
+        done = [(run, path) for run, path in done if path.is_file()]
+        if not done:
+            continue
+        tables = [_shipped(_with_varied(pq.read_table(path), run)) for run, path in done]
+        rows = pa.concat_tables(tables, promote_options="permissive")
+        names = rows["image"].to_numpy(zero_copy_only=False)
+        rows = rows.take(pa.array(names.argsort(kind="stable")))
+        images, runs = len(set(names)), f"{len(done)} of {len(batch.runs)}"
+        said = _shared([pq.read_schema(path).metadata or {} for _, path in done])
+        told = {key: json.dumps({**json.loads(text), "images": images, "runs": runs}) for key, text in said.items()}
+        path = folder / f"{name}.parquet"
+        with replacing(path) as whole:
+            pq.write_table(rows.replace_schema_metadata(told), whole, compression="zstd")
+        written[path] = f"{len(rows)} rows of {images} images, {runs} runs, {path.stat().st_size / 1000:.0f} kB"
+    return written
+
+
+def _done(batch: Batch) -> list[Run]:
+    return [run for run in batch.runs if read_record(run)["status"] == "done"]
+
+
+def _shipped(table: "pa.Table") -> "pa.Table":
+    """The columns that are shipped, in the precision in which they are."""
+    import pyarrow as pa
+
+    columns = {}
+    for field in table.schema:
+        values, bits = table[field.name], pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        if pa.types.is_float64(field.type) and not field.name.startswith(("prob", "masked_prob")):
+            values = values.cast(pa.float32())
+        if field.name != "shard" and (not bits or field.name == "box_hits"):
+            columns[field.name] = values
+    return pa.table(columns)
 
 
 def _shared(metadata: Sequence[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
@@ -309,12 +387,12 @@ def _walk(
             lines[inner] = name.start_mark.line + 1
 
 
-def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run]:
-    """All runs. Errors are added to `faults`; then the runs mean nothing."""
+def _batch(path: Path, content: Any, others: Sequence[Batch], faults: list[tuple[Place, str]]) -> list[Batch]:
+    """The batch of a document, unlike the `others` of the file. Errors are added to `faults`; then there is none."""
     if not isinstance(content, dict):
         faults.append(((), f"wanted names with values: notebook and, where needed, {', '.join(list(_FIELDS)[1:])}"))
         return []
-    fields: dict[str, Any] = {"parameters": {}, "grid": {}, "shards": None, "resources": {}}
+    fields: dict[str, Any] = {"parameters": {}, "grid": {}, "shards": None, "resources": {}, "evidence": {}}
     for name, value in content.items():
         wanted = _FIELDS.get(name)
         if wanted is None:
@@ -329,6 +407,12 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
         faults.append((("shards",), f"wanted 1 to {_MOST_RUNS}, got {fields['shards']}"))
         fields["shards"] = None
     gpus = _gpus(fields["resources"], faults)
+    for name, table in fields["evidence"].items():
+        place: Place = ("evidence", str(name))
+        if not all(isinstance(word, str) and re.fullmatch(r"\w[\w.-]{,99}", word) for word in (name, table)):
+            faults.append((place, f"wanted NAME: TABLE, both without a path or suffix, got {name!r}: {table!r}"))
+        if any(name in other.evidence for other in others):
+            faults.append((place, "also of another document; wanted a name of its own"))
     if "notebook" not in fields:
         return []
     try:
@@ -345,6 +429,8 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
             folder = _beside(path, fields["output"])
         except ValueError as error:
             faults.append((("output",), str(error)))
+    if any(other.folder == folder for other in others):
+        faults.append((("output",), "the folder of another document; wanted one of its own"))
     number = math.prod(len(values) for values in grid.values())
     if number > _MOST_RUNS:
         faults.append((("grid",), f"wanted at most {_MOST_RUNS} runs, got {number}"))
@@ -358,7 +444,7 @@ def _runs(path: Path, content: Any, faults: list[tuple[Place, str]]) -> list[Run
             faults.append((("output",), f"the run would overwrite {notebook.name}; wanted another folder"))
         if other is not run:
             faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))
-    return runs
+    return [] if faults else [Batch(path.stem, folder, runs, fields["evidence"])]
 
 
 def _beside(path: Path, place: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
+EVIDENCE = REPOSITORY / "data" / "evidence"  # the rows behind the pages' claims
 PROVENANCE = b"opticam"  # in the metadata of a table
 RENDERING = "OPTICAM_RENDER"  # in the environment of a render: findings must hold, and are committed
 _LIBRARIES: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers", "captum", "grad-cam", "torchcam")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from opticam.lab.files import PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.lab.files import EVIDENCE, PROVENANCE, REPOSITORY, code_digest, replacing
 from opticam.metrics import probability_metrics
 
 
@@ -70,9 +70,10 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`.
 
     A metric that is younger than the rows is computed from their probabilities; the change of log-odds is then NaN
-    where one of them is exactly 0 or 1.
+    where one of them is exactly 0 or 1. Numbers shipped in single precision come in double.
     """
-    rows, provenance = read_rows(REPOSITORY / "data" / "evidence" / f"{name}.parquet")
+    rows, provenance = read_rows(EVIDENCE / f"{name}.parquet")
+    rows = rows.astype(dict.fromkeys(rows.select_dtypes("float32").columns, float))
     if {"prob", "masked_prob"} <= {*rows}:
         p, o = (torch.tensor(rows[part].to_numpy(float)) for part in ("prob", "masked_prob"))
         change = o.logit() - p.logit()

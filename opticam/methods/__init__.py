@@ -23,12 +23,17 @@ def light_methods() -> list[str]:
 
 
 def method_label(name: str) -> str:
-    """A method's name as tables and figures show it; a name that `METHODS` does not have, as it is."""
+    """A method's name as tables and figures show it; a name that `find_method` does not know, as it is."""
+    plain, _, schedule = name.partition(":")
+    if schedule in SCHEDULES and plain == "opti_cam":
+        return f"{METHODS[plain].label}, {schedule}"
     return getattr(METHODS.get(name), "label", name)
 
 
 def method_color(name: str) -> str:
-    """The colour of a method's bars and points, "#rrggbb"; gray for a name that `METHODS` does not have."""
+    """The colour of a method's bars and points, "#rrggbb"; gray for a name that `find_method` does not know."""
+    if name.startswith("opti_cam:"):
+        return "#f0a875"  # Opti-CAM's, lighter
     return getattr(METHODS.get(name), "color", "#949494")
 
 
@@ -58,7 +63,11 @@ def one_per_map(
 
 
 def find_method(name: str) -> Callable[..., Tensor]:
-    """The method of that name in `METHODS`, or one of another library: `captum:NAME`, `grad-cam:NAME`, `torchcam:NAME`.
+    """The method of that name in `METHODS`, or Opti-CAM by a schedule, or one of another library.
+
+    Args:
+        name: in `METHODS`; or `opti_cam:NAME` with a name in `SCHEDULES`, such as `opti_cam:fast`; or `captum:NAME`,
+            `grad-cam:NAME`, `torchcam:NAME`.
 
     Raises:
         ValueError: no such method.
@@ -67,8 +76,10 @@ def find_method(name: str) -> Callable[..., Tensor]:
     library, separator, inner = name.partition(":")
     if separator and library in libraries.LIBRARIES:
         return libraries.LIBRARIES[library](inner)
+    if library == "opti_cam" and inner in SCHEDULES:
+        return partial(METHODS[library], **SCHEDULES[inner])
     if name not in METHODS:
-        others = ", ".join(f"{library}:NAME" for library in libraries.LIBRARIES)
+        others = ", ".join(f"{library}:NAME" for library in ["opti_cam", *libraries.LIBRARIES])
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, {others}, got {name!r}")
     return METHODS[name]
 

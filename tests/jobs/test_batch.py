@@ -6,12 +6,21 @@ import re
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from opticam import cli
 from opticam.jobs import batch
-from opticam.jobs.batch import BATCHES, read_batch, read_record, select_runs, write_index, write_record, write_summary
+from opticam.jobs.batch import (
+    BATCHES,
+    read_batches,
+    read_record,
+    select_runs,
+    write_evidence,
+    write_index,
+    write_record,
+    write_summary,
+)
+from opticam.lab import results
 
 PARAMETERS = """
 count: int = 2  # how many
@@ -40,15 +49,15 @@ def folder(tmp_path, monkeypatch):
 
 def read(folder, text):
     (folder / "some.yaml").write_text("notebook: 10_tiny.ipynb\n" + text)
-    return read_batch(folder / "some.yaml")
+    (made,) = read_batches(folder / "some.yaml")
+    return made
 
 
-def finish(run, status="done", rows=None):
+def finish(run, status="done", rows=None, table="10_tiny"):
     run.folder.mkdir(parents=True, exist_ok=True)
     run.output.write_text("{}")
     if rows is not None:
-        run.table.parent.mkdir(exist_ok=True)
-        pd.DataFrame(rows).to_parquet(run.table)
+        results.write_rows(pd.DataFrame(rows), run.table.with_name(f"{table}.parquet"), run.parameters)
     return write_record(run, status, 1.5, None if status == "done" else "cell 3 failed with <E>")
 
 
@@ -106,6 +115,25 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ("resources: {GPU: -1}", ["resources.GPU: wanted a whole number of at least 0, got -1"]),
         ("resources: {GPU: half}", ["resources.GPU: wanted a whole number"]),
         ("output: 3", ["output: wanted text, got 3"]),
+        ("evidence: 10_tiny", ["line 2: evidence: wanted names with values, got '10_tiny'"]),
+        ("evidence: {a/b: 10_tiny}", ["evidence.a/b: wanted NAME: TABLE, both without a path or suffix, got 'a/b'"]),
+        ("evidence:\n  a: [b]", ["line 3: evidence.a: wanted NAME: TABLE, both without a path or suffix, got 'a'"]),
+        ("output: a\n---\nnotebook: 99", ["line 4: notebook: wanted text, got 99"]),
+        ("output: a\n---\noutput: b", ["line 4: notebook: missing"]),
+        ("output: a\n---\n", ["line 4: the file: wanted names with values: notebook and"]),
+        ("colour: red\n---\ngrid: {", ["some.yaml, line 4: wanted YAML; "]),
+        (
+            "shards: 0\n---\nnotebook: 10_tiny.ipynb\nshards: 0",
+            ["line 2: shards: wanted 1 to", "line 5: shards: wanted 1 to"],
+        ),
+        (
+            "---\nnotebook: 10_tiny.ipynb\n---\nnotebook: 10_tiny.ipynb\noutput: b",
+            ["line 3: output: the folder of another document; wanted one of its own"],
+        ),
+        (
+            "evidence: {a: b}\n---\nnotebook: 10_tiny.ipynb\noutput: b\nevidence: {a: c}",
+            ["line 6: evidence.a: also of another document; wanted a name of its own"],
+        ),
         ("output: .", ["line 2: output: the run would overwrite 10_tiny.ipynb; wanted another folder"]),
         ("other: &all [*all]", ["line 2: other: unknown; wanted one of notebook"]),
         ("grid: {", ["some.yaml, line 2: wanted YAML; "]),
@@ -132,9 +160,9 @@ def test_all_errors_are_reported_at_once_with_their_places(folder, text, faults,
 def test_a_file_of_another_kind_is_refused(folder, text):
     (folder / "some.yaml").write_text(text)
     with pytest.raises(ValueError, match="the file: wanted names with values: notebook and"):
-        read_batch(folder / "some.yaml")
+        read_batches(folder / "some.yaml")
     with pytest.raises(FileNotFoundError, match=r"batch: wanted a YAML file or one of .*demo"):
-        read_batch("nothing")
+        read_batches("nothing")
 
 
 def test_names_of_runs_cannot_leave_the_folder(folder):
@@ -207,6 +235,50 @@ def test_the_summary_has_the_rows_of_what_is_done(folder):
     assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".summary")]
 
 
+def test_a_file_of_several_documents_is_several_batches(folder, capsys):
+    documents = ["# first\nnotebook: 10_tiny.ipynb\nshards: 2\noutput: a", "notebook: 10_tiny.ipynb\noutput: b\n"]
+    (folder / "some.yaml").write_text("\n---\n".join(documents))
+    first, second = read_batches(folder / "some.yaml")
+    assert (first.folder, second.folder) == (folder / "a", folder / "b")
+    assert [run.name for run in first.runs + second.runs] == ["shard=0-2", "shard=1-2", "10_tiny"]
+    finish(first.runs[0])
+    assert cli.main(["batch", str(folder / "some.yaml"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["done    shard=0-2", "new     shard=1-2"]
+    assert lines[3] == "new     10_tiny"
+    assert cli.main(["batch", str(folder / "some.yaml"), "--dry-run", "--filter", "shard=1*"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "new     shard=1-2"
+
+
+def test_evidence_is_the_rows_of_what_is_done_as_numbers(folder, capsys):
+    """Whether images are split among runs or not, they come in the same order."""
+    text = "shards: 3\noutput: out\nevidence: {tiny_300: 10_tiny, other: 10_other}"
+    made = read(folder, text)
+    out = folder / "evidence"
+    command = ["batch", str(folder / "some.yaml"), "--ship", str(out)]
+    assert cli.main(command) == 2
+    assert "ship: no run with evidence is done" in capsys.readouterr().err
+    for run, images in zip(made.runs[:2], (["a", "c"], ["b", "d"]), strict=True):
+        images = [image for image in images for _ in range(2)]
+        rows = {"image": images, "method": ["m", "l"] * 2, "prob": [1 / 3] * 4, "masked_prob[B]": [1 / 7] * 4}
+        rows |= {"gain": [1 / 3] * 4, "class_idx": [1, 2] * 2, "saliency": [b"x"] * 4, "box_hits": [b"y"] * 4}
+        finish(run, rows=rows)
+    finish(made.runs[0], rows={"image": ["a", "c"], "step": [0, 1]}, table="10_other")
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"tiny_300\.parquet: 8 rows of 4 images, 2 of 3 runs, \d+ kB\n", printed)
+    rows, provenance = results.read_rows(out / "tiny_300.parquet")
+    assert rows.columns.tolist() == ["image", "method", "prob", "masked_prob[B]", "gain", "class_idx", "box_hits"]
+    assert rows["image"].tolist() == ["a", "a", "b", "b", "c", "c", "d", "d"]
+    assert rows["method"].tolist() == ["m", "l"] * 4
+    assert [str(rows[name].dtype) for name in ("prob", "masked_prob[B]", "gain")] == ["float64", "float64", "float32"]
+    assert (provenance["images"], provenance["runs"]) == (4, "2 of 3")
+    assert "shard" not in provenance["parameters"]
+    rows, provenance = results.read_rows(out / "other.parquet")
+    assert (rows["step"].tolist(), provenance["runs"]) == ([0, 1], "1 of 3")
+    assert write_evidence(read(folder, "shards: 3\noutput: out"), out) == {}
+
+
 def test_no_rows_no_summary(folder):
     made = read(folder, "output: out")
     finish(made.runs[0])
@@ -230,7 +302,8 @@ def test_filters(folder):
         "count=1,name=ab",
         "count=12,name=ab",
     ]
-    with pytest.raises(ValueError, match="filter: wanted NAME=PATTERN with one of count, name, got 'colour=red'"):
+    assert select_runs(runs, ["notebook=10*"]) == runs
+    with pytest.raises(ValueError, match="filter: wanted NAME=PATTERN with one of count, name, notebook, got"):
         select_runs(runs, ["colour=red"])
     with pytest.raises(ValueError, match="filter: no run of the batch passes count=7"):
         select_runs(runs, ["count=7"])
@@ -248,10 +321,10 @@ def test_a_dry_run_prints_the_runs_and_writes_nothing(folder, capsys):
 @pytest.mark.parametrize("path", sorted(BATCHES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_ready_files_are_without_fault(path, monkeypatch):
     monkeypatch.setenv("OPTICAM_IMAGENET", "images")
-    made = read_batch(path.stem)
-    assert made.runs
-    assert ("imagenet" in path.stem) == (made.runs[0].parameters.get("dataset") == "imagenet")
-    if "imagenet" in path.stem:
-        assert all(run.parameters["root"].endswith("/images") for run in made.runs)
-    assert yaml.safe_load(path.read_text())["notebook"]
-    assert json.dumps(made.runs[0].parameters)
+    parts = read_batches(path.stem)
+    on_imagenet = path.stem == "evidence" or "imagenet" in path.stem
+    for run in [run for part in parts for run in part.runs]:
+        assert on_imagenet == (run.parameters.get("dataset") == "imagenet")
+        assert not on_imagenet or run.parameters["root"].endswith("/images")
+        assert json.dumps(run.parameters)
+    assert all(part.runs for part in parts)

@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from opticam import cli
 from opticam.jobs import cluster
-from opticam.jobs.batch import read_batch, read_record
+from opticam.jobs.batch import read_batches, read_record
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -134,7 +134,7 @@ def test_killed_workers_and_drivers_lose_nothing_and_repeat_nothing(folder, capf
     driver.kill()
     driver.wait()
     driver.communicate()
-    done = {run.name for run in read_batch(path).runs if read_record(run)["status"] == "done"}
+    done = {run.name for run in read_batches(path)[0].runs if read_record(run)["status"] == "done"}
     assert 3 <= len(done) < 10
     times = {name: (folder / "out" / f"{name}.ipynb").stat().st_mtime_ns for name in done}
     wait_for(lambda: not [line for line in log_of(folder) if psutil.pid_exists(int(line[2]))], 60)
@@ -144,7 +144,7 @@ def test_killed_workers_and_drivers_lose_nothing_and_repeat_nothing(folder, capf
     assert "10 done, 2 failed" in printed
     assert f"12 runs, {len(done)} done before" in errors
     assert errors.count("AssertionError: too large; what ran is in ") == 2
-    states = Counter(read_record(run)["status"] for run in read_batch(path).runs)
+    states = Counter(read_record(run)["status"] for run in read_batches(path)[0].runs)
     assert states == {"done": 10, "failed": 2}
     for name, before in times.items():
         assert (folder / "out" / f"{name}.ipynb").stat().st_mtime_ns == before, "what was done is not touched"
@@ -235,7 +235,7 @@ def test_each_run_has_its_own_gpu_and_its_share_of_the_cores_and_waits_for_its_l
     assert not early, "a run that is at work elsewhere was started"
     assert "3 done, 0 failed" in printed
     cores = max(1, len(os.sched_getaffinity(0)) // 2)
-    texts = [json.dumps(nbformat.read(run.output, as_version=4)) for run in read_batch(path).runs]
+    texts = [json.dumps(nbformat.read(run.output, as_version=4)) for run in read_batches(path)[0].runs]
     devices = [re.search(rf" {cores} (\d)\\n", text).group(1) for text in texts]
     assert set(devices) == {"5", "7"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
@@ -262,7 +262,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_counts(folder, capf
     assert driver.returncode == 2
     assert f"opticam: output: cannot write in {str(folder / 'out')!r} (File too large)" in errors
     assert "Traceback" not in errors
-    assert {read_record(run)["status"] for run in read_batch(path).runs} == {"new"}
+    assert {read_record(run)["status"] for run in read_batches(path)[0].runs} == {"new"}
     assert not list((folder / "out").glob("number=1*.ipynb"))
     _, printed, _ = finish(path, capfd, "--jobs", "1")
     assert "2 done, 0 failed" in printed
@@ -277,7 +277,7 @@ def test_ctrl_c_ends_everything(folder):
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130
     assert errors.endswith("opticam: interrupted\n")
-    assert {read_record(run)["status"] for run in read_batch(path).runs} == {"new"}
+    assert {read_record(run)["status"] for run in read_batches(path)[0].runs} == {"new"}
 
 
 def test_a_terminated_driver_leaves_nothing_half_done(folder):
