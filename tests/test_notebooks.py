@@ -23,10 +23,10 @@ TINY = {
     "02": {"num_steps": 2, "limit": 2},
     "03": {"num_steps": 2, "limit": 2, "methods": ["fake_cam", "equal_weights", "grad_cam", "opti_cam"]},
     "04": {},
-    "05": {"num_steps": 1, "paper_steps": 2, "limit": 2, "layers": ["blocks.2", "blocks.4+bn2"]},
+    "05": {"limit": 1, "layers": ["blocks.2", "blocks.4+bn2"]},
     "06": {"train_steps": 10, "num_steps": 2, "limit": 3},
     "07": {"num_steps": 1, "limit": 2, "explained": ["classifier", "conv_stem"]},
-    "08": {"limit": 1, "judges": ["efficientnet_lite1"], "methods": ["grad_cam", "opti_cam"]},
+    "08": {"limit": 2, "judges": ["efficientnet_lite1"], "methods": ["grad_cam"]},
     "09": {},
 }
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)

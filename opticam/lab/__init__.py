@@ -10,7 +10,7 @@ from typing import Any
 _NAMES = {
     "datasets": "DATASETS Photos Sample demo imagefolder imagenet imagenette load_dataset maps_to_input read_image"
     " stack to_input",
-    "evaluation": "evaluate saliency_maps score score_maps stored_saliency stream",
+    "evaluation": "evaluate floors saliency_maps score score_maps stored_saliency stream",
     "explorer": "Explorer describe",
     "files": "REPOSITORY",
     "findings": "compare finding report",

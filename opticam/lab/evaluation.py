@@ -27,6 +27,7 @@ from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.files import library_versions
 from opticam.lab.identity import describe, digest_of
 from opticam.lab.results import is_done, write_rows
+from opticam.methods import method_label
 from opticam.metrics import (
     COLUMNS,
     adcc,
@@ -162,6 +163,25 @@ def saliency_maps(
     """
     batches = list(zip(images.split(batch_size), class_idx.split(batch_size), strict=True))
     return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
+
+
+def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Maps that know nothing of the photo that they mask: what a score is worth shows beside theirs.
+
+    Args:
+        saliency: method -> maps (B,1,H,W) of B photos, at least two.
+
+    Returns:
+        "one half everywhere" -> maps of 0.5; and for each method "METHOD of another photo" -> its maps moved on by one
+        photo, whose values are as many and as large as those of the maps themselves.
+
+    Raises:
+        ValueError: no maps, or of a single photo.
+    """
+    if not saliency or min(map(len, saliency.values())) < 2:
+        raise ValueError("saliency: wanted the maps of at least one method, of at least two photos")
+    moved = {f"{method_label(method)} of another photo": S.roll(1, 0) for method, S in saliency.items()}
+    return {"one half everywhere": torch.full_like(next(iter(saliency.values())), 0.5), **moved}
 
 
 def _curves(batch: Explained) -> dict[str, Any]:

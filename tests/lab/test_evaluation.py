@@ -67,6 +67,19 @@ def test_maps_of_several_methods_are_made_in_batches_and_scored_one_by_one(tiny,
     assert list(score_maps(tiny, images, class_idx, maps).image) == [*range(5)] * 2
 
 
+def test_floors_know_nothing_of_the_photo():
+    maps = {"grad_cam": torch.rand(3, 1, 4, 6), "mine": torch.rand(3, 1, 4, 6)}
+    found = lab.floors(maps)
+    assert list(found) == ["one half everywhere", "Grad-CAM of another photo", "mine of another photo"]
+    assert (found["one half everywhere"] == 0.5).all()
+    assert found["one half everywhere"].shape == (3, 1, 4, 6)
+    for i, j in enumerate((2, 0, 1)):  # the first photo gets the last one's map
+        assert torch.equal(found["Grad-CAM of another photo"][i], maps["grad_cam"][j])
+    for none in ({}, {"grad_cam": maps["grad_cam"][:1]}):
+        with pytest.raises(ValueError, match="saliency: wanted the maps of at least one method, of at least two"):
+            lab.floors(none)
+
+
 def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):
     table = score(tiny, images, class_idx, torch.ones(5, 1, 24, 32))
     assert (table[[*METRICS, "gain_minus_drop", "log_odds"]] == 0).all(axis=None)
