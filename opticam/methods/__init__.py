@@ -24,15 +24,15 @@ def light_methods() -> list[str]:
 
 def method_label(name: str) -> str:
     """A method's name as tables and figures show it; a name that `find_method` does not know, as it is."""
-    plain, _, schedule = name.partition(":")
-    if schedule in SCHEDULES and plain == "opti_cam":
-        return f"{METHODS[plain].label}, {schedule}"
+    method, _, schedule = str(name).partition(":")  # an index may have pairs of names
+    if method == "opti_cam" and schedule in SCHEDULES:
+        return f"{METHODS[method].label}, {schedule}"
     return getattr(METHODS.get(name), "label", name)
 
 
 def method_color(name: str) -> str:
     """The colour of a method's bars and points, "#rrggbb"; gray for a name that `find_method` does not know."""
-    if name.startswith("opti_cam:"):
+    if str(name).startswith("opti_cam:"):
         return "#f0a875"  # Opti-CAM's, lighter
     return getattr(METHODS.get(name), "color", "#949494")
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from opticam import METHODS, METRICS, Classifier, evaluate, find_method
+from opticam import METHODS, METRICS, SCHEDULES, Classifier, evaluate, find_method, opti_cam
 from opticam.lab.datasets import DATASETS, demo, load_dataset
 from opticam.lab.plotting import condition_panels, interval_table, metric_bars, metric_scatter, metric_values
 from opticam.lab.results import read_evidence
@@ -53,6 +53,18 @@ def test_a_method_is_a_choice_of_the_explorer(half):
     assert ("One half", "half") in page.method_choice.options
     page.compare()
     assert page.grid.children[0].children[0].value.startswith("One half: ")
+
+
+def test_a_method_by_its_schedule(monkeypatch, tiny, images, class_idx):
+    monkeypatch.setitem(SCHEDULES, "short", SCHEDULES["fast"] | {"num_steps": 2})
+    found = find_method("opti_cam:short")(tiny, images, class_idx, layer="features")
+    assert torch.equal(found, opti_cam(tiny, images, class_idx, layer="features", **SCHEDULES["short"]).saliency)
+    assert method_label("opti_cam:short") == "Opti-CAM, short"
+    for name in ("opti_cam:slow", "grad_cam:short"):
+        assert method_label(name) == name
+        with pytest.raises(ValueError, match=f"method: wanted one of .*opti_cam:NAME.*, got '{name}'"):
+            find_method(name)
+    assert method_label(("group", "variant")) == ("group", "variant")  # of an index of pairs
 
 
 def test_a_metric_of_probabilities(monkeypatch, half, tiny, samples):

@@ -15,6 +15,18 @@ def test_rows_come_back_with_their_provenance(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["rows.parquet"]
 
 
+def test_evidence_in_single_precision_comes_in_double(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "EVIDENCE", tmp_path)
+    rows = pd.DataFrame({"prob": [0.25, 1.0], "masked_prob": [0.5, 0.5], "road": np.array([0.1, 0.2], np.float32)})
+    results.write_rows(rows, tmp_path / "tiny.parquet", {})
+    read, _ = results.read_evidence("tiny")
+    assert str(read["road"].dtype) == "float64"
+    assert read["average_gain"].tolist() == [1 / 3, 0]
+    assert read["gain_minus_drop"].tolist() == [1 / 3, -0.5]
+    assert read["log_odds"][0] == pytest.approx(np.log(3))
+    assert np.isnan(read["log_odds"][1])  # p is 1
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     rows = pd.DataFrame({"image": ["a"]})
     path = results.write_rows(rows, tmp_path / "rows.parquet", {})
