@@ -109,7 +109,7 @@ def read_batches(path: str | Path) -> list[Batch]:
     path = _find(path)
     try:
         text = path.read_text(encoding="utf-8")
-        trees = list(yaml.compose_all(text, Loader=yaml.SafeLoader)) or [None]
+        trees: list[yaml.Node | None] = [*yaml.compose_all(text, Loader=yaml.SafeLoader)] or [None]
         contents = list(yaml.safe_load_all(text)) or [None]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
