@@ -245,6 +245,18 @@ def test_each_run_has_its_own_gpu_and_its_share_of_the_cores_and_waits_for_its_l
     assert "resources: wanted 2 GPU for each run, this machine has 1" in errors
 
 
+def test_the_documents_of_a_file_are_run_one_after_another_and_a_failure_is_told(folder, capfd):
+    first = "notebook: 10_tiny.ipynb\ngrid: {number: [2, 100]}\noutput: a\n"
+    (folder / "some.yaml").write_text(f"{first}---\nnotebook: 10_tiny.ipynb\nparameters: {{number: 3}}\noutput: b\n")
+    code, printed, errors = finish(folder / "some.yaml", capfd, "--jobs", "2")
+    assert (code, "failed: number=100: " in errors) == (1, True)
+    assert [line for line in printed.splitlines() if "failed" in line] == ["1 done, 1 failed", "1 done, 0 failed"]
+    assert [line[1] for line in log_of(folder)][-2:] == ["3", "3"]
+    assert all((folder / part / "summary.parquet").is_file() for part in "ab")
+    code, printed, _ = finish(folder / "some.yaml", capfd, "--filter", "number=3")
+    assert (code, printed.count("done")) == (0, 1)
+
+
 def test_an_output_that_cannot_be_written_is_one_sentence(folder, capsys):
     (folder / "out").write_text("a file")
     assert cli.main(["batch", str(write(folder, [1]))]) == 2
