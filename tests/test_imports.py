@@ -1,6 +1,7 @@
 """What is imported when: nothing before it is asked for, and whatever is asked for first."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import opticam
 from opticam.lab.datasets import demo
 
 TABLES = {"pandas", "pyarrow", "scipy", "skimage", "cv2", "papermill", "nbformat", "jsonschema"}
-HEAVY = TABLES | {"torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "distributed", "dask", "rich"}
+HEAVY = TABLES | {"torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "distributed", "dask"}
 
 
 def after(program, folder):
@@ -71,3 +72,28 @@ def test_every_public_name_is_where_the_table_says_for_checkers_of_types_too():
 )
 def test_imports_in_any_order(program, tmp_path):
     assert "torchvision" in after(program, tmp_path)
+
+
+@pytest.mark.slow
+def test_builds_that_do_not_belong_together_are_mended_once_with_a_warning(tmp_path):
+    program = """
+import os, warnings
+import opticam, torch
+(mend,) = [finder.find_spec for finder in sys.meta_path if getattr(finder, "__module__", "") == "opticam._torchvision"]
+def mended(name):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert mend(name) is None  # others find the module
+    return [str(warning.message) for warning in heard]
+assert "torchvision" not in sys.modules
+assert mended("torchvision") == []
+assert not hasattr(torch.ops.torchvision, "nms")
+(message,) = mended("torchvision._meta_registrations")
+assert message.startswith("torchvision was built for CUDA and torch was not")
+assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")
+assert mended("torchvision._meta_registrations") == []  # as where the two belong together
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OPTICAM_PROGRESS"}
+    command = [sys.executable, "-c", "import sys\n" + program]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -11,12 +11,13 @@ import hashlib
 import logging
 import os
 import queue
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,16 @@ from typing import Any
 import dask
 import psutil
 from distributed import Client, Future, Nanny, Scheduler, SpecCluster, Worker, get_worker
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 from opticam.jobs.batch import Run, read_record, write_record
 from opticam.jobs.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
-from opticam.jobs.side_by_side import THREADS
+from opticam.jobs.side_by_side import THREADS, Screen
 from opticam.lab.files import code_digest
 
 _PATIENCE = 10.0  # seconds for a scheduler to answer
 _SECONDS = 0.5  # between two looks at a run
-_LINES = 60.0  # seconds between two lines about a run where nobody watches
+_LINES = 60.0  # seconds between two lines about all runs where nobody watches
 _ONE_AT_A_TIME = threading.Lock()  # kernels inherit the environment, and that belongs to the process
 
 
@@ -248,25 +245,27 @@ def _devices() -> list[str]:
 
 
 class _Board:
-    """What a person sees meanwhile: a table in a terminal, else one line per finished run and one per minute."""
+    """What a person sees meanwhile: in a terminal the runs at work, in a log each that ends, and all now and then."""
 
     def __init__(self, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self.start = self.told = time.monotonic()
+        self.screen = Screen(_LINES)
+        self.start = time.monotonic()
         self.total = total
         self.counts = Counter(record["status"] for record in skipped)
         self.over: set[str] = set()
         self.bars: dict[str, str] = {}
-        self.console.print(f"{total} runs, {self.counts['done']} done before, {self.counts['failed']} failed before")
+        before = ", ".join(f"{self.counts[status]} {status} before" for status in ("done", "failed"))
+        self.screen.say(f"{total} runs, {before}", sys.stderr)
 
     @contextmanager
     def shown(self, client: Client, topic: str) -> Iterator[None]:
         """Follow what the workers report."""
-        self.console.print(f"dashboard: {client.dashboard_link}", soft_wrap=True)
+        self.screen.say(f"dashboard: {client.dashboard_link}", sys.stderr)
         client.subscribe_topic(topic, self._told)
-        with self.live or nullcontext():
+        try:
             yield
+        finally:
+            self.screen.show([])
 
     def _told(self, event: tuple[float, Mapping[str, str]]) -> None:
         if event[1]["name"] not in self.over:  # the last report may come after the result
@@ -277,30 +276,19 @@ class _Board:
         self.over.add(run.name)
         self.bars.pop(run.name, None)
         self.counts[record["status"]] += 1
-        if self.live is None:
+        if not self.screen.terminal:
             seconds = f"{record.get('seconds', 0):.1f} s"
             text = f"[{self.counts.total()}/{self.total}] {record['status']} {run.name} {seconds}; {self._left()}"
-            self.console.print(Text(text), soft_wrap=True)
+            self.screen.say(text, sys.stderr)
         self.watch()
 
     def watch(self) -> None:
         """Some time has passed."""
-        if self.live is not None:
-            self.live.update(self._table(), refresh=True)
-        elif time.monotonic() - self.told > _LINES:
-            self.told = time.monotonic()
-            for name, bar in sorted(self.bars.items()):
-                self.console.print(Text(f"running {name}: {bar}"), soft_wrap=True)
-
-    def _table(self) -> Group:
         bars = sorted(self.bars.copy().items())
-        counts = {**{status: self.counts[status] for status in ("done", "failed")}, "running": len(bars)}
+        counts = {"done": self.counts["done"], "failed": self.counts["failed"], "running": len(bars)}
         counts["waiting"] = self.total - sum(counts.values())
         title = ", ".join(f"{number} {status}" for status, number in counts.items())
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, bar in bars[: max(1, self.console.height - 4)]:
-            table.add_row(*(Text(text, overflow="ellipsis", no_wrap=True) for text in (name, bar)))
-        return Group(Text(f"{title}; {self._left()}", style="bold"), table)
+        self.screen.show([f"{title}; {self._left()}", *(f"{name}  {bar}" for name, bar in bars)])
 
     def _left(self) -> str:
         passed, left = time.monotonic() - self.start, self.total - self.counts.total()

@@ -29,7 +29,7 @@ from opticam.jobs.runner import (
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SECONDS = 0.2  # between two looks at the notebooks that run
-_QUIET = 5.0  # at most, between two lines of a log
+_QUIET = 5.0  # seconds between two lines of a log
 _PATIENCE = 20.0  # seconds for a notebook to end once told
 _UNWRITABLE = 2  # exit code of a notebook's process that could not write
 _PROGRAM = "import sys; from opticam.jobs.side_by_side import _main; sys.exit(_main())"  # of that process
@@ -100,7 +100,7 @@ def run_notebooks(
     ready = list(order.get_ready())
     running: dict[Path, _Run] = {}
     errors: dict[Path, str] = {}
-    left, screen = set(outputs), _Screen()
+    left, screen = set(outputs), Screen(_QUIET)
     kind: type[Exception] = NotebookError
     with tempfile.TemporaryDirectory(prefix="opticam-", ignore_cleanup_errors=True) as folder:
         try:
@@ -208,10 +208,12 @@ def _line(run: _Run) -> str:
     return f"{run.notebook.stem} {passed}  {latest(run.folder / 'progress') or 'starts'}"
 
 
-class _Screen:
+class Screen:
     """Progress on the standard error: one line per run in a terminal, in a log all of them now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: float) -> None:
+        """A log is quiet for that many seconds between two lines."""
+        self.quiet = quiet
         self.terminal = sys.stderr.isatty()
         self.told = time.monotonic()
 
@@ -227,6 +229,6 @@ class _Screen:
             shown = [line[: (size.columns or 80) - 1] for line in lines][: (size.lines or 24) - 1]
             up = f"\x1b[{len(shown)}A" if shown else ""
             print("\r\x1b[J" + "".join(line + "\n" for line in shown) + up, end="", file=sys.stderr, flush=True)
-        elif lines and time.monotonic() - self.told >= _QUIET:
+        elif lines and time.monotonic() - self.told >= self.quiet:
             self.told = time.monotonic()
             print("; ".join(lines), file=sys.stderr, flush=True)

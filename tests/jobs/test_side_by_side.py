@@ -200,7 +200,7 @@ def test_in_a_terminal_each_run_has_a_line_in_place(monkeypatch):
                 text += seen.read(len(wanted) - len(text))
             return text == wanted.encode()
 
-        screen = side_by_side._Screen()
+        screen = side_by_side.Screen(1)
         screen.show(["one", "two " + 100 * "x"])
         assert shown(f"\r\x1b[Jone\r\ntwo {75 * 'x'}\r\n\x1b[2A")
         screen.say("wrote it", terminal)
