@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     from opticam.jobs.runner import (
@@ -179,12 +179,12 @@ def run(options: argparse.Namespace) -> int:
         options.parser.print_help()
         return 0
     if options.list or options.help:
-        for path in [find_notebook(name) for name in options.notebooks] or list_notebooks():
+        for path in _notebooks(options.notebooks):
             print(path.stem)
             for name, entry in notebook_parameters(path).items():
                 print(f"    {name}: {entry['type']} = {entry['default']!r}  {entry['help']}")
         return 0
-    notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
+    notebooks = _notebooks(options.notebooks)
     given: dict[str, str] = {}
     for assignment in options.parameter:
         name, separator, value = assignment.partition("=")
@@ -256,7 +256,7 @@ def batch(options: argparse.Namespace) -> int:
         if not options.dry_run and options.ship is None:
             import opticam.jobs.cluster  # noqa: F401  (what it lacks is said here)
     except ModuleNotFoundError as error:
-        raise ValueError(f"batch: needs the extra, pip install -e '.[batch]' ({error})") from error
+        raise ValueError(f"batch: needs the extra batch: pip install 'opticam[batch]' ({error})") from error
     parts = read_batches(options.file)
     if options.ship is not None:
         written = {path: text for part in parts for path, text in write_evidence(part, Path(options.ship)).items()}
@@ -299,9 +299,12 @@ def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace)
 
 def render(options: argparse.Namespace) -> int:
     """Render notebooks in place, as they are committed."""
-    notebooks = [find_notebook(name) for name in options.notebooks] or list_notebooks()
-    run_notebooks(dict.fromkeys(notebooks), jobs=options.jobs)
+    run_notebooks(dict.fromkeys(_notebooks(options.notebooks)), jobs=options.jobs)
     return 0
+
+
+def _notebooks(names: Sequence[str]) -> list[Path]:
+    return [find_notebook(name) for name in names] or list_notebooks()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -310,80 +313,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="explain | run | verify | batch | render")
 
-    command = commands.add_parser("explain", help="explain one photo", description=explain.__doc__)
-    command.add_argument("photo", help="an image file")
-    command.add_argument(
-        "--model",
-        default="efficientnet_lite0",
-        help="default: efficientnet_lite0, which needs no download; also timm/NAME, torchvision/NAME, hf/NAME",
-    )
-    command.add_argument("--checkpoint", metavar="FILE", help="own weights of the model")
-    command.add_argument(
-        "--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true at once"
-    )
-    command.add_argument(
-        "--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values shown black and white, beyond 8 bits"
-    )
-    command.add_argument(
-        "--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class"
-    )
-    command.add_argument(
-        "--method",
-        default="opti_cam",
-        help="opti_cam (default), grad_cam, ..., captum:NAME, grad-cam:NAME, torchcam:NAME; an unknown name lists all",
-    )
-    command.add_argument("--schedule", help="of opti_cam: paper (default, 100 steps) or fast (18)")
-    command.add_argument("--layer", help="dotted name of the target layer; default: the model's own")
-    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    command.add_argument("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")
-    command.set_defaults(command=explain)
+    def command(function: Callable, words: str, **options: Any) -> Callable:
+        added = commands.add_parser(function.__name__, help=words, description=function.__doc__, **options)
+        added.set_defaults(command=function, parser=added)
+        return added.add_argument
 
-    command = commands.add_parser("run", help="run notebooks with parameters", description=run.__doc__, add_help=False)
-    command.add_argument(
-        "-h", "--help", action="store_true", help="show this, or the parameters of the notebooks that are named"
-    )
-    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
-    command.add_argument(
-        "-p",
-        "--parameter",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set a parameter; figures and tables then go into a folder beside the output, with its name",
-    )
-    command.add_argument("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
-    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
-    command.add_argument("--list", action="store_true", help="list the notebooks and their parameters")
-    command.set_defaults(command=run, parser=command)
+    add = command(explain, "explain one photo")
+    add("photo", help="an image file")
+    libraries = "also timm/NAME, torchvision/NAME, hf/NAME"
+    add("--model", default="efficientnet_lite0", help=f"default: %(default)s, which needs no download; {libraries}")
+    add("--checkpoint", metavar="FILE", help="own weights of the model")
+    add("--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true at once")
+    add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values shown black and white, beyond 8 bits")
+    add("--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class")
+    libraries = "captum:NAME, grad-cam:NAME, torchcam:NAME; an unknown name lists all"
+    add("--method", default="opti_cam", help=f"opti_cam (default), grad_cam, ..., {libraries}")
+    add("--schedule", help="of opti_cam: paper (default, 100 steps) or fast (18)")
+    add("--layer", help="dotted name of the target layer; default: the model's own")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")
 
-    command = commands.add_parser("verify", help="compare findings", description=verify.__doc__)
-    command.set_defaults(command=verify)
+    notebooks = {"nargs": "*", "metavar": "NOTEBOOK", "help": "number, name or path; default: all"}
+    at_once = {"type": int, "metavar": "N", "help": "notebooks at the same time; default: one per core"}
+    add = command(run, "run notebooks with parameters", add_help=False)
+    add("-h", "--help", action="store_true", help="show this, or the parameters of the notebooks that are named")
+    add("notebooks", **notebooks)
+    beside = "figures and tables then go into a folder beside the output, with its name"
+    add("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help=f"set a parameter; {beside}")
+    add("-o", "--output", help="executed notebook; default: data/results/notebooks/NAME.ipynb")
+    add("--jobs", **at_once)
+    add("--list", action="store_true", help="list the notebooks and their parameters")
 
-    command = commands.add_parser("batch", help="run notebooks over grids", description=batch.__doc__)
-    command.add_argument("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
-    command.add_argument("--dry-run", action="store_true", help="print the runs and their states")
-    command.add_argument(
-        "--filter", action="append", default=[], metavar="NAME=PATTERN", help="only runs whose parameter matches"
-    )
-    command.add_argument("--jobs", type=int, help="runs at the same time on this machine")
-    command.add_argument(
-        "--ship",
-        nargs="?",
-        const=EVIDENCE,
-        metavar="FOLDER",
-        help="run nothing; write the rows of the runs that are done to the files in data/evidence that the batch names",
-    )
-    command.add_argument("--retry-failed", action="store_true", help="also repeat runs that failed before")
-    command.add_argument(
-        "--scheduler",
-        metavar="ADDRESS|FILE",
-        default=os.environ.get("DASK_SCHEDULER_ADDRESS"),
-        help="Dask scheduler to run on; default: DASK_SCHEDULER_ADDRESS, else a cluster of this machine alone",
-    )
-    command.set_defaults(command=batch)
+    command(verify, "compare findings")
 
-    command = commands.add_parser("render", help="render notebooks in place", description=render.__doc__)
-    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="number, name or path; default: all")
-    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at the same time; default: one per core")
-    command.set_defaults(command=render)
+    add = command(batch, "run notebooks over grids")
+    add("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")
+    add("--dry-run", action="store_true", help="print the runs and their states")
+    add("--filter", action="append", default=[], metavar="NAME=PATTERN", help="only runs whose parameter matches")
+    add("--jobs", type=int, help="runs at the same time on this machine")
+    ship = "run nothing; write the rows of the runs that are done to the files in data/evidence that the batch names"
+    add("--ship", nargs="?", const=EVIDENCE, metavar="FOLDER", help=ship)
+    add("--retry-failed", action="store_true", help="also repeat runs that failed before")
+    address, words = os.environ.get("DASK_SCHEDULER_ADDRESS"), "DASK_SCHEDULER_ADDRESS, else a cluster of this machine"
+    add(
+        "--scheduler", metavar="ADDRESS|FILE", default=address, help=f"Dask scheduler to run on; default: {words} alone"
+    )
+
+    add = command(render, "render notebooks in place")
+    add("notebooks", **notebooks)
+    add("--jobs", **at_once)
     return parser

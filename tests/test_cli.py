@@ -246,10 +246,7 @@ def test_no_words_and_unknown_words_end_with_two(capsys):
 def test_without_an_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     assert cli.main(["explain", PHOTO, "--method", "captum:Saliency"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "opticam: method: captum is not installed; it is an extra, pip install -e '.[captum]'\n"
-    )
+    assert capsys.readouterr().err == "opticam: method: captum is not installed: pip install 'opticam[captum]'\n"
 
 
 def test_verify_shows_findings_and_runs_nothing(folder, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm  # here: it reads the environment once, before `run_notebook` changes that for kernels
 
-from opticam.lab.files import RENDERING, REPOSITORY
+from opticam.lab.files import RENDERING, REPOSITORY, replacing
 
 if TYPE_CHECKING:
     import nbformat
@@ -353,9 +353,8 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
                 raise NotebookError(
                     f"{path.stem}: an output shows {place}, a path of this machine; the executed notebook is {executed}"
                 )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except NotebookError:
         raise  # what ran is kept
     except BaseException:
@@ -418,11 +417,21 @@ def _joined_streams(outputs: list) -> list:
     return joined
 
 
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "words"}
-_READERS: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+def _read_words(text: str) -> Any:
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError):
+        return yaml.safe_load(text)
+
+
+_TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {  # in words, as values, from text
+    "int": ("a whole number", (int,), int),
+    "float": ("a number", (int, float), float),
+    "bool": ("true or false", (bool,), lambda text: {"true": True, "false": False}.get(text.lower())),
+    "str": ("text", (str,), str),
+    "list[str]": ("words", (list, tuple), _read_words),
 }
 
 
@@ -445,33 +454,20 @@ def cast(name: str, value: Any, kind: str) -> Any:
         if len(found) != 1:
             raise ValueError(f"parameter {name}: wanted one of {', '.join(map(str, options))}, got {value!r}")
         return found[0]
-    wanted = ValueError(f"parameter {name}: wanted {_WORDS.get(kind, kind)}, got {value!r}")
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind == "list[str]":
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            import yaml
-
-            with contextlib.suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
-        elif isinstance(value, str):
-            value = [part.strip() for part in value.split(",")] if value.strip() else []
-        if isinstance(value, (list, tuple)) and all(isinstance(part, str) and part for part in value):
-            return list(value)
-        raise wanted
-    if isinstance(value, str) and kind in _READERS:
+    words, types, reader = _TYPES.get(kind, (kind, (), str))
+    wanted = ValueError(f"parameter {name}: wanted {words}, got {value!r}")
+    if isinstance(value, str):
         try:
-            value = _READERS[kind](value)
-        except (ValueError, KeyError):
+            value = reader(value)
+        except ValueError:
             raise wanted from None
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "float" and number and abs(value) <= sys.float_info.max:
-        return float(value)
-    raise wanted
+    if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+        raise wanted
+    if kind == "float" and not abs(value) <= sys.float_info.max:
+        raise wanted
+    if kind == "list[str]" and not all(isinstance(part, str) and part for part in value):
+        raise wanted
+    return float(value) if kind == "float" else list(value) if kind == "list[str]" else value
 
 
 def _last_line(error: Exception) -> str:
