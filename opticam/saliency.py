@@ -121,11 +121,11 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
     return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
 
 
-def check_saliency(images: Tensor, saliency: Tensor) -> None:
-    """Refuse, in one sentence, maps that do not belong to the images. NaN passes: results of such a map are NaN.
+def check_saliency(images: Tensor | None, saliency: Tensor) -> None:
+    """Refuse, in one sentence, what is no map of the images. NaN passes: results of such a map are NaN.
 
     Args:
-        images: (B,3,H,W).
+        images: (B,3,H,W); None where a metric takes maps alone.
         saliency: (B,1,H,W) in [0,1], on the device of the images.
 
     Raises:
@@ -134,10 +134,12 @@ def check_saliency(images: Tensor, saliency: Tensor) -> None:
     """
     if not isinstance(saliency, Tensor):
         raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
-    wanted = (len(images), 1, *images.shape[-2:])
-    if saliency.shape != wanted:
+    wanted = None if images is None else (len(images), 1, *images.shape[-2:])
+    if wanted is None and (saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape):
+        raise ValueError(f"saliency: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
+    if wanted is not None and saliency.shape != wanted:
         raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
-    if saliency.device != images.device:
+    if images is not None and saliency.device != images.device:
         raise ValueError(f"saliency: wanted on the device of the images, {images.device}, got {saliency.device}")
     if ((saliency < 0) | (saliency > 1)).any():
         raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")

@@ -61,7 +61,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
         ValueError: shapes differ or a value is outside [0,1].
 
     Reference:
-        Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
+        Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
     return (p - o).clamp(min=0) / p.clamp(min=torch.finfo(p.dtype).tiny)
@@ -83,7 +83,7 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
         ValueError: shapes differ or a value is outside [0,1].
 
     Reference:
-        Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
+        Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
     return torch.where(p.isnan() | o.isnan(), torch.nan, (o > p).double())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_class_range, check_inputs, examine
 from opticam.classifier import as_softmax, class_logit, usable
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -48,7 +48,7 @@ def predicted_box(saliency: Tensor) -> Tensor:
     Reference:
         Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
     """
-    _check_saliency(saliency)
+    check_saliency(None, saliency)
     flat = saliency.double().flatten(1)
     rank = ((flat.shape[1] - 1) * (1 - flat.mean(1)) + 0.5).nan_to_num().long()  # of a NaN nothing is kept anyway
     threshold = flat.sort(1).values.gather(1, rank[:, None]).clamp(max=1 - 1e-6)
@@ -90,17 +90,13 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
 
     The localization error of the ImageNet challenge: box and class have to be right.
 
+    Arguments and errors as `localization_error`, and:
+
     Args:
-        saliency: (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4), see above.
         correct: (B,) bool, whether the network's first guess is the image's class.
 
     Returns:
         (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors, or `correct` is not bool.
-        ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
         Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
@@ -119,16 +115,10 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     Precision `sum(S*B)/sum(S)`, recall `sum(S*B)/|B|`, hence `F1 = 2 sum(S*B)/(sum(S) + |B|)`; `|B|` counts what lies
     outside the frame too. (The published code adds 1e-6 to the denominators; here a perfect map has exactly 1.)
 
-    Args:
-        saliency: (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4), see above.
+    Arguments and errors as `localization_error`.
 
     Returns:
         (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors.
-        ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
         Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
@@ -188,16 +178,10 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
 def energy_pointing_game(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """EP of each image, `sum(S*B)/sum(S)` with B the union of the boxes as 0/1. Higher is better.
 
-    Args:
-        saliency: (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4), see above.
+    Arguments and errors as `localization_error`.
 
     Returns:
         (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors.
-        ValueError: wrong shape or range; a box with an end before its start.
 
     Reference:
         Wang et al., Score-CAM: Score-weighted visual explanations for convolutional neural networks, CVPR workshops
@@ -218,18 +202,14 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
     code takes the first maximum, and looks at no other; the share is **ours**: a constant map gets no more than the
     share of the frame that hits.
 
+    Arguments and errors as `localization_error`, and:
+
     Args:
-        saliency: (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4), see above.
-        tolerance: in pixels.
+        tolerance: in pixels, not negative.
 
     Returns:
         (B,) float64 in [0,1]; 0 where all boxes lie wholly outside the frame; NaN for an image without box and for a
         map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors.
-        ValueError: wrong shape or range; a box with an end before its start; a negative tolerance.
 
     Reference:
         Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018, arXiv 1608.00507.
@@ -261,19 +241,15 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
     Sum over the images that have a box, add the sums of shards, then `max_box_accuracy`.
 
+    Arguments and errors as `localization_error`, and:
+
     Args:
-        saliency: (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4), see above.
-        num_thresholds: T.
+        num_thresholds: T, at least 1.
 
     Returns:
         (B,4,T) bool. Row 0: the box of the contour of largest area has an IoU of 0.5 or more with some box. Rows 1 to
         3: the best of all contours' boxes has one of at least 0.3, 0.5, 0.7. All False for an image without box, a map
         of zeros (of values under 1/255) and a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors.
-        ValueError: wrong shape or range; a box with an end before its start; `num_thresholds` is not positive.
 
     Reference:
         Choe et al., Evaluating weakly supervised object localization methods right, CVPR 2020, arXiv 2001.07437; V2:
@@ -281,8 +257,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
         arXiv 2007.04178.
     """
     _check(saliency, boxes)
-    if num_thresholds < 1:
-        raise ValueError(f"num_thresholds: wanted at least 1, got {num_thresholds}")
+    check_at_least(1, num_thresholds=num_thresholds)
     hits = torch.zeros(len(saliency), 4, num_thresholds, dtype=torch.bool)
     whole = torch.promote_types(saliency.dtype, torch.float32)  # half precision would round up what is truncated here
     gray = (saliency[:, 0].to(whole) * 255).nan_to_num().to(torch.uint8).cpu().numpy()
@@ -344,19 +319,13 @@ def box_mask(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size) -> Ten
 
 
 def box_experiment_masks(saliency: Tensor, boxes: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Masks that ask whether the network uses what lies outside the box, for `evaluate.score`.
+    """Masks that ask whether the network uses what lies outside the box, for `evaluation.score`.
 
-    Args:
-        saliency: (B,1,H,W) in [0,1], the map S.
-        boxes: B tensors (n,4), see above; leave images without box out, for which B = 0 says nothing.
+    Arguments and errors as `localization_error`. Leave images without box out, for which B = 0 says nothing.
 
     Returns:
-        "B" (union of boxes as 0/1, `box_mask`), "1-B", "S", "S*(1-B)", "S*B": each (B,1,H,W) in [0,1], of the
-        dtype and on the device of the map.
-
-    Raises:
-        TypeError: an argument is not a tensor, or not a sequence of tensors.
-        ValueError: wrong shape or range; a box with an end before its start.
+        "B" (union of boxes as 0/1, `box_mask`), "1-B", "S" (the map), "S*(1-B)", "S*B": each (B,1,H,W) in [0,1], of
+        the dtype and on the device of the map.
 
     Reference:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.
@@ -426,19 +395,10 @@ def _where_defined(values: Tensor, saliency: Tensor, boxes: Sequence[Tensor]) ->
 
 
 def _check(saliency: Tensor, boxes: Sequence[Tensor]) -> None:
-    _check_saliency(saliency)
+    check_saliency(None, saliency)
     _check_boxes(boxes)
     if len(boxes) != len(saliency):
         raise ValueError(f"boxes: wanted one tensor (n,4) an image, {len(saliency)}, got {len(boxes)}")
-
-
-def _check_saliency(saliency: Tensor) -> None:
-    if not isinstance(saliency, Tensor):
-        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
-    if saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape:
-        raise ValueError(f"saliency: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
-    if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
 
 
 def _check_boxes(boxes: Sequence[Tensor]) -> None:
