@@ -1,6 +1,7 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
 import random
+import re
 from collections import OrderedDict
 from contextlib import suppress
 from weakref import WeakSet
@@ -242,26 +243,11 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
 def _last_operation(tensor: Tensor) -> str:
     """Name of the operation that made a tensor, what only shaped, joined or averaged its results aside."""
     node = tensor.grad_fn
-    while node is not None and node.name().startswith(_SHAPING):
+    while node is not None and _SHAPING.match(node.name()):
         node = node.next_functions[0][0]
     return "" if node is None else node.name().partition("Backward")[0]
 
 
-_SHAPING = (
-    "Cat",
-    "Stack",
-    "Mean",
-    "Amax",
-    "Clamp",
-    "View",
-    "Unsafe",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
-    "Select",
-    "Slice",
-    "Clone",
-    "ToCopy",
-    "Alias",
-    "Permute",
+_SHAPING = re.compile(
+    "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
 )

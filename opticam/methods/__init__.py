@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opticam.methods import attention, libraries, perturbation
+from opticam.methods import attention, perturbation
 from opticam.methods.ascent import SCHEDULES
 from opticam.methods.cam import RECORDS as _CAM
 from opticam.methods.cam import fake_cam, grad_cam
+from opticam.methods.libraries import LIBRARIES, class_of, library_map
 from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, opti_cam
 from opticam.methods.opti_cam import RECORDS as _OPTI_CAM
 from opticam.methods.record import Method
@@ -74,12 +75,13 @@ def find_method(name: str) -> Callable[..., Tensor]:
         ImportError: the library is not installed.
     """
     library, separator, inner = name.partition(":")
-    if separator and library in libraries.LIBRARIES:
-        return libraries.LIBRARIES[library](inner)
+    if separator and library in LIBRARIES:
+        class_of(library, inner)  # refused here where there is none
+        return partial(library_map, library=library, name=inner)
     if library == "opti_cam" and inner in SCHEDULES:
         return partial(METHODS[library], **SCHEDULES[inner])
     if name not in METHODS:
-        others = ", ".join(f"{library}:NAME" for library in ["opti_cam", *libraries.LIBRARIES])
+        others = ", ".join(f"{library}:NAME" for library in ["opti_cam", *LIBRARIES])
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, {others}, got {name!r}")
     return METHODS[name]
 

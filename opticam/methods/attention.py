@@ -73,21 +73,8 @@ def legrad(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer 
     """LeGrad: `mean_l mean_hi relu(d s^l_c / d A^l_hij)`, the sensitivity of each block's class score to its attention.
 
     `s^l` is what the final norm and the head make of the output of block l. The mean runs over heads h and queries i;
-    the keys j that are patches make the map.
-
-    Args:
-        model: a ViT of timm or torchvision, with a class token or pooled; takes `images`, returns logits (B,C). Left as
-            found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64, the class to explain.
-        layer: not used; all blocks count.
-
-    Returns:
-        (B,1,H,W) in [0,1].
-
-    Raises:
-        TypeError: an argument is not a tensor or of the wrong dtype.
-        ValueError: wrong shape, device or range; a model without such a transformer.
+    the keys j that are patches make the map; all blocks count. Arguments, result and errors as `raw_attention`, but the
+    ViT may also be one that pools, without a class token.
 
     Reference:
         Bousselham et al., LeGrad: An explainability method for vision transformers via feature formation sensitivity,

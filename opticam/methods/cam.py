@@ -112,10 +112,6 @@ def ablation_cam(
     Arguments, result and errors as `grad_cam`; where y_c = 0 the weights are 0.
 
     Args:
-        model: see `grad_cam`.
-        images: see `grad_cam`.
-        class_idx: see `grad_cam`.
-        layer: see `grad_cam`.
         batch_size: outputs of the layer in flight.
 
     Reference:
@@ -150,10 +146,6 @@ def score_cam(
     Arguments, result and errors as `grad_cam`. f(0)_c is the same for all k and leaves the softmax as it is.
 
     Args:
-        model: see `grad_cam`.
-        images: see `grad_cam`.
-        class_idx: see `grad_cam`.
-        layer: see `grad_cam`.
         batch_size: masked images in flight.
 
     Reference:
@@ -217,10 +209,6 @@ def finer_cam(
     Under a sigmoid the only rival of a class is its absence, with logit 0, and the map is that of Grad-CAM.
 
     Args:
-        model: see `grad_cam`.
-        images: see `grad_cam`.
-        class_idx: see `grad_cam`.
-        layer: see `grad_cam`.
         alpha: how much of the rivals is subtracted; 0 gives Grad-CAM if weights are held.
         num_classes: how many rivals; of a network with fewer, all.
         hold_weights: whether the weights w_j count as constants in the gradient. The library grad-cam does not hold
@@ -231,8 +219,7 @@ def finer_cam(
         arXiv 2501.11309.
     """
     check_inputs(model, images, class_idx)
-    if not (isinstance(num_classes, int) and num_classes >= 1):
-        raise ValueError(f"num_classes: wanted a whole number of at least 1, got {num_classes!r}")
+    check_at_least(1, num_classes=num_classes)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: wanted a finite number, got {alpha}")
     score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)
@@ -266,9 +253,6 @@ def refine_cam(
     that one of the maps gives 0 is 0. One forward and one backward pass per layer.
 
     Args:
-        model: see `grad_cam`.
-        images: see `grad_cam`.
-        class_idx: see `grad_cam`.
         layer: several; of one, or by default of the model's own target layer, the result is the map of `base`.
         base: the method of each layer.
 
@@ -290,20 +274,11 @@ def equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer:
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """The map that explains nothing: 1 everywhere but for a 0 in the top-left pixel.
 
-    It scores near-perfectly by Average Drop and wins about every second image by Average Increase.
-
-    Args:
-        model: only checked against the images; this map does not depend on it.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64; this map does not depend on it.
-        layer: not used.
+    It scores near-perfectly by Average Drop and wins about every second image by Average Increase. It depends on
+    neither model nor class, which are checked all the same; `layer` is not used. Arguments and errors as `grad_cam`.
 
     Returns:
         (B,1,H,W), zeros and ones.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,

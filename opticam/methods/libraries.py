@@ -1,4 +1,4 @@
-"""Methods of the libraries grad-cam and torchcam by name, `grad-cam:FinerCAM`, `torchcam:ISCAM`; captum's beside them.
+"""Methods of other libraries by name: `captum:IntegratedGradients`, `grad-cam:FinerCAM`, `torchcam:ISCAM`.
 
 A library works on a twin of the network, whose modules, hooks, flags and gradients are its own; only the values of the
 weights are shared. So the network is left as found, whatever the library does.
@@ -19,10 +19,81 @@ from opticam.checks import check_class_range, check_inputs
 from opticam.classifier import bare, read, usable
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
 from opticam.folding import twin_of
-from opticam.methods.captum import captum_attribution, find_attribution
 from opticam.saliency import saliency_map
+from opticam.state import frozen
 
 REFUSALS = (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, LookupError)
+CAPTUM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "IntegratedGradients": {"n_steps": 32, "internal_batch_size": 32},
+    "Occlusion": {"sliding_window_shapes": (3, 16, 16), "strides": (3, 8, 8)},
+}
+
+
+def library_map(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    library: str,
+    name: str,
+    layer: Layer | Sequence[Layer] = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """The map of another library's method by the one rule: what it gives before its own scaling, then `saliency_map`.
+
+    Of an attribution of captum, what it gives is the signed sum over channels.
+
+    Args:
+        model: takes `images` and returns logits (B,C). Left as found.
+        images: (B,3,H,W) float in [0,1].
+        class_idx: (B,) int64, the class to explain.
+        library: a key of `LIBRARIES`.
+        name: of the library's class, such as IntegratedGradients, Occlusion or LayerGradCam of captum.
+        layer: a module or its dotted name, or several where the library takes them; by default the model's own target
+            layer. Of several, the library makes one map in its own way. Not used by a class that takes no layer.
+        seed: of what the library draws.
+        options: handed to the library's class, or to captum's `attribute`. Without them, the library's own defaults,
+            but 32 steps for IntegratedGradients, and windows of 16 pixels, 8 apart, for Occlusion.
+
+    Returns:
+        (B,1,H,W) in [0,1].
+
+    Raises:
+        ImportError: the library is not installed.
+        TypeError: an argument is not a tensor or has the wrong dtype.
+        ValueError: no such method, or the library refuses it for this model; wrong shape, device or range.
+
+    Reference:
+        Kokhlikyan et al., Captum: A unified and generic model interpretability library for PyTorch, 2020,
+        arXiv 2009.07896.
+    """
+    kind, run = class_of(library, name), LIBRARIES[library][1]
+    check_inputs(model, images, class_idx)
+    with frozen(model), _seeded(seed, images.device):
+        layers = as_layers(layer) if any("layer" in word for word in inspect.signature(kind).parameters) else []
+        outputs, logits = layer_outputs(model, images[:1], layers)
+        check_class_range(class_idx, logits.shape[1])
+        shapes = [output.shape[1:] for output in outputs]
+        twins = _private(model)
+        places = [twins[resolve_layer(model, one)] for one in layers]
+
+        def grid(output: Tensor) -> Tensor:
+            which = shapes.index(output.shape[1:]) if len(shapes) > 1 else 0
+            return as_grid(output, model, images, layers[which])
+
+        x = prepared(model, images).clone().requires_grad_()
+        try:
+            maps = run(kind, _Logits(twins[model]).eval(), x, usable(class_idx), places, grid, options)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            raise ValueError(f"method: {library} cannot compute {name} here ({error})") from error
+    if maps.shape[:1] != images.shape[:1] or maps.ndim != 3:
+        raise ValueError(f"method: {name} gives {tuple(maps.shape)}; wanted maps ({len(images)},h,w)")
+    if library == "captum" and layers and maps.shape[1:] != grid(outputs[0]).shape[2:]:  # it sums over the second axis
+        raise ValueError(f"layer: captum's {name} gives no map of its cells; wanted one with maps (B,K,h,w)")
+    return saliency_map(maps[:, None].to(images.device), images.shape[-2:])
 
 
 class _Logits(nn.Module):
@@ -50,81 +121,33 @@ def _private(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return twins
 
 
-def library_map(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    *,
-    explain: Callable[..., Tensor],
-    name: str,
-    layer: Layer | Sequence[Layer] = None,
-    seed: int = 0,
-    **options: Any,
+def _by_captum(
+    kind: Any, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
 ) -> Tensor:
-    """The map of another library's method by the one rule: what it gives before its own scaling, then `saliency_map`.
-
-    Args:
-        model: takes `images` and returns logits (B,C). Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64, the class to explain.
-        explain: of `LIBRARIES`, what runs the library.
-        name: of the library's class.
-        layer: a module or its dotted name, or several where the library takes them; by default the model's own target
-            layer. Of several, the library makes one map in its own way.
-        seed: of what the library draws.
-        options: handed to the library's class.
-
-    Returns:
-        (B,1,H,W) in [0,1].
-
-    Raises:
-        ImportError: the library is not installed.
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: no such method, or the library refuses it for this model; wrong shape, device or range.
-    """
-    check_inputs(model, images, class_idx)
-    with torch.inference_mode(False), torch.enable_grad(), _seeded(seed, images.device):
-        twins = _private(model)
-        layers = as_layers(layer)
-        places = [twins[resolve_layer(model, one)] for one in layers]
-        shapes = [output.shape[1:] for output in layer_outputs(model, images[:1], layers)[0]] if len(layers) > 1 else []
-        network = _Logits(twins[model]).eval()
-        x = prepared(model, images).clone().requires_grad_()
-        with torch.no_grad():
-            check_class_range(class_idx, network(x[:1]).shape[1])
-
-        def grid(output: Tensor) -> Tensor:
-            which = shapes.index(output.shape[1:]) if shapes else 0
-            return as_grid(output, model, images, layers[which])
-
-        try:
-            maps = explain(name, network, x, usable(class_idx), places, grid, options)
-        except torch.OutOfMemoryError:
-            raise
-        except REFUSALS as error:
-            raise ValueError(f"method: the library cannot compute {name} here ({error})") from error
-    if maps.shape[:1] != images.shape[:1] or maps.ndim != 3:
-        raise ValueError(f"method: {name} gives {tuple(maps.shape)}; wanted maps ({len(images)},h,w)")
-    return saliency_map(maps[:, None].to(images.device), images.shape[-2:])
+    """Maps (B,h,w), or (B,H,W) of attributions of the image."""
+    if len(layers) > 1:
+        raise ValueError("layer: wanted one")
+    options = CAPTUM_DEFAULTS.get(kind.__name__, {}) | options
+    values = kind(network, *layers).attribute(x, target=class_idx, **options)
+    values = values[0] if isinstance(values, tuple) else values
+    return (grid(values) if layers else values).detach().sum(1)
 
 
 def _by_grad_cam(
-    name: str, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
+    kind: Any, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
 ) -> Tensor:
     """Maps (B,h,w), or (B,H,W) of methods that have no single map of a layer."""
-    known = _class_of("grad-cam", name)
     target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget
-    read_by_it = [] if name == "FullGrad" else layers  # FullGrad reads all biases, and warns of a layer
-    method = known(network, read_by_it, reshape_transform=grid, **options)
-    targets: list[Any] | None = [target(c) for c in class_idx.tolist()]
+    read_by_it = [] if kind.__name__ == "FullGrad" else layers  # FullGrad reads all biases, and warns of a layer
+    method = kind(network, read_by_it, reshape_transform=grid, **options)
     raw: list[np.ndarray] = []
     inner = getattr(method, "base_cam", method)
     if hasattr(inner, "get_cam_image") and len(layers) == 1:
         inner.get_cam_image = partial(_kept, raw, inner.get_cam_image)
-    if name == "FinerCAM":  # its own targets, for the classes asked for; it knows one class for all images
+    if kind.__name__ == "FinerCAM":  # its own targets, for the classes asked for; it knows one class for all images
         found = [method(x[i : i + 1], None, target_idx=c) for i, c in enumerate(class_idx.tolist())]
         return torch.from_numpy(np.concatenate(raw or found))
-    result = method(x, targets)
+    result = method(x, [target(c) for c in class_idx.tolist()])
     return torch.from_numpy(np.asarray(raw[0] if len(raw) == 1 else result))
 
 
@@ -134,53 +157,43 @@ def _kept(raw: list[np.ndarray], function: Callable[..., np.ndarray], *args: Any
 
 
 def _by_torchcam(
-    name: str, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
+    kind: Any, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
 ) -> Tensor:
     """Maps (B,h,w), before torchcam's own scaling."""
-    known = _class_of("torchcam", name)
-    takes = {key for kind in known.__mro__ for key in inspect.signature(kind.__init__).parameters}
+    takes = {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
     given = {"input_shape": tuple(x.shape[1:]), "reshape_transform": grid}
     given = {key: value for key, value in given.items() if key in takes} | options
     owner = bare(network.network) if "score_projection" in takes else network  # LeGrad looks for the parts of a ViT
-    method = known(owner, layers if len(layers) > 1 else layers[0], **given)
+    method = kind(owner, layers if len(layers) > 1 else layers[0], **given)
     (maps,) = method(class_idx.tolist(), network(x), normalized=False)
     return maps
 
 
-def _class_of(library: str, name: str) -> Any:
-    """The class of that name; ImportError or ValueError where there is none."""
-    package = {"grad-cam": "pytorch_grad_cam", "torchcam": "torchcam.methods"}[library]
+LIBRARIES: dict[str, tuple[str, Callable[..., Tensor]]] = {  # library -> the module that holds its classes, their use
+    "captum": ("captum.attr", _by_captum),
+    "grad-cam": ("pytorch_grad_cam", _by_grad_cam),
+    "torchcam": ("torchcam.methods", _by_torchcam),
+}
+
+
+def class_of(library: str, name: str) -> Any:
+    """The class of that name in a library; ImportError or ValueError where there is none."""
     try:
-        module = importlib.import_module(package)
+        module = importlib.import_module(LIBRARIES[library][0])
     except ImportError as error:
-        raise ImportError(f"method: {library} is not installed; it is an extra, pip install '.[{library}]'") from error
+        raise ImportError(f"method: {library} is not installed: pip install 'opticam[{library}]'") from error
     known = {key: value for key, value in vars(module).items() if inspect.isclass(value) and _explains(value)}
     if name not in known:
         raise ValueError(f"method: no {name!r} in {library}; wanted one of {', '.join(sorted(known))}")
     return known[name]
 
 
-def _explains(kind: type) -> bool:
-    """Whether a class maps images to saliency: grad-cam's have targets, torchcam's a class index."""
+def _explains(kind: Any) -> bool:
+    """Whether a class maps images to saliency: captum's take a target, grad-cam's targets, torchcam's a class index."""
+    if hasattr(kind, "attribute"):
+        return {"inputs", "target"} <= inspect.signature(kind.attribute).parameters.keys()
     call = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
     return "targets" in call or "class_idx" in call
-
-
-def _find(explain: Callable[..., Tensor], library: str, name: str) -> Callable[..., Tensor]:
-    _class_of(library, name)
-    return partial(library_map, explain=explain, name=name)
-
-
-def _find_captum(name: str) -> Callable[..., Tensor]:
-    find_attribution(name)
-    return partial(captum_attribution, name=name)
-
-
-LIBRARIES: dict[str, Callable[[str], Callable[..., Tensor]]] = {
-    "captum": _find_captum,
-    "grad-cam": partial(_find, _by_grad_cam, "grad-cam"),
-    "torchcam": partial(_find, _by_torchcam, "torchcam"),
-}
 
 
 @contextmanager

@@ -32,25 +32,15 @@ def rise(
     """RISE maps: `S = sum_i p_c(x * M_i) M_i / (N p)` over N random masks, then `min_max`, p_c by the head.
 
     Each mask is a grid of `cells` x `cells` zeros and ones (1 with probability `p`), made bilinearly a cell larger than
-    the image and cut out at a random place. The same masks serve all images. N passes.
+    the image and cut out at a random place. The same masks serve all images, which show black where a mask is 0.
+    N passes. Arguments, result and errors as `grad_cam`; `layer` is not used.
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
-        images: (B,3,H,W) float in [0,1]; where a mask is 0 they show black.
-        class_idx: (B,) int64, the class to explain.
-        layer: not used.
         num_masks: N; 6000 is the paper's for ResNet50.
         cells: cells along each side.
         p: probability that a cell shows the image; 0.1 in the authors' code for ImageNet.
         seed: of the masks, the same on every device.
         batch_size: masked images in flight.
-
-    Returns:
-        (B,1,H,W) in [0,1].
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Petsiuk, Das, Saenko, RISE: Randomized input sampling for explanation of black-box models, BMVC 2018,
@@ -117,21 +107,15 @@ def extremal_perturbation(
     Deviations from the authors' code: borders of the pyramid are replicated; the mean over pixels in the area term and
     the sum over the batch make an image's mask independent of its neighbours.
 
+    Arguments and errors as `grad_cam`; `layer` is not used.
+
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64, the class to explain.
-        layer: not used.
         area: share of the image that the mask shows, in (0,1).
         num_steps: forward and backward passes.
         batch_size: images in flight; None for all.
 
     Returns:
         (B,1,H,W) in [0,1], the final mask after `min_max`.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Fong, Patrick, Vedaldi, Understanding deep networks via extremal perturbations and smooth masks, ICCV 2019,

@@ -91,7 +91,7 @@ def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
     torch.testing.assert_close(run(alpha=0, hold_weights=True), expected, rtol=0, atol=1e-12)
     assert (run() - expected).abs().max() > 0.1
     for wrong, message in (
-        ({"num_classes": 0}, "num_classes: wanted a whole"),
+        ({"num_classes": 0}, "num_classes: wanted at least 1, got 0"),
         ({"alpha": torch.nan}, "alpha: wanted a"),
     ):
         with pytest.raises(ValueError, match=message):
