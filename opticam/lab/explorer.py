@@ -8,6 +8,7 @@ import html
 import io
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -291,12 +292,17 @@ class Explorer:
         below = [widgets.HBox([self.step, self.step_outcome]), widgets.HBox([self.bars, self.curve])]
         grid = widgets.VBox([self.grid_title, self.grid])
         self._results, self._compared = [*maps, *below], [grid]
+        choices = [
+            [self.photo_choice, self.upload],
+            [self.class_choice, self.class_search],
+            [self.model_choice, self.method_choice, self.steps],
+        ]
+        buttons = [self.explain_button, self.compare_button]
+        self._controls = [*chain(*choices), self.compared, *buttons]
         self.page = widgets.VBox(
             [
-                widgets.HBox([self.photo_choice, self.upload]),
-                widgets.HBox([self.class_choice, self.class_search]),
-                widgets.HBox([self.model_choice, self.method_choice, self.steps]),
-                widgets.HBox([self.explain_button, self.compare_button, self.stop_button, self.progress]),
+                *map(widgets.HBox, choices),
+                widgets.HBox([*buttons, self.stop_button, self.progress]),
                 self.status,
                 widgets.HBox([_titled("photo, as the network sees it", self.photo), *maps]),
                 *below,
@@ -333,18 +339,7 @@ class Explorer:
             self._lock(False)
 
     def _lock(self, busy: bool) -> None:
-        for control in (
-            self.photo_choice,
-            self.upload,
-            self.model_choice,
-            self.method_choice,
-            self.steps,
-            self.class_choice,
-            self.class_search,
-            self.compared,
-            self.explain_button,
-            self.compare_button,
-        ):
+        for control in self._controls:
             control.disabled = busy
         self.stop_button.disabled = not busy
         self.progress.value = 0
@@ -407,15 +402,8 @@ class Explorer:
             self._say(f"{label}: {self._reached}")
 
         self._reached, self.progress.value = "0 passes of the network", 0
-        return explain(
-            self.model,
-            self.image,
-            class_idx,
-            method,
-            num_steps=num_steps,
-            stopped=self._stop.is_set,
-            progress=progress,
-        )
+        hooks = {"stopped": self._stop.is_set, "progress": progress}
+        return explain(self.model, self.image, class_idx, method, num_steps=num_steps, **hooks)
 
     def explain(self) -> None:
         """Explain the chosen class by the chosen method and show it."""

@@ -17,7 +17,6 @@ from opticam.lab.files import RENDERING, REPOSITORY, replacing
 from opticam.lab.summary import Estimate
 
 COMMITTED = REPOSITORY / "data" / "findings"
-AGREES = {True: "yes", False: "no"}
 
 
 class Finding(NamedTuple):
@@ -124,7 +123,7 @@ def _compared(committed: Path, here: Path) -> pd.DataFrame:
             "finding": entry["finding"],
             "committed": told.get(entry["finding"], "-"),
             "here": _shown(entry),
-            "agrees": AGREES[entry["holds"]],
+            "agrees": "yes" if entry["holds"] else "no",
         }
         for entry in own["findings"]
     ]
