@@ -39,7 +39,7 @@ def test_attributions_of_a_layer(tiny, images, class_idx):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Nothing", "no 'Nothing' in captum.attr; wanted one of"), ("GradientShap", "captum cannot compute GradientShap")],
+    [("Nothing", "no 'Nothing' in captum; wanted one of"), ("GradientShap", "captum cannot compute GradientShap")],
 )
 def test_bad_names_and_what_captum_refuses(tiny, images, class_idx, name, message):
     with pytest.raises(ValueError, match=message):
