@@ -146,7 +146,7 @@ def tiny_run(tmp_path_factory):
             if not output.exists():
                 places = {"figures": folder / number, "results": folder / "results"}
                 given = {name: str(place) for name, place in places.items() if name in notebook_parameters(number)}
-                run_notebook(number, output, {**TINY[number], **given})
+                run_notebook(number, output, {**TINY.get(number, {}), **given})
         return folder / number
 
     return run
