@@ -1,7 +1,7 @@
 """A page to explore one decision in a notebook: photo, network, method and class chosen by hand.
 
-What is computed is in `explain`, which needs no page. `Explorer` is the page: its work runs in a thread, so that the
-kernel answers, and ends between two modules of the network when someone presses Stop.
+`explain` computes, and needs no page. `Explorer` is the page: its work runs in a thread, so that the kernel
+answers, and ends between two modules of the network when someone presses Stop.
 """
 
 import html
