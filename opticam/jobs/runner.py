@@ -426,7 +426,7 @@ def _read_words(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-_TYPES: dict[str, tuple[str, tuple[type, ...], Callable[[str], Any]]] = {  # in words, as values, from text
+_TYPES: dict[str, tuple[str, Any, Callable[[str], Any]]] = {  # in words, as values, from text
     "int": ("a whole number", (int,), int),
     "float": ("a number", (int, float), float),
     "bool": ("true or false", (bool,), lambda text: {"true": True, "false": False}.get(text.lower())),

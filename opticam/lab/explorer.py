@@ -8,6 +8,7 @@ import html
 import io
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -402,8 +403,8 @@ class Explorer:
             self._say(f"{label}: {self._reached}")
 
         self._reached, self.progress.value = "0 passes of the network", 0
-        hooks = {"stopped": self._stop.is_set, "progress": progress}
-        return explain(self.model, self.image, class_idx, method, num_steps=num_steps, **hooks)
+        told = partial(explain, stopped=self._stop.is_set, progress=progress)
+        return told(self.model, self.image, class_idx, method, num_steps=num_steps)
 
     def explain(self) -> None:
         """Explain the chosen class by the chosen method and show it."""
