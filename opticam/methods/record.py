@@ -14,7 +14,7 @@ class Method:
     """A method, called like its function: `METHODS["grad_cam"](model, images, class_idx, layer=None)`.
 
     Attributes:
-        function: from (model, images, class_idx, *, layer=None, ...) to saliency (B,1,H,W) in [0,1].
+        function: from `(model, images, class_idx, *, layer=None, ...)` to saliency (B,1,H,W) in [0,1].
         label: its name in tables and figures.
         color: of its bars and points, "#rrggbb".
         cost: "light" for about the passes of Opti-CAM at most, "heavy" for hundreds or thousands.
