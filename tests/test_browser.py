@@ -17,8 +17,8 @@ from opticam.lab.datasets import demo
 from opticam.lab.files import REPOSITORY
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright; it comes with the extra 'test'")
-pytest.importorskip("jupyterlab", reason="no JupyterLab; it comes with the extra 'notebooks'")
-pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
+pytest.importorskip("jupyterlab", reason="no JupyterLab; it comes with the extra 'batch'")
+pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'lab'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

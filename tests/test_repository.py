@@ -1,5 +1,6 @@
 """What the files beside the package promise."""
 
+import html
 import json
 import re
 import runpy
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from urllib.parse import unquote
 
 import nbformat
 import numpy as np
@@ -173,6 +175,21 @@ def test_links_resolve(page):
         place = (page.parent / target).resolve() if target else page
         assert place.is_file(), f"{page.name} links to {link}; the site has no folders"
         assert not anchor or anchor in anchors(place), f"{page.name} links to {link}"
+
+
+def test_links_of_the_site_resolve():
+    pages = {page: page.read_text() for page in (REPOSITORY / "docs" / "_build" / "html").rglob("*.html")}
+    if not pages:
+        pytest.skip("no site here; make docs builds it")
+    places = {page: {*re.findall(r'\b(?:id|name)="([^"]+)"', text)} for page, text in pages.items()}
+    for page, text in pages.items():
+        for link in {*re.findall(r'(?:href|src)="([^"]+)"', text)}:
+            if re.match(r"[a-z]+:", link):
+                continue
+            target, _, anchor = unquote(html.unescape(link)).partition("#")
+            place = (page.parent / target.partition("?")[0]).resolve() if target else page
+            assert place.is_file(), f"{page.name} links to {link}"
+            assert not anchor or place.suffix != ".html" or anchor in places[place], f"{page.name} links to {link}"
 
 
 def test_the_site_has_every_page():
