@@ -24,7 +24,8 @@ try:
     )
     from opticam.jobs.side_by_side import run_notebooks
 except ModuleNotFoundError as error:
-    print(f"opticam: the command needs the extra lab: pip install 'opticam[lab]' ({error})", file=sys.stderr)
+    clone = "run, render, verify and batch need a clone of the repository too"
+    print(f"opticam: the command needs the extra lab: pip install 'opticam[lab]'; {clone} ({error})", file=sys.stderr)
     sys.exit(2)
 from opticam.lab.files import EVIDENCE, REPOSITORY
 
