@@ -1,16 +1,16 @@
 """From rows to numbers: means, correlations and accuracies over images, with 95 % intervals."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from opticam.methods import method_label
-from opticam.metrics import COLUMNS, factors, headings, max_box_accuracy
+from opticam.metrics import COLUMNS, factors, headings
 
 
 class Estimate(NamedTuple):
@@ -60,37 +60,108 @@ def interval(
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
+    return _intervals(values, statistic, num_resamples)(confidence)
+
+
+def _intervals(
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int = 10_000
+) -> Callable[[float], tuple[float, float]]:
+    """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
     if values[0].ndim == 2 and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
     number = len(values[0])
     if number == 1:
-        return np.nan, np.nan
+        return lambda confidence: (np.nan, np.nan)
     if values[0].ndim == 2:
-        return _t_interval(float(values[0].mean()), *_spread(values[0]), confidence)
+        return partial(_t_interval, float(values[0].mean()), *_spread(values[0]))
     if number >= FEW and not (statistic is np.mean and number > MANY):
+        bootstrap = partial(
+            stats.bootstrap,
+            values,
+            statistic,
+            paired=True,
+            vectorized=True,
+            batch=max(1, 2_000_000 // number),  # resampled values in memory, whatever the number of images
+            method="BCa",
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is undefined: then t
-            found = stats.bootstrap(
-                values,
-                statistic,
-                paired=True,
-                vectorized=True,
-                confidence_level=confidence,
-                n_resamples=num_resamples,
-                batch=max(1, 2_000_000 // number),  # resampled values in memory, whatever the number of images
-                method="BCa",
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if np.isfinite(found).all():
-            return float(found.low), float(found.high)
+            drawn = bootstrap(n_resamples=num_resamples, rng=np.random.default_rng(0))
+        if np.isfinite(drawn.confidence_interval).all():
+            return lambda confidence: _pair(
+                bootstrap(n_resamples=0, bootstrap_result=drawn, confidence_level=confidence).confidence_interval
+            )
     if statistic is np.mean:
         error = values[0].std(ddof=1) / np.sqrt(number)
     else:
         without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
         error = without.std() * np.sqrt(number - 1)
-    return _t_interval(float(statistic(*values, axis=-1)), error, number - 1, confidence)
+    return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
+
+
+def p_value(
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
+) -> float:
+    """Two-sided p value of the statistic being 0: 1 minus the confidence of the narrowest `interval` that contains 0.
+
+    So p is below 0.05 where the 95 % interval excludes 0.
+
+    Args:
+        values: as `interval`.
+        statistic: as `interval`.
+        num_resamples: bootstrap samples.
+
+    Returns:
+        In [2 / num_resamples, 1]: of less, so many samples know nothing. Exact to a thousandth of itself. NaN for a single
+        image.
+
+    Raises:
+        ValueError: as `interval`.
+    """
+    ends = _intervals(values, statistic, num_resamples)
+    if np.isnan(ends(0.5)).any():
+        return np.nan
+    least, most = 2 / num_resamples, 1.0
+    while most > 1.001 * least:
+        middle = np.sqrt(least * most)
+        low, high = ends(1 - middle)
+        least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
+    return float(most if most < 1 else 1)
+
+
+def holm(p_values: Collection[float]) -> np.ndarray:
+    """The p values of many tests, corrected for their number.
+
+    If nothing is real, one of them falls below 0.05 in at most 5 % of such families. The smallest of m is multiplied by
+    m, the next by m - 1, and so on; none may fall below one before it.
+
+    Args:
+        p_values: of all tests that are looked at together. NaN is no test.
+
+    Returns:
+        In [0,1], in the order given; NaN where there was no test.
+
+    Raises:
+        ValueError: a value outside [0,1].
+
+    Reference:
+        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
+    """
+    given = np.array([*p_values], float)
+    if (given < 0).any() or (given > 1).any():
+        raise ValueError(f"p_values: wanted numbers in [0,1], got {given.tolist()}")
+    order = given.argsort()  # NaN last
+    number = int(np.isfinite(given).sum())
+    corrected = np.full(len(given), np.nan)
+    ranks = np.arange(number)
+    corrected[order[:number]] = np.maximum.accumulate((number - ranks) * given[order[:number]]).clip(max=1)
+    return corrected
+
+
+def _pair(found: Any) -> tuple[float, float]:
+    return float(found.low), float(found.high)
 
 
 def estimate(*values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
@@ -126,7 +197,9 @@ def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> 
 
 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
-    """Print `difference` for each column and reference, and on how many images the method has more.
+    """Print `difference` for each column and reference, on how many images the method has more, and p.
+
+    All that is printed is one family of tests: p is the `p_value` of no difference, corrected by `holm`.
 
     Args:
         rows: one row per image and method.
@@ -134,12 +207,13 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
         method: to subtract from.
         references: to subtract.
     """
-    for column, heading in headings(columns).items():
-        for reference in references:
-            gained = paired(rows, column, method, reference)
-            title = f"{heading}: {method_label(method)} minus {method_label(reference)}"
-            shown = f"{difference(rows, column, method, reference):.1f}"
-            print(f"{title} {shown}; higher on {(gained > 0).sum()} of {len(gained)}")
+    pairs = [(column, reference) for column in columns for reference in references]
+    gains = [paired(rows, column, method, reference) for column, reference in pairs]
+    titles = headings(columns)
+    for (column, reference), gained, p in zip(pairs, gains, holm([p_value(gain) for gain in gains]), strict=True):
+        title = f"{titles[column]}: {method_label(method)} minus {method_label(reference)}"
+        shown = f"{difference(rows, column, method, reference):.1f}"
+        print(f"{title} {shown}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
 
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
@@ -176,7 +250,7 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
         raise ValueError("hits: wanted zeros and ones, at least one")
     found = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact")
-    return float(found.low), float(found.high)
+    return _pair(found)
 
 
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
@@ -213,12 +287,14 @@ def _summarize(
                 values = group[column].dropna().to_numpy(float)
             else:
                 values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
-            low = high = mean = np.nan
+            low = high = mean = p = np.nan
             if len(values):
                 exact = not differences and column in proportions and repeats is None and np.isin(values, (0, 1)).all()
                 low, high = proportion_interval(values) if exact else interval(values)
                 mean = values.mean()
+                p = p_value(values) if differences else np.nan
             cells |= {column: factor * mean, f"{column}_low": factor * low, f"{column}_high": factor * high}
+            cells |= {f"{column}_p": p} if differences else {}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
@@ -238,7 +314,8 @@ def summarize_differences(
         repeats: as `summarize`; differences are taken within a repeat.
 
     Returns:
-        As `summarize`, without the reference: positive where the method has more of the column.
+        As `summarize`, without the reference: positive where the method has more of the column. Beside them
+        `column_p`, the `p_value` of no difference, not corrected for the number of tests: for that, `holm`.
 
     Raises:
         ValueError: no row of the reference, or an image has two rows of the same method.
@@ -289,21 +366,49 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     """MaxBoxAcc and MaxBoxAccV2 over all images with a box, per method, from the column `box_hits`.
 
+    In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
+    than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
+
     Args:
         rows: of `evaluate` with the score "localization"; of several shards, all of them.
 
     Returns:
-        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, fractions, higher is better.
+        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
+        percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
 
     Raises:
         ValueError: no image has a box.
     """
     with_box = rows[rows["pointing_game"].notna()]
+    if with_box.empty:
+        raise ValueError("rows: wanted at least one image with a box")
     accuracies = {}
     for method, group in with_box.groupby("method", sort=False):
-        hits = np.stack([np.unpackbits(np.frombuffer(bits, np.uint8)) for bits in group["box_hits"]])
-        accuracies[method] = max_box_accuracy(torch.from_numpy(hits.sum(0).reshape(4, -1)), len(group))
-    if not accuracies:
-        raise ValueError("rows: wanted at least one image with a box")
-    columns = ["max_box_acc", "max_box_acc_v2"]
-    return pd.DataFrame.from_dict(accuracies, orient="index", columns=columns).rename_axis("method")
+        bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
+        hits = bits.reshape(len(group), 4, -1)
+        cells: dict[str, float] = {}
+        for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
+            found = _best_share(hits[:, kinds])
+            cells |= zip((column, f"{column}_low", f"{column}_high"), (100 * number for number in found), strict=True)
+        accuracies[method] = cells
+    return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
+
+
+def _best_share(hits: np.ndarray) -> Estimate:
+    """The share of hits (n,K,T) at the best of T thresholds, and the mean of the K shares, each with its own best."""
+    number, kinds, _ = hits.shape
+    if number > MANY:
+        best = hits.sum(0, dtype=int).argmax(-1)
+        return estimate(np.take_along_axis(hits, best[None, :, None], 2).mean((1, 2)))
+    # most thresholds hit the same images: maps have 256 levels
+    kept = [np.unique(hits[:, kind], axis=1).astype(np.float32) for kind in range(kinds)]
+
+    def share(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Of images given by number, (...,m)."""
+        flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
+        places = flat + number * np.arange(len(flat))[:, None]
+        counts = np.bincount(places.ravel(), minlength=number * len(flat)).reshape(-1, number).astype(np.float32)
+        best = np.mean([(counts @ some).max(1) for some in kept], axis=0)
+        return best.reshape(drawn.shape[:-1]) / drawn.shape[-1]
+
+    return estimate(np.arange(number), statistic=share)
