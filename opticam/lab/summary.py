@@ -331,6 +331,21 @@ def summarize_differences(
     return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, differences=True)
 
 
+def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
+    """Which differences of a table are not 0 by their `p_value`, corrected by `holm` for the number of its entries.
+
+    Args:
+        differences: from `summarize_differences`, with `column_p` for each column.
+        level: below which p has to fall.
+
+    Returns:
+        Index as given; a column of booleans for each that has p values. False where there is no value.
+    """
+    columns = [str(column) for column in differences if str(column).endswith("_p")]
+    corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
+    return pd.DataFrame(corrected < level, differences.index, [column.removesuffix("_p") for column in columns])
+
+
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """`mean(a) / mean(b)` along an axis, the share of b that is left in a: a statistic for `interval`.
 
