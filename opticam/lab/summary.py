@@ -101,12 +101,13 @@ def _intervals(
     return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
 
 
-def p_value(
+def estimate_and_p(
     *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
-) -> float:
-    """Two-sided p value of the statistic being 0: 1 minus the confidence of the narrowest `interval` that contains 0.
+) -> tuple[Estimate, float]:
+    """A statistic over images with its 95 % interval, and the two-sided p value of its being 0.
 
-    So p is below 0.05 where the 95 % interval excludes 0.
+    p is 1 minus the confidence of the narrowest `interval` that contains 0. So it is below 0.05 where the 95 % interval
+    excludes 0. Of many tests, correct it with `holm`.
 
     Args:
         values: as `interval`.
@@ -114,21 +115,21 @@ def p_value(
         num_resamples: bootstrap samples.
 
     Returns:
-        In [2 / num_resamples, 1]: of less, so many samples know nothing. Exact to a thousandth of itself. NaN for a single
-        image.
+        The estimate; and p in [2 / num_resamples, 1], for of less so many samples know nothing. It is exact to a
+        thousandth of itself, and NaN for a single image.
 
     Raises:
         ValueError: as `interval`.
     """
     ends = _intervals(values, statistic, num_resamples)
-    if np.isnan(ends(0.5)).any():
-        return np.nan
+    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
+    found = Estimate(float(value), *ends(0.95))
     least, most = 2 / num_resamples, 1.0
     while most > 1.001 * least:
         middle = np.sqrt(least * most)
         low, high = ends(1 - middle)
         least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
-    return float(most if most < 1 else 1)
+    return found, np.nan if len(values[0]) == 1 else float(most)
 
 
 def holm(p_values: Collection[float]) -> np.ndarray:
@@ -199,7 +200,7 @@ def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
     """Print `difference` for each column and reference, on how many images the method has more, and p.
 
-    All that is printed is one family of tests: p is the `p_value` of no difference, corrected by `holm`.
+    All that is printed is one family of tests: p, of no difference, is corrected by `holm` for their number.
 
     Args:
         rows: one row per image and method.
@@ -209,11 +210,11 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
     """
     pairs = [(column, reference) for column in columns for reference in references]
     gains = [paired(rows, column, method, reference) for column, reference in pairs]
-    titles = headings(columns)
-    for (column, reference), gained, p in zip(pairs, gains, holm([p_value(gain) for gain in gains]), strict=True):
-        title = f"{titles[column]}: {method_label(method)} minus {method_label(reference)}"
-        shown = f"{difference(rows, column, method, reference):.1f}"
-        print(f"{title} {shown}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
+    found = [estimate_and_p(factors([column])[column] * gain) for (column, _), gain in zip(pairs, gains, strict=True)]
+    corrected = holm([p for _, p in found])
+    for (column, reference), gained, (shown, _), p in zip(pairs, gains, found, corrected, strict=True):
+        title = f"{headings([column])[column]}: {method_label(method)} minus {method_label(reference)}"
+        print(f"{title} {shown:.1f}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
 
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
@@ -290,9 +291,10 @@ def _summarize(
             low = high = mean = p = np.nan
             if len(values):
                 exact = not differences and column in proportions and repeats is None and np.isin(values, (0, 1)).all()
-                low, high = proportion_interval(values) if exact else interval(values)
-                mean = values.mean()
-                p = p_value(values) if differences else np.nan
+                if differences:
+                    (mean, low, high), p = estimate_and_p(values)
+                else:
+                    mean, (low, high) = values.mean(), proportion_interval(values) if exact else interval(values)
             cells |= {column: factor * mean, f"{column}_low": factor * low, f"{column}_high": factor * high}
             cells |= {f"{column}_p": p} if differences else {}
         summary[method] = cells
@@ -315,7 +317,7 @@ def summarize_differences(
 
     Returns:
         As `summarize`, without the reference: positive where the method has more of the column. Beside them
-        `column_p`, the `p_value` of no difference, not corrected for the number of tests: for that, `holm`.
+        `column_p`, the p value of no difference by `estimate_and_p`, not corrected for the number of tests.
 
     Raises:
         ValueError: no row of the reference, or an image has two rows of the same method.
@@ -332,7 +334,7 @@ def summarize_differences(
 
 
 def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
-    """Which differences of a table are not 0 by their `p_value`, corrected by `holm` for the number of its entries.
+    """Which differences of a table are not 0: those whose p value is small, corrected by `holm` for all of its entries.
 
     Args:
         differences: from `summarize_differences`, with `column_p` for each column.

@@ -11,9 +11,10 @@ from scipy import stats
 from opticam.lab.summary import (
     box_accuracies,
     difference,
+    estimate,
+    estimate_and_p,
     holm,
     interval,
-    p_value,
     print_differences,
     proportion_interval,
     ratio_of_means,
@@ -92,6 +93,18 @@ def test_interval_of_several_arrays_keeps_them_paired():
     low, high = interval(a, a - 1, statistic=lambda x, y, axis: x.mean(axis) - y.mean(axis))
     assert low == pytest.approx(1)
     assert high == pytest.approx(1)
+
+
+def p_value(*values, **options):
+    return estimate_and_p(*values, **options)[1]
+
+
+def test_what_is_tested_is_the_estimate():
+    a, b = np.random.default_rng(4).normal(1, 1, (2, 30))
+    assert estimate_and_p(a)[0] == estimate(a)
+    assert estimate_and_p(a, b, statistic=spearman)[0] == estimate(a, b, statistic=spearman)
+    repeats = np.stack([a, b], 1)
+    assert estimate_and_p(repeats)[0] == estimate(repeats)
 
 
 def test_p_of_few_images_is_that_of_t():
@@ -295,9 +308,7 @@ def test_box_accuracies_by_hand():
 
 
 def box_rows(hits):
-    return pd.DataFrame(
-        {"method": "m", "pointing_game": 1.0, "box_hits": [np.packbits(hit).tobytes() for hit in hits]}
-    )
+    return pd.DataFrame({"method": "m", "pointing_game": 1.0, "box_hits": [np.packbits(hit).tobytes() for hit in hits]})
 
 
 def test_each_resample_of_box_accuracies_chooses_its_own_threshold():
