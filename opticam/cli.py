@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 try:
@@ -17,6 +18,7 @@ try:
         PATHS,
         NotebookError,
         check_writable,
+        evidence_part,
         find_notebook,
         list_notebooks,
         notebook_parameters,
@@ -216,15 +218,22 @@ def run(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Show what the committed notebooks claim beside what the last run here found."""
-    if not _show_findings([path.stem for path in list_notebooks()]):
+    pages = [path.stem for path in list_notebooks()]
+    if options.evidence:
+        with TemporaryDirectory() as folder:
+            places = {name: str(Path(folder, name)) for name in ("figures", "results")}
+            parts = [part for page in pages if (part := evidence_part(page, Path(folder)))]
+            run_notebooks({part: Path(folder, "executed", part.name) for part in parts}, places)
+            _show_findings(pages, Path(places["results"]))
+    elif not _show_findings(pages):
         raise ValueError("results: no run has left findings here; first: opticam run")
     return 0
 
 
-def _show_findings(pages: Sequence[str], since: float = 0.0) -> bool:
+def _show_findings(pages: Sequence[str], results: Path = RESULTS.parent, since: float = 0.0) -> bool:
     from opticam.lab.findings import compare
 
-    table = compare(RESULTS.parent, since)
+    table = compare(results, since)
     table = table[table["page"].isin(pages)]
     if len(table):
         print(table.to_markdown(index=False))
@@ -357,6 +366,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run, parser=command)
 
     command = commands.add_parser("verify", help="compare findings", description=verify.__doc__)
+    command.add_argument(
+        "--evidence", action="store_true", help="compute those of the rows in data/evidence again; minutes, no network"
+    )
     command.set_defaults(command=verify)
 
     command = commands.add_parser("batch", help="run notebooks over grids", description=batch.__doc__)

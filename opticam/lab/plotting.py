@@ -69,6 +69,14 @@ def use_plain_style() -> None:
         "xtick.labelsize": 7,
         "ytick.labelsize": 7,
         "legend.fontsize": 7,
+        "legend.handlelength": 1.4,
+        "legend.handletextpad": 0.5,
+        "legend.columnspacing": 1.2,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -138,15 +146,18 @@ def image_grid(
     extra = 0.025 * font if captions else 0.0
     figsize = (size * columns, (size + extra) * len(rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=style["dpi"], squeeze=False)
+    figure.get_layout_engine().set(**{"w_pad": 0.02, "h_pad": 0.02, "wspace": 0, "hspace": 0} if printed else {})
     for ax in axes.flat:
         ax.set_axis_off()
+        ax.set_anchor("N" if printed else "C")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             ax = axes[i, j]
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
             if i < len(captions) and j < len(captions[i]):
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=font)
+                below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
+                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, **below)
             if i == 0 and j < len(column_titles):
                 ax.set_title(column_titles[j], fontsize=font)
             if j == 0 and i < len(row_titles):
@@ -392,9 +403,9 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
     panels = [ax]
     if 3 <= crowd.sum() < len(points):
         share = (points - points.min(0)) / (points.max(0) - points.min(0))
-        corners = [(left, low) for low in (0.54, 0.1) for left in (0.08, 0.56)]
-        free = min(corners, key=lambda corner: (np.abs(share - corner - 0.2) < 0.25).all(1).sum())
-        panels.append(ax.inset_axes((*free, 0.4, 0.4)))
+        corners = [(left, low) for low in (0.59, 0.12) for left in (0.1, 0.6)]
+        free = min(corners, key=lambda corner: (np.abs(share - corner - 0.2) < 0.3).all(1).sum())
+        panels.append(ax.inset_axes((*free, 0.37, 0.37)))
     for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
@@ -409,8 +420,9 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         (left, low), (right, high) = (end(points[crowd], axis=0) for end in (np.min, np.max))
         across, up = 0.35 * (right - left), 0.35 * (high - low)
         panel.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
-        panel.tick_params(labelsize=6)
-        ax.indicate_inset_zoom(panel, edgecolor="0.4")
+        panel.spines[:].set(visible=True, edgecolor="0.5")
+        panel.locator_params(nbins=3)
+        ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -510,6 +522,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
+        ax.locator_params(axis="x", nbins=4)
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         for place, (mean, low, high), holds in zip(places, values, clear[column], strict=True):
             color = _BLUE if holds else "0.45"
@@ -517,10 +530,11 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
         ax.set_title(title)
         ax.tick_params(axis="y", length=0)
+        ax.patch.set_visible(False)  # the names of groups run on into it
     axes[0, 0].set_yticks(places, variants)
     for place, group in headings_at:
-        edge = axes[0, 0].get_yaxis_transform()
-        axes[0, 0].text(0.02, place, group, transform=edge, va="center", fontweight="bold", fontsize=7)
+        over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
+        axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
     axes[0, 0].set_ylim(position - 0.6, -0.8)
     key = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
@@ -555,7 +569,7 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
             color = method_color(method)
             ax.plot(places, mean, f"{marker}-", ms=3, lw=0.9, color=color, label=method_label(method))
-            ax.fill_between(places, low, high, color=color, alpha=0.12, lw=0)
+            ax.fill_between(places, low, high, color=color, alpha=0.1, lw=0)
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right")
         if i == 0:
             ax.set_title(orders[order], fontsize=7.5)
@@ -640,7 +654,8 @@ def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5)
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
-    It has the size in inches that it was made with, and twice the dots of a notebook's. Photos are a quarter as heavy with the suffix `.jpg`.
+    It has the size in inches that it was made with, and twice the dots of a notebook's. Photos are a quarter as heavy
+    with the suffix `.jpg`.
 
     Args:
         figure: what to write.
