@@ -289,7 +289,7 @@ def batch(options: argparse.Namespace) -> int:
 
 def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace) -> bool:
     """Some runs of one document of a batch; whether all of them are done."""
-    from opticam.jobs.batch import write_index, write_summary
+    from opticam.jobs.batch import write_index, write_summary, write_tables
     from opticam.jobs.cluster import run_batch
 
     try:
@@ -299,6 +299,8 @@ def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace)
             print(f"wrote {write_index(part)}")
     summary = write_summary(part)
     print(f"wrote {summary} and summary.csv" if summary else "no run wrote rows for a summary")
+    if summary and (tables := write_tables(summary)):
+        print(f"wrote {tables}")
     failed = [(item, record) for item, record in zip(runs, records, strict=True) if record["status"] != "done"]
     for item, record in failed:
         print(f"{record['status']}: {item.name}: {record.get('error')}", file=sys.stderr)

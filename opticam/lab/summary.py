@@ -411,6 +411,41 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
 
 
+PAPER = {
+    "Classification": ["average_drop", "average_gain", "average_increase", "seconds"],
+    "Insertion and deletion": ["insertion", "deletion"],
+    "Localization": [
+        *("official_metric", "localization_error", "soft_f1"),
+        *("max_box_acc", "pointing_game", "energy_pointing_game", "saliency_metric"),
+    ],
+}
+"""Title -> columns of the paper's tables, in its order."""
+
+
+def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables as the paper lays them out: methods down, metrics across; means over images, without intervals.
+
+    Args:
+        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them.
+
+    Returns:
+        Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
+        of the rows. A table without values is left out, as that of localization where no image has a box.
+    """
+    known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
+    tables = {}
+    for title, columns in PAPER.items():
+        present = [name for name in columns if name in rows]
+        means = rows.groupby("method", sort=False)[present].mean() * pd.Series(factors(present), dtype=float)
+        if "max_box_acc" in columns and "box_hits" in rows and rows["pointing_game"].notna().any():
+            means = means.join(box_accuracies(rows)["max_box_acc"])
+        shown = {name: known.get(name, heading) for name, heading in headings(columns).items()}
+        table = means.reindex(columns=columns).rename(columns=shown, index=method_label).dropna(axis=1, how="all")
+        if table.size:
+            tables[title] = table
+    return tables
+
+
 def _best_share(hits: np.ndarray) -> Estimate:
     """The share of hits (n,K,T) at the best of T thresholds, and the mean of the K shares, each with its own best."""
     number, kinds, _ = hits.shape

@@ -15,6 +15,7 @@ from opticam.lab.summary import (
     estimate_and_p,
     holm,
     interval,
+    paper_tables,
     print_differences,
     proportion_interval,
     ratio_of_means,
@@ -336,3 +337,20 @@ def test_box_accuracies_of_very_many_images_take_the_best_threshold_of_all():
     low, high = interval(hits[:, 0, 1].astype(float))
     assert (found.max_box_acc_low, found.max_box_acc_high) == pytest.approx((100 * low, 100 * high))
     assert found.max_box_acc == pytest.approx(100 * hits[:, 0, 1].mean())
+
+
+def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
+    hits = np.zeros((2, 4, 8), bool)
+    hits[0, :, 3] = True
+    rows = box_rows(hits).assign(method="opti_cam", saliency_metric=[0.5, 1.5], official_metric=[0.0, 1.0])
+    rows = rows.assign(localization_error=1.0, soft_f1=0.5, energy_pointing_game=[0.2, 0.4])
+    rows = rows.assign(average_increase=1.0, average_gain=[0.5, 0.7], average_drop=0.0, seconds=[2, 4])
+    tables = paper_tables(rows)
+    assert {title: [*table] for title, table in tables.items()} == {
+        "Classification": ["AD % ↓", "AG % ↑", "AI % ↑", "seconds ↓"],
+        "Localization": ["OM % ↓", "LE % ↓", "F1 % ↑", "BA % ↑", "SP % ↑", "EP % ↑", "SM ↓"],
+    }
+    assert tables["Classification"].loc["Opti-CAM"].tolist() == pytest.approx([0, 60, 100, 3])
+    assert tables["Localization"].loc["Opti-CAM"].tolist() == pytest.approx([50, 100, 50, 50, 100, 30, 1])
+    without = rows.assign(pointing_game=np.nan)[["method", "average_gain", "pointing_game", "box_hits"]]
+    assert {title: [*table] for title, table in paper_tables(without).items()} == {"Classification": ["AG % ↑"]}
