@@ -164,7 +164,7 @@ def test_runs_at_tiny_parameters(path, tiny_run):
 
 @pytest.mark.slow
 def test_what_is_concluded_from_shipped_rows_follows_from_them(path, tmp_path):
-    """Numbers of the answer, of the README and of the findings, computed again from `data/evidence` and nothing else."""
+    """Numbers of the answer, of the README and of the findings, computed again from `data/evidence` alone."""
     part = evidence_part(path, tmp_path)
     if part is None:
         pytest.skip("concludes from its own run")

@@ -308,7 +308,7 @@ def run_notebook(
 
 
 def evidence_part(notebook: str | Path, folder: Path) -> Path | None:
-    """Write the part of a page that concludes from the shipped rows alone: its parameters and the cells tagged `evidence`.
+    """Write the part of a page that concludes from the shipped rows alone: parameters and the cells tagged `evidence`.
 
     It needs no network and no photo, so it is run in seconds, as a notebook of its own.
 
