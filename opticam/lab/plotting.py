@@ -594,7 +594,7 @@ def interval_table(
         digits: after the point.
 
     Returns:
-        Index `method` by label, one text column per heading.
+        Index `method` by label, "group: variant" where there are two; one text column per heading.
     """
     import pandas as pd
 
@@ -611,7 +611,8 @@ def interval_table(
             "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{star}"
             for (mean, low, high), star in zip(values, stars, strict=True)
         ]
-    return pd.DataFrame(cells, index=summary.index.map(method_label))
+    names = [": ".join(map(method_label, key if isinstance(key, tuple) else [key])) for key in summary.index]
+    return pd.DataFrame(cells, index=pd.Index(names, name=summary.index.name))
 
 
 def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:

@@ -76,7 +76,7 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """
     rows, provenance = read_rows(EVIDENCE / f"{name}.parquet")
     rows = rows.astype(dict.fromkeys(rows.select_dtypes("float32").columns, float))
-    if {"prob", "masked_prob"} <= {*rows}:
+    if {"method", "prob", "masked_prob"} <= {*rows}:
         p, o = (torch.tensor(rows[part].to_numpy(float)) for part in ("prob", "masked_prob"))
         change = o.logit() - p.logit()
         younger = {column: metric(p, o) for column, metric in probability_metrics().items() if column not in rows}
