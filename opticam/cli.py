@@ -218,11 +218,12 @@ def run(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Show what the committed notebooks claim beside what the last run here found."""
-    pages = [path.stem for path in list_notebooks()]
+    paths = list_notebooks()
+    pages = [path.stem for path in paths]
     if options.evidence:
         with TemporaryDirectory() as folder:
             places = {name: str(Path(folder, name)) for name in ("figures", "results")}
-            parts = [part for page in pages if (part := evidence_part(page, Path(folder)))]
+            parts = [part for path in paths if (part := evidence_part(path, Path(folder)))]
             run_notebooks({part: Path(folder, "executed", part.name) for part in parts}, places)
             _show_findings(pages, Path(places["results"]))
     elif not _show_findings(pages):
@@ -230,10 +231,10 @@ def verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_findings(pages: Sequence[str], results: Path = RESULTS.parent, since: float = 0.0) -> bool:
+def _show_findings(pages: Sequence[str], results: Path | None = None, since: float = 0.0) -> bool:
     from opticam.lab.findings import compare
 
-    table = compare(results, since)
+    table = compare(results or RESULTS.parent, since)
     table = table[table["page"].isin(pages)]
     if len(table):
         print(table.to_markdown(index=False))
