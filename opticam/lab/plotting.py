@@ -146,7 +146,8 @@ def image_grid(
     extra = 0.025 * font if captions else 0.0
     figsize = (size * columns, (size + extra) * len(rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=style["dpi"], squeeze=False)
-    figure.get_layout_engine().set(**{"w_pad": 0.02, "h_pad": 0.02, "wspace": 0, "hspace": 0} if printed else {})
+    if printed:
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set_anchor("N" if printed else "C")
@@ -411,7 +412,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
         color, label = method_color(method), method_label(method)
         for panel in panels:
-            bars = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.7} if panel is ax else {}
+            bars: dict[str, Any] = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.7} if panel is ax else {}
             panel.errorbar(row[x], row[y], **bars, fmt="none", color=color)
             # hollow: methods may share a place
             panel.plot(row[x], row[y], marker, ms=5, mfc="none", mew=1.1, color=color, label=label)
@@ -536,7 +537,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
         axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
     axes[0, 0].set_ylim(position - 0.6, -0.8)
-    key = {"color": "w", "marker": "o", "ms": 4}
+    key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
     hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
     figure.legend(handles=[filled, hollow], loc="outside lower center", ncols=2, frameon=False)
