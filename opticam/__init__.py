@@ -1,4 +1,4 @@
-"""Opti-CAM: saliency maps optimised for interpretability, the methods it is compared with, and their metrics.
+"""Opti-CAM: saliency maps optimised for interpretability, other saliency methods, and metrics of both.
 
 Nothing is imported before its name is asked for, so that the command line starts at once.
 """

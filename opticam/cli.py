@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -17,6 +18,7 @@ try:
         PATHS,
         NotebookError,
         check_writable,
+        evidence_part,
         find_notebook,
         list_notebooks,
         notebook_parameters,
@@ -217,15 +219,23 @@ def run(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Show what the committed notebooks claim beside what the last run here found."""
-    if not _show_findings([path.stem for path in list_notebooks()]):
+    paths = list_notebooks()
+    pages = [path.stem for path in paths]
+    if options.evidence:
+        with TemporaryDirectory() as folder:
+            places = {name: str(Path(folder, name)) for name in ("figures", "results")}
+            parts = [part for path in paths if (part := evidence_part(path, Path(folder)))]
+            run_notebooks({part: Path(folder, "executed", part.name) for part in parts}, places)
+            _show_findings(pages, Path(places["results"]))
+    elif not _show_findings(pages):
         raise ValueError("results: no run has left findings here; first: opticam run")
     return 0
 
 
-def _show_findings(pages: Sequence[str], since: float = 0.0) -> bool:
+def _show_findings(pages: Sequence[str], results: Path | None = None, since: float = 0.0) -> bool:
     from opticam.lab.findings import compare
 
-    table = compare(RESULTS.parent, since)
+    table = compare(results or RESULTS.parent, since)
     table = table[table["page"].isin(pages)]
     if len(table):
         print(table.to_markdown(index=False))
@@ -281,7 +291,7 @@ def batch(options: argparse.Namespace) -> int:
 
 def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace) -> bool:
     """Some runs of one document of a batch; whether all of them are done."""
-    from opticam.jobs.batch import write_index, write_summary
+    from opticam.jobs.batch import write_index, write_summary, write_tables
     from opticam.jobs.cluster import run_batch
 
     try:
@@ -291,6 +301,8 @@ def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace)
             print(f"wrote {write_index(part)}")
     summary = write_summary(part)
     print(f"wrote {summary} and summary.csv" if summary else "no run wrote rows for a summary")
+    if summary and (tables := write_tables(summary)):
+        print(f"wrote {tables}")
     failed = [(item, record) for item, record in zip(runs, records, strict=True) if record["status"] != "done"]
     for item, record in failed:
         print(f"{record['status']}: {item.name}: {record.get('error')}", file=sys.stderr)
@@ -345,7 +357,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", **at_once)
     add("--list", action="store_true", help="list the notebooks and their parameters")
 
-    command(verify, "compare findings")
+    add = command(verify, "compare findings")
+    shipped = "compute those of the rows in data/evidence again; minutes, no network"
+    add("--evidence", action="store_true", help=shipped)
 
     add = command(batch, "run notebooks over grids")
     add("file", metavar="FILE", help="YAML file, or the name of one in notebooks/batches")

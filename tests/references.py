@@ -731,3 +731,12 @@ def complexity(a: Array) -> float:
 
 def adcc(a: Array, b: Array, drop: float) -> float:
     return 3 / (1 / coherency(a, b) + 1 / (1 - complexity(a)) + 1 / (1 - drop))
+
+
+def holm(p_values: list[float], level: float) -> list[bool]:
+    """Which tests pass at a level: the smallest p against level/m, the next against level/(m-1), until one fails."""
+    passed = [False] * len(p_values)
+    left = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    while left and p_values[left[0]] <= level / len(left):
+        passed[left.pop(0)] = True
+    return passed

@@ -249,6 +249,28 @@ def test_without_an_extra(monkeypatch, capsys):
     assert capsys.readouterr().err == "opticam: method: captum is not installed: pip install 'opticam[captum]'\n"
 
 
+@pytest.mark.slow
+def test_verify_computes_what_pages_conclude_from_evidence_again(folder, monkeypatch, capsys):
+    """Of the page, the cell that would fail is not run."""
+    cells = [
+        new_code_cell('figures: str = ""\nresults: str = ""', metadata={"tags": ["parameters"]}),
+        new_code_cell("raise ValueError('needs a network')"),
+        new_code_cell(
+            "from opticam import lab\n"
+            "lab.report('02_page', [lab.finding('gains', lab.Estimate(1, 0.5, 2), above=0)], {}, results)",
+            metadata={"tags": ["evidence"]},
+        ),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for name, some in (("02_page", cells), ("03_other", cells[:2])):
+        nbformat.write(new_notebook(cells=some, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+    monkeypatch.setattr(cli, "list_notebooks", lambda: sorted(folder.glob("*.ipynb")))
+    assert cli.main(["verify", "--evidence"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"02_page +\| gains +\| - +\| 1.00 \[0.50, 2.00\] +\| yes", printed)
+    assert printed.endswith("1 findings: 1 hold here, 0 do not\n")
+
+
 def test_verify_shows_findings_and_runs_nothing(folder, monkeypatch, capsys):
     monkeypatch.setattr(cli, "RESULTS", folder / "results" / "notebooks")
     assert cli.main(["verify"]) == 2

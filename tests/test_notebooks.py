@@ -12,8 +12,9 @@ import papermill
 import pytest
 from filelock import FileLock
 
-from opticam.jobs.runner import list_notebooks, notebook_parameters, run_notebook
+from opticam.jobs.runner import evidence_part, list_notebooks, notebook_parameters, run_notebook
 from opticam.jobs.side_by_side import notebook_inputs
+from opticam.lab.files import REPOSITORY
 from opticam.lab.findings import COMMITTED, Finding
 from opticam.lab.summary import Estimate
 
@@ -159,3 +160,28 @@ def test_runs_at_tiny_parameters(path, tiny_run):
     if absent:
         pytest.skip(f"reads the results of notebook {', '.join(sorted(absent))}, which is not here")
     assert {figure.suffix for figure in tiny_run(number).iterdir()} & {".jpg", ".png"}
+
+
+@pytest.mark.slow
+def test_what_is_concluded_from_shipped_rows_follows_from_them(path, tmp_path):
+    """Numbers of the answer, of the README and of the findings, computed again from `data/evidence` alone."""
+    part = evidence_part(path, tmp_path)
+    if part is None:
+        pytest.skip("concludes from its own run")
+    places = {"figures": str(tmp_path / "figures"), "results": str(tmp_path / "results")}
+    executed = run_notebook(part, tmp_path / "executed.ipynb", places)
+    printed = "\n".join(text_of(cell) for cell in nbformat.read(executed, as_version=4).cells)
+    answer = re.search(r"\*\*(.+)\*\*", nbformat.read(path, as_version=4).cells[0].source).group(1)
+    for number in re.findall(r"\d+\.\d+", answer):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", printed), number
+    readme = (REPOSITORY / "README.md").read_text()
+    for table in re.findall(rf"<!-- rows printed by notebooks/{path.stem} -->\n(.+?)\n\n", readme, re.S):
+        assert any(set(table.splitlines()) <= set(shown.splitlines()) for shown in printed.split("\n\n"))
+    committed = json.loads((COMMITTED / f"{path.stem}.json").read_text())["findings"]
+    known = {entry["finding"]: entry for entry in committed}
+    here = json.loads((tmp_path / "results" / "findings" / f"{path.stem}.json").read_text())["findings"]
+    assert here
+    for entry in here:
+        assert entry["holds"]
+        expected = known[entry["finding"]]
+        assert entry == expected | {name: pytest.approx(expected[name], rel=1e-6) for name in Estimate._fields}

@@ -274,6 +274,36 @@ def write_summary(batch: Batch) -> Path | None:
     return path
 
 
+def write_tables(summary: Path) -> Path | None:
+    """Write the tables that the paper has, of the rows of a batch of notebook 03, to `tables.md`: those of each model.
+
+    Args:
+        summary: from `write_summary`.
+
+    Returns:
+        The path written; None where the rows have no metrics of boxes, so that they are of another notebook.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    import pandas as pd
+
+    from opticam.lab.summary import paper_tables
+
+    rows = pd.read_parquet(summary)
+    if "official_metric" not in rows:
+        return None
+    blocks = []
+    for model, part in rows.groupby("model", sort=False) if "model" in rows else [("one network", rows)]:
+        blocks.append(f"# {model}: means over {part['image'].nunique()} images")
+        for title, table in paper_tables(part).items():
+            blocks += [f"## {title}", table.to_markdown(floatfmt=".1f")]
+    path = summary.with_name("tables.md")
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return path
+
+
 def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
     """Write the rows of all runs that are done to the files that `evidence` names, for the pages to conclude from.
 

@@ -307,6 +307,34 @@ def run_notebook(
     return output
 
 
+def evidence_part(notebook: str | Path, folder: Path) -> Path | None:
+    """Write the part of a page that concludes from the shipped rows alone: parameters and the cells tagged `evidence`.
+
+    It needs no network and no photo, so it is run in seconds, as a notebook of its own.
+
+    Args:
+        notebook: as `find_notebook`.
+        folder: where the part goes, under the page's name.
+
+    Returns:
+        The path written; None where the page has no such cell.
+
+    Raises:
+        ValueError: unknown notebook.
+    """
+    path = find_notebook(notebook)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tags = [cell["metadata"].get("tags", []) for cell in content["cells"]]
+    if not any("evidence" in own for own in tags):
+        return None
+    content["cells"] = [
+        cell for cell, own in zip(content["cells"], tags, strict=True) if {"evidence", "parameters"} & {*own}
+    ]
+    part = folder / path.name
+    part.write_text(json.dumps(content), encoding="utf-8")
+    return part
+
+
 def latest(progress: Path) -> str:
     """The progress that a run wrote: its cell, for how long, and the kernel's bar; "" before it begins."""
     bar, text = progress.with_suffix(".bar"), b""

@@ -18,8 +18,9 @@ _NAMES = {
     " metric_bars metric_scatter metric_values objective_curve overlay overview probability_bars save_figure show_boxes"
     " show_table similarity_curves to_picture use_style",
     "results": "read_arrays read_evidence read_rows read_shards write_arrays write_rows",
-    "summary": "Estimate box_accuracies difference estimate estimate_of interval paired print_differences"
-    " proportion_interval ratio_of_means spearman summarize summarize_differences",
+    "summary": "Estimate box_accuracies clear_after_holm difference estimate estimate_and_p estimate_of holm"
+    " interval paired paper_tables print_differences proportion_interval ratio_of_means spearman summarize"
+    " summarize_differences",
     "synthetic": "PATTERNS draw_scenes",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as F
 
 from opticam.lab.files import replacing
 from opticam.methods import method_color, method_label
@@ -28,17 +29,19 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 _BLUE, _RED = "#0173b2", "#d55e00"  # of seaborn's palette "colorblind"
 _MARKERS = "osD^vPX<>*"
-_WIDTH = 5.6  # inches: in a column of 85 mm, text of 10 points still has 6
+_WIDTH = 85 / 25.4  # inches of a journal's column: charts are drawn at the size they are printed
+_SCREEN = {"dpi": 100, "font": 10}  # of pictures side by side, as pages show them
+_PRINT = {"dpi": 200, "font": 7}
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
 
 
 def use_style() -> None:
-    """The one style of all figures: colour-blind safe, readable at half width, deterministic files."""
+    """The one style of all figures: colour-blind safe, 7 to 8 points in a column of 85 mm, deterministic files."""
     import seaborn as sns
     from IPython.core.getipython import get_ipython
 
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
     use_plain_style()
     if (shell := get_ipython()) and (formatter := shell.display_formatter):
         plt.switch_backend(mpl.get_backend())  # loaded later, it would set formatters of its own
@@ -59,8 +62,21 @@ def _printed(figure: Figure, kind: str) -> str | None:
 def use_plain_style() -> None:
     """The part of `use_style` that matters to pictures without axes, without the time that seaborn's import takes."""
     mpl.rcParams |= {
-        "figure.dpi": 100,
-        "savefig.dpi": 200,
+        "figure.dpi": _PRINT["dpi"],
+        "font.size": 7.5,
+        "axes.titlesize": 8,
+        "axes.labelsize": 7.5,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "legend.handlelength": 1.4,
+        "legend.handletextpad": 0.5,
+        "legend.columnspacing": 1.2,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -75,20 +91,29 @@ def to_picture(image: Tensor) -> np.ndarray:
     return array[..., 0] if array.shape[-1] == 1 else array.clip(0, 1)
 
 
-def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55) -> np.ndarray:
-    """The map in colour over the image in gray.
+def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55, contour: float | None = 0.5) -> np.ndarray:
+    """The map in colour over the image in gray, with a white line around what the map calls salient.
+
+    The line shows the map where the image is dark too.
 
     Args:
         image: (3,H,W) in [0,1].
         saliency: (1,H,W) in [0,1].
         alpha: weight of the map.
+        contour: the line runs inside of all that is at least this; None for no line.
 
     Returns:
         (H,W,3) float in [0,1].
     """
     colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
     gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
-    return alpha * colored + (1 - alpha) * gray[..., None]
+    picture = alpha * colored + (1 - alpha) * gray[..., None]
+    if contour is not None:
+        thick = math.ceil(saliency.shape[-1] / 150)
+        inside = (saliency.detach().cpu()[None] >= contour).float()
+        core = -F.max_pool2d(-inside, 2 * thick + 1, 1, thick)  # what is thick pixels or more away from the outside
+        picture[(inside > core)[0, 0].numpy()] = 1
+    return picture
 
 
 def image_grid(
@@ -99,6 +124,7 @@ def image_grid(
     captions: Sequence[Sequence[str]] = (),
     boxes: Sequence[Tensor] = (),
     size: float = 2.0,
+    printed: bool = False,
 ) -> Figure:
     """Images in rows and columns.
 
@@ -109,30 +135,37 @@ def image_grid(
         captions: below each picture; an empty row for none.
         boxes: (n,4) of each picture, row by row, drawn over it.
         size: width and height of one picture in inches.
+        printed: text of 7 points, for a page of a journal; else of 10, for a screen.
 
     Returns:
         The figure, not shown.
     """
     columns = max(len(row) for row in rows)
-    extra = 0.25 if captions else 0.0
-    figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns, (size + extra) * len(rows)), squeeze=False)
+    style = _PRINT if printed else _SCREEN
+    font = style["font"]
+    extra = 0.025 * font if captions else 0.0
+    figsize = (size * columns, (size + extra) * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=style["dpi"], squeeze=False)
+    if printed:
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for ax in axes.flat:
         ax.set_axis_off()
+        ax.set_anchor("N" if printed else "C")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             ax = axes[i, j]
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
             if i < len(captions) and j < len(captions[i]):
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, ha="center", va="top", fontsize=10)
+                below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
+                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, **below)
             if i == 0 and j < len(column_titles):
-                ax.set_title(column_titles[j], fontsize=11)
+                ax.set_title(column_titles[j], fontsize=font)
             if j == 0 and i < len(row_titles):
-                ax.text(
-                    -0.06, 0.5, row_titles[i], transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=10
-                )
+                beside = {"ha": "right", "va": "center", "rotation": 90, "fontsize": font}
+                ax.text(-0.06, 0.5, row_titles[i], transform=ax.transAxes, **beside)
     for some, ax in zip(boxes, axes.flat, strict=False):
-        show_boxes(ax, some)
+        show_boxes(ax, some, lw=0.8 if printed else 1.5)
     return figure
 
 
@@ -168,7 +201,7 @@ def probability_bars(
     """
     largest = torch.maximum(probs, masked_probs).topk(min(num_classes, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
-    figure = Figure(figsize=(5.2, 0.5 * len(shown) + 1))
+    figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
     ax = figure.subplots()
     for shift, color, label, values in (
         (-0.2, "0.65", "photo", probs),
@@ -178,12 +211,12 @@ def probability_bars(
         places = [place + shift for place in range(len(shown))]
         ax.barh(places, percent, height=0.38, color=color, label=label)
         for value, place in zip(percent, places, strict=True):
-            ax.annotate(f"{value:.1f}", (value + 1.5, place), va="center", fontsize=9)
+            ax.annotate(f"{value:.1f}", (value + 1.5, place), va="center")
     ax.set_yticks(range(len(shown)), [textwrap.shorten(class_names[index], 24, placeholder=" …") for index in shown])
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.invert_yaxis()
     ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -198,14 +231,14 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     Returns:
         The figure, unknown to pyplot, so that a thread may draw it.
     """
-    figure = Figure(figsize=(5.2, 3.5))
+    figure = Figure(figsize=(_WIDTH, 2.2))
     ax = figure.subplots()
-    ax.plot(objective.tolist(), color=_BLUE, lw=2, label="masked photo")
+    ax.plot(objective.tolist(), color=_BLUE, label="masked photo")
     ax.axhline(reference, color="0.4", ls="--", label="photo")
-    ax.plot(step, objective[step].item(), "o", color=_RED, ms=8, label=f"step {step}")
+    ax.plot(step, objective[step].item(), "o", color=_RED, ms=5, label=f"step {step}")
     ax.set(xlabel="step", ylabel="logit of the class")
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -217,7 +250,7 @@ def gallery(
     masked_probs: Mapping[str, Sequence[float]],
     boxes: Sequence[Tensor] = (),
     *,
-    size: float = _WIDTH / 6,
+    size: float | None = None,
 ) -> Figure:
     """Photos and, one row per method, their maps, with the probability of the class before (p) and after masking (o).
 
@@ -228,7 +261,7 @@ def gallery(
         saliency: method -> (n,1,H,W) in [0,1].
         masked_probs: method -> o of each photo.
         boxes: (k,4) of each photo, drawn over it.
-        size: width and height of one picture in inches.
+        size: width and height of one picture in inches; None to print all of them in a column of 85 mm.
 
     Returns:
         The figure, not shown.
@@ -247,7 +280,8 @@ def gallery(
         row_titles=["photo", *(method_label(method).replace(" ", "\n") for method in saliency)],
         captions=[[f"p = {p:.3f}" for p in probs], *after],
         boxes=boxes,
-        size=size,
+        size=size or _WIDTH / len(photos),
+        printed=size is None,
     )
 
 
@@ -276,33 +310,33 @@ def overview(
     Returns:
         The figure, not shown.
     """
-    figure = plt.figure(figsize=(_WIDTH, 3.7))
+    figure = plt.figure(figsize=(_WIDTH, 2.4))
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.5)).flat
     axes, curve = above.subplots(1, 5), below.subplots()
     axes[0].imshow(to_picture(photo))
     axes[1].imshow(_tiles(features))
     axes[2].bar(range(len(weights)), 100 * weights.numpy(), color=method_color("opti_cam"))
-    axes[2].axhline(100 * start, color="0.3", ls="--", lw=1)
+    axes[2].axhline(100 * start, color="0.3", ls="--", lw=0.7)
     axes[3].imshow(overlay(photo, saliency))
     axes[4].imshow(to_picture(photo * saliency))
     symbols = "$x$", "$A_k$", "$w_k$, %", "$S$", "$x \\odot S$"
     kinds = "photo", "feature maps", "weights", "map", "masked photo"
     for ax, symbol, kind in zip(axes, symbols, kinds, strict=True):
-        ax.set_title(symbol, fontsize=11)
-        ax.set_xlabel(kind, fontsize=10)
+        ax.set_title(symbol)
+        ax.set_xlabel(kind, fontsize=7)
         ax.set(xticks=[], box_aspect=1)
         if ax is not axes[2]:
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
     last = len(logits) - 1
-    curve.plot(range(len(logits)), logits, lw=2.5, color=method_color("opti_cam"))
+    curve.plot(range(len(logits)), logits, lw=1.6, color=method_color("opti_cam"))
     levels = sorted((level, label) for label, level in {**references, "Opti-CAM": max(logits)}.items())
     gap, place = (max(levels)[0] - min(levels)[0]) / 8, -math.inf
     for level, label in levels:
         if label in references:
-            curve.plot([0, last], [level, level], color="0.4", lw=1, ls="--")
+            curve.plot([0, last], [level, level], color="0.4", lw=0.7, ls="--")
         place = max(level, place + gap)  # labels keep their distance
-        curve.text(1.02 * last, place, f"{label}: {level:.2f}", va="center", fontsize=11)
+        curve.text(1.02 * last, place, f"{label}: {level:.2f}", va="center")
     curve.set_xlabel("step of Adam", x=0.5 / 1.45)
     curve.set(ylabel=f"logit of\n{name}", xlim=(0, 1.45 * last), xticks=[0, last // 2, last])
     curve.spines["bottom"].set_bounds(0, last)
@@ -331,25 +365,27 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
     Returns:
         The figure, not shown.
     """
-    size = (_WIDTH / 4 * (len(columns) + 1), 0.27 * len(summary) + 1.1)
+    size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [method_label(method) for method in summary.index]
     colors = [method_color(method) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean = summary[column].to_numpy()
         error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
-        ax.barh(names, mean, xerr=error, color=colors, capsize=2, error_kw={"lw": 1})
+        ax.barh(names, mean, xerr=error, color=colors, capsize=1.2, error_kw={"lw": 0.7})
         for position, (value, high) in enumerate(zip(mean, error[1], strict=True)):
-            ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=10)
+            ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=7)
         ax.set_title(title)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set(xlim=(0, 150), xticks=(0, 50, 100))
-    figure.supxlabel(f"%, mean over {num_images} images, 95 % interval", fontsize=11)
+    axes[0, 0].set(xlim=(0, 160), xticks=(0, 50, 100))
+    figure.supxlabel(f"%, mean over {num_images} images, 95 % interval", fontsize=7.5)
     return figure
 
 
 def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
     """One metric against another, one point per method, with the intervals of both.
+
+    Where three methods or more share a place, an inset shows it larger, without intervals.
 
     Args:
         summary: from `summary.summarize`, with both columns.
@@ -360,21 +396,40 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
     Returns:
         The figure, not shown.
     """
-    figure, ax = plt.subplots(figsize=(_WIDTH, 3.2))
+    figure, ax = plt.subplots(figsize=(_WIDTH, 2.6))
+    points = summary[[x, y]].to_numpy()
+    reach = (points.max(0) - points.min(0)) / 8
+    close = [np.abs(points - point) <= reach for point in points]
+    crowd = max((near.all(1) for near in close), key=np.sum)  # the most that share a place
+    panels = [ax]
+    if 3 <= crowd.sum() < len(points):
+        share = (points - points.min(0)) / (points.max(0) - points.min(0))
+        corners = [(left, low) for low in (0.59, 0.12) for left in (0.1, 0.6)]
+        free = min(corners, key=lambda corner: (np.abs(share - corner - 0.2) < 0.3).all(1).sum())
+        panels.append(ax.inset_axes((*free, 0.37, 0.37)))
     for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
         method = str(name)
         errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
         color, label = method_color(method), method_label(method)
-        ax.errorbar(row[x], row[y], xerr=errors[0], yerr=errors[1], fmt="none", color=color, elinewidth=1)
-        # hollow: methods may share a place
-        ax.plot(row[x], row[y], marker, ms=8, mfc="none", mew=1.8, color=color, label=label)
+        for panel in panels:
+            bars: dict[str, Any] = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.7} if panel is ax else {}
+            panel.errorbar(row[x], row[y], **bars, fmt="none", color=color)
+            # hollow: methods may share a place
+            panel.plot(row[x], row[y], marker, ms=5, mfc="none", mew=1.1, color=color, label=label)
     ax.set(xlabel=labels[x], ylabel=labels[y])
-    figure.legend(loc="outside right center", frameon=False)
+    for panel in panels[1:]:
+        (left, low), (right, high) = (end(points[crowd], axis=0) for end in (np.min, np.max))
+        across, up = 0.35 * (right - left), 0.35 * (high - low)
+        panel.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
+        panel.spines[:].set(visible=True, edgecolor="0.5")
+        panel.locator_params(nbins=3)
+        ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
-    """Means with their intervals: one panel per title, in it one group of points per condition.
+    """Means with their intervals: one panel per title, one above the other, in it a group of points per condition.
 
     Args:
         panels: title -> condition -> summary, from `summary.summarize`.
@@ -386,8 +441,9 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
     """
     import pandas as pd
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.6), squeeze=False, sharey=True)
-    for ax, (title, conditions) in zip(axes[0], panels.items(), strict=True):
+    size = (_WIDTH, 1.25 * len(panels) + 0.7)
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True)
+    for ax, (title, conditions) in zip(axes[:, 0], panels.items(), strict=True):
         together = pd.concat(dict(conditions), names=["condition"])
         for i, (method, group) in enumerate(together.groupby("method", sort=False)):
             name = str(method)
@@ -397,12 +453,11 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
             order = [list(conditions).index(condition) for condition in group.index.get_level_values("condition")]
             places = np.array(order) + 0.6 * ((i + 0.5) / count - 0.5)
             style = {"color": method_color(name), "label": method_label(name)}
-            ax.errorbar(places, mean, yerr=error, fmt="o", ms=6, capsize=2.5, lw=1.2, **style)
-        ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5))
-        ax.set_xticklabels(conditions, fontsize=10)
-    axes[0, 0].set_ylabel(label)
+            ax.errorbar(places, mean, yerr=error, fmt="o", ms=3.5, capsize=1.5, lw=0.8, **style)
+        ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5), ylabel=label)
+        ax.set_xticklabels(conditions)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     return figure
 
 
@@ -418,7 +473,7 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
-    size = (_WIDTH / 3 * len(metrics), 2.6)
+    size = (_WIDTH, 3.4 / len(metrics) + 0.7)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
     for ax, (metric_name, metric) in zip(axes[0], metrics.items(), strict=True):
         # not to black: the points have to stay visible
@@ -426,25 +481,26 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
         for marker, (method, group) in zip(itertools.cycle(_MARKERS), rows.groupby("method", sort=False), strict=False):
             name = str(method)
             style = {"color": method_color(name), "label": method_label(name)}
-            ax.scatter(group["prob"], group["masked_prob"], s=22, lw=0.5, edgecolor="w", marker=marker, **style)
-        ax.plot([0, 1], [0, 1], color="0.3", lw=0.8, ls="--")
+            ax.scatter(group["prob"], group["masked_prob"], s=9, lw=0.3, edgecolor="w", marker=marker, **style)
+        ax.plot([0, 1], [0, 1], color="0.3", lw=0.6, ls="--")
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="$p$, photo")
         ax.set_xticklabels(["0", "0.5", "1"])
         ax.set_title(headings([metric_name], unit=False)[metric_name])
     axes[0, 0].set_ylabel("$o$, masked photo")
-    figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=10)
+    figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=7)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     return figure
 
 
 def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> Figure:
     """Mean differences to a reference with their intervals, one panel per metric, one dot per variant, group by group.
 
-    Filled where the interval excludes 0, hollow where it does not.
+    Filled where a difference is clear after Holm's correction for all of the table, see `summary.clear_after_holm`;
+    hollow where it is not.
 
     Args:
-        differences: index (group, variant); per column `column`, `column_low`, `column_high`, from
+        differences: index (group, variant); per column `column`, `column_low`, `column_high`, `column_p`, from
             `summary.summarize_differences`. NaN leaves the place empty.
         columns: column -> title of its panel.
 
@@ -452,35 +508,46 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         The figure, not shown.
     """
     groups = list(dict.fromkeys(differences.index.get_level_values(0)))
-    places, labels, position = [], [], 0.0
+    places, variants, headings_at, position = [], [], [], 0.0
     for group in groups:
-        labels.append((position, group, True))
+        headings_at.append((position, group))
         for variant in differences.loc[[group]].index.get_level_values(1):
             position += 1
             places.append(position)
-            labels.append((position, variant, False))
-        position += 1.4
-    size = (3.2 * len(columns) + 3.0, 0.24 * position + 0.9)
+            variants.append(variant)
+        position += 1.3
+    from opticam.lab.summary import clear_after_holm  # here: SciPy's statistics take a second to load
+
+    clear = clear_after_holm(differences)
+    size = (_WIDTH, 0.14 * position + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
-        ax.axvline(0, color="0.6", lw=1)
+        ax.axvline(0, color="0.6", lw=0.7)
+        ax.locator_params(axis="x", nbins=4)
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
-        for place, (mean, low, high) in zip(places, values, strict=True):
-            clear = low > 0 or high < 0
-            color = _BLUE if clear else "0.45"
-            ax.plot([low, high], [place, place], color=color, lw=1.5)
-            ax.plot(mean, place, "o", ms=6, color=color, mfc=color if clear else "w")
-        ax.set_title(title, fontsize=12)
+        for place, (mean, low, high), holds in zip(places, values, clear[column], strict=True):
+            color = _BLUE if holds else "0.45"
+            ax.plot([low, high], [place, place], color=color, lw=1)
+            ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
+        ax.set_title(title)
         ax.tick_params(axis="y", length=0)
-    axes[0, 0].set_yticks([place for place, *_ in labels], [label for _, label, _ in labels], fontsize=10)
-    for text, (_, _, heading) in zip(axes[0, 0].get_yticklabels(), labels, strict=True):
-        text.set_fontweight("bold" if heading else "normal")
+        ax.patch.set_visible(False)  # the names of groups run on into it
+    axes[0, 0].set_yticks(places, variants)
+    for place, group in headings_at:
+        over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
+        axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
     axes[0, 0].set_ylim(position - 0.6, -0.8)
+    key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
+    filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
+    hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
+    figure.legend(handles=[filled, hollow], loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
+
+    Bands: 95 % intervals. Each method has a marker too, so that no curve is told by its colour alone.
 
     Args:
         curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
@@ -490,28 +557,27 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
     Returns:
         The figure, not shown.
     """
-    size = (4.6 * len(orders), 2.9 * len(columns) + 0.6)
+    size = (_WIDTH, 1.6 * len(columns) + 0.8)
     figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
     methods = list(dict.fromkeys(curves.index.get_level_values("method")))
     for (i, column), (j, order) in itertools.product(enumerate(columns), enumerate(orders)):
         ax, panel = axes[i, j], curves.loc[order]
-        ax.axhline(0, color="0.6", lw=1)
+        ax.axhline(0, color="0.6", lw=0.7)
         stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
-        for k, method in enumerate(methods):
+        for marker, method in zip(itertools.cycle(_MARKERS), methods, strict=False):
             curve = panel.xs(method, level="method")
             places = np.array([stages.index(stage) for stage in curve.index.get_level_values("stage")])
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
-            beside = 0.08 * (k - (len(methods) - 1) / 2)  # else intervals hide each other
-            error = np.stack([mean - low, high - mean]).clip(min=0)
-            style = {"color": method_color(method), "label": method_label(method)}
-            ax.errorbar(places + beside, mean, yerr=error, fmt="o-", ms=4, lw=1.4, elinewidth=1, **style)
-        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right", fontsize=10)
+            color = method_color(method)
+            ax.plot(places, mean, f"{marker}-", ms=3, lw=0.9, color=color, label=method_label(method))
+            ax.fill_between(places, low, high, color=color, alpha=0.1, lw=0)
+        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right")
         if i == 0:
-            ax.set_title(orders[order], fontsize=12)
+            ax.set_title(orders[order], fontsize=7.5)
         if j == 0:
             ax.set_ylabel(columns[column])
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -520,26 +586,34 @@ def interval_table(
 ) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row per method; empty where there is no value.
 
+    Of differences, a star marks those that are clear after Holm's correction for all of the summary, see
+    `summary.clear_after_holm`.
+
     Args:
-        summary: from `summary.summarize`.
+        summary: from `summary.summarize` or `summary.summarize_differences`.
         columns: column -> heading; None for all, with the headings of their records.
         digits: after the point.
 
     Returns:
-        Index `method` by label, one text column per heading.
+        Index `method` by label, "group: variant" where there are two; one text column per heading.
     """
     import pandas as pd
 
+    from opticam.lab.summary import clear_after_holm
+
     if columns is None:
         columns = headings([str(column) for column in summary if f"{column}_low" in summary])
-    cells = {
-        heading: [
-            "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-            for mean, low, high in summary[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
+    clear = clear_after_holm(summary)
+    cells = {}
+    for column, heading in columns.items():
+        stars = ["*" if holds else "" for holds in clear.get(column, [False] * len(summary))]
+        values = summary[[column, f"{column}_low", f"{column}_high"]].to_numpy()
+        cells[heading] = [
+            "" if np.isnan(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{star}"
+            for (mean, low, high), star in zip(values, stars, strict=True)
         ]
-        for column, heading in columns.items()
-    }
-    return pd.DataFrame(cells, index=summary.index.map(method_label))
+    names = [": ".join(map(method_label, key if isinstance(key, tuple) else [key])) for key in summary.index]
+    return pd.DataFrame(cells, index=pd.Index(names, name=summary.index.name))
 
 
 def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
@@ -571,18 +645,19 @@ def latex_table(table: "pd.DataFrame") -> str:
     return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
 
 
-def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff") -> None:
+def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5) -> None:
     """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`; what lies outside, at its edge."""
     height, width = ax.images[0].get_size()
     inside = torch.stack([boxes[:, 0::2].clamp(1, width - 2), boxes[:, 1::2].clamp(1, height - 2)], 2).flatten(1)
     for xmin, ymin, xmax, ymax in inside.tolist():
-        ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=1.5))
+        ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=lw))
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
-    Photos are a quarter as heavy with the suffix `.jpg`.
+    It has the size in inches that it was made with, and twice the dots of a notebook's. Photos are a quarter as heavy
+    with the suffix `.jpg`.
 
     Args:
         figure: what to write.
@@ -600,5 +675,5 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     }
     with replacing(path) as temporary:
         options = {"metadata": stamps[kind]} if kind in stamps else {"pil_kwargs": {"quality": 85}}
-        figure.savefig(temporary, format=kind, bbox_inches="tight", **options)
+        figure.savefig(temporary, format=kind, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02, **options)
     return path

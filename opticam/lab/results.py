@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from opticam.lab.files import EVIDENCE, PROVENANCE, REPOSITORY, code_digest, replacing
+from opticam.methods import GRAD_CAMS
 from opticam.metrics import probability_metrics
 
 
@@ -70,16 +71,21 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows behind the pages' claims, shipped in `data/evidence`, and their provenance; errors as `read_rows`.
 
     A metric that is younger than the rows is computed from their probabilities; the change of log-odds is then NaN
-    where one of them is exactly 0 or 1. Numbers shipped in single precision come in double.
+    where one of them is exactly 0 or 1. Numbers shipped in single precision come in double. A method that is Grad-CAM
+    under another name on the network of the rows is left out, as `methods.one_per_map` does.
     """
     rows, provenance = read_rows(EVIDENCE / f"{name}.parquet")
     rows = rows.astype(dict.fromkeys(rows.select_dtypes("float32").columns, float))
-    if {"prob", "masked_prob"} <= {*rows}:
+    if {"method", "prob", "masked_prob"} <= {*rows}:
         p, o = (torch.tensor(rows[part].to_numpy(float)) for part in ("prob", "masked_prob"))
         change = o.logit() - p.logit()
         younger = {column: metric(p, o) for column, metric in probability_metrics().items() if column not in rows}
         younger |= {} if "log_odds" in rows else {"log_odds": change.where(change.isfinite(), torch.nan)}
         rows = rows.assign(**{column: values.numpy() for column, values in younger.items()})
+        outcomes = {method: group["masked_prob"].to_numpy() for method, group in rows.groupby("method")}
+        own = outcomes.get("grad_cam", np.empty(0))
+        same = [name for name in GRAD_CAMS if len(outcomes.get(name, ())) == len(own) > 0]
+        rows = rows[~rows["method"].isin([name for name in same if np.allclose(outcomes[name], own, atol=1e-4)])]
     return rows, provenance
 
 

@@ -1,16 +1,16 @@
 """From rows to numbers: means, correlations and accuracies over images, with 95 % intervals."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from opticam.methods import method_label
-from opticam.metrics import COLUMNS, factors, headings, max_box_accuracy
+from opticam.metrics import COLUMNS, factors, headings
 
 
 class Estimate(NamedTuple):
@@ -60,37 +60,109 @@ def interval(
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
+    return _intervals(values, statistic, num_resamples)(confidence)
+
+
+def _intervals(
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int = 10_000
+) -> Callable[[float], tuple[float, float]]:
+    """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
     if values[0].ndim == 2 and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
     number = len(values[0])
     if number == 1:
-        return np.nan, np.nan
+        return lambda confidence: (np.nan, np.nan)
     if values[0].ndim == 2:
-        return _t_interval(float(values[0].mean()), *_spread(values[0]), confidence)
+        return partial(_t_interval, float(values[0].mean()), *_spread(values[0]))
     if number >= FEW and not (statistic is np.mean and number > MANY):
+        bootstrap = partial(
+            stats.bootstrap,
+            values,
+            statistic,
+            paired=True,
+            vectorized=True,
+            batch=max(1, 2_000_000 // number),  # resampled values in memory, whatever the number of images
+            method="BCa",
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is undefined: then t
-            found = stats.bootstrap(
-                values,
-                statistic,
-                paired=True,
-                vectorized=True,
-                confidence_level=confidence,
-                n_resamples=num_resamples,
-                batch=max(1, 2_000_000 // number),  # resampled values in memory, whatever the number of images
-                method="BCa",
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if np.isfinite(found).all():
-            return float(found.low), float(found.high)
+            drawn = bootstrap(n_resamples=num_resamples, rng=np.random.default_rng(0))
+        if np.isfinite(drawn.confidence_interval).all():
+            return lambda confidence: _pair(
+                bootstrap(n_resamples=0, bootstrap_result=drawn, confidence_level=confidence).confidence_interval
+            )
     if statistic is np.mean:
         error = values[0].std(ddof=1) / np.sqrt(number)
     else:
         without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
         error = without.std() * np.sqrt(number - 1)
-    return _t_interval(float(statistic(*values, axis=-1)), error, number - 1, confidence)
+    return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
+
+
+def estimate_and_p(
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
+) -> tuple[Estimate, float]:
+    """A statistic over images with its 95 % interval, and the two-sided p value of its being 0.
+
+    p is 1 minus the confidence of the narrowest `interval` that contains 0. So it is below 0.05 where the 95 % interval
+    excludes 0. Of many tests, correct it with `holm`.
+
+    Args:
+        values: as `interval`.
+        statistic: as `interval`.
+        num_resamples: bootstrap samples.
+
+    Returns:
+        The estimate; and p in [2 / num_resamples, 1], for of less so many samples know nothing. It is exact to a
+        thousandth of itself, and NaN for a single image.
+
+    Raises:
+        ValueError: as `interval`.
+    """
+    ends = _intervals(values, statistic, num_resamples)
+    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
+    found = Estimate(float(value), *ends(0.95))
+    least, most = 2 / num_resamples, 1.0
+    while most > 1.001 * least:
+        middle = np.sqrt(least * most)
+        low, high = ends(1 - middle)
+        least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
+    return found, np.nan if len(values[0]) == 1 else float(most)
+
+
+def holm(p_values: Collection[float]) -> np.ndarray:
+    """The p values of many tests, corrected for their number.
+
+    If nothing is real, one of them falls below 0.05 in at most 5 % of such families. The smallest of m is multiplied by
+    m, the next by m - 1, and so on; none may fall below one before it.
+
+    Args:
+        p_values: of all tests that are looked at together. NaN is no test.
+
+    Returns:
+        In [0,1], in the order given; NaN where there was no test.
+
+    Raises:
+        ValueError: a value outside [0,1].
+
+    Reference:
+        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
+    """
+    given = np.array([*p_values], float)
+    if (given < 0).any() or (given > 1).any():
+        raise ValueError(f"p_values: wanted numbers in [0,1], got {given.tolist()}")
+    order = given.argsort()  # NaN last
+    number = int(np.isfinite(given).sum())
+    corrected = np.full(len(given), np.nan)
+    ranks = np.arange(number)
+    corrected[order[:number]] = np.maximum.accumulate((number - ranks) * given[order[:number]]).clip(max=1)
+    return corrected
+
+
+def _pair(found: Any) -> tuple[float, float]:
+    return float(found.low), float(found.high)
 
 
 def estimate(*values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
@@ -126,7 +198,9 @@ def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> 
 
 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
-    """Print `difference` for each column and reference, and on how many images the method has more.
+    """Print `difference` for each column and reference, on how many images the method has more, and p.
+
+    All that is printed is one family of tests: p, of no difference, is corrected by `holm` for their number.
 
     Args:
         rows: one row per image and method.
@@ -134,12 +208,13 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
         method: to subtract from.
         references: to subtract.
     """
-    for column, heading in headings(columns).items():
-        for reference in references:
-            gained = paired(rows, column, method, reference)
-            title = f"{heading}: {method_label(method)} minus {method_label(reference)}"
-            shown = f"{difference(rows, column, method, reference):.1f}"
-            print(f"{title} {shown}; higher on {(gained > 0).sum()} of {len(gained)}")
+    pairs = [(column, reference) for column in columns for reference in references]
+    gains = [paired(rows, column, method, reference) for column, reference in pairs]
+    found = [estimate_and_p(factors([column])[column] * gain) for (column, _), gain in zip(pairs, gains, strict=True)]
+    corrected = holm([p for _, p in found])
+    for (column, reference), gained, (shown, _), p in zip(pairs, gains, found, corrected, strict=True):
+        title = f"{headings([column])[column]}: {method_label(method)} minus {method_label(reference)}"
+        print(f"{title} {shown:.1f}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
 
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
@@ -176,7 +251,7 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
         raise ValueError("hits: wanted zeros and ones, at least one")
     found = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact")
-    return float(found.low), float(found.high)
+    return _pair(found)
 
 
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
@@ -213,12 +288,15 @@ def _summarize(
                 values = group[column].dropna().to_numpy(float)
             else:
                 values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
-            low = high = mean = np.nan
+            low = high = mean = p = np.nan
             if len(values):
                 exact = not differences and column in proportions and repeats is None and np.isin(values, (0, 1)).all()
-                low, high = proportion_interval(values) if exact else interval(values)
-                mean = values.mean()
+                if differences:
+                    (mean, low, high), p = estimate_and_p(values)
+                else:
+                    mean, (low, high) = values.mean(), proportion_interval(values) if exact else interval(values)
             cells |= {column: factor * mean, f"{column}_low": factor * low, f"{column}_high": factor * high}
+            cells |= {f"{column}_p": p} if differences else {}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
@@ -238,7 +316,8 @@ def summarize_differences(
         repeats: as `summarize`; differences are taken within a repeat.
 
     Returns:
-        As `summarize`, without the reference: positive where the method has more of the column.
+        As `summarize`, without the reference: positive where the method has more of the column. Beside them
+        `column_p`, the p value of no difference by `estimate_and_p`, not corrected for the number of tests.
 
     Raises:
         ValueError: no row of the reference, or an image has two rows of the same method.
@@ -252,6 +331,21 @@ def summarize_differences(
         wide = rows.pivot(index=keys, columns="method", values=column)
         differences[column] = wide.sub(wide[reference], axis=0)[order].stack(future_stack=True)
     return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, differences=True)
+
+
+def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
+    """Which differences of a table are not 0: those whose p value is small, corrected by `holm` for all of its entries.
+
+    Args:
+        differences: from `summarize_differences`, with `column_p` for each column.
+        level: below which p has to fall.
+
+    Returns:
+        Index as given; a column of booleans for each that has p values. False where there is no value.
+    """
+    columns = [str(column) for column in differences if str(column).endswith("_p")]
+    corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
+    return pd.DataFrame(corrected < level, differences.index, [column.removesuffix("_p") for column in columns])
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -289,21 +383,84 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     """MaxBoxAcc and MaxBoxAccV2 over all images with a box, per method, from the column `box_hits`.
 
+    In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
+    than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
+
     Args:
         rows: of `evaluate` with the score "localization"; of several shards, all of them.
 
     Returns:
-        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, fractions, higher is better.
+        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
+        percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
 
     Raises:
         ValueError: no image has a box.
     """
     with_box = rows[rows["pointing_game"].notna()]
+    if with_box.empty:
+        raise ValueError("rows: wanted at least one image with a box")
     accuracies = {}
     for method, group in with_box.groupby("method", sort=False):
-        hits = np.stack([np.unpackbits(np.frombuffer(bits, np.uint8)) for bits in group["box_hits"]])
-        accuracies[method] = max_box_accuracy(torch.from_numpy(hits.sum(0).reshape(4, -1)), len(group))
-    if not accuracies:
-        raise ValueError("rows: wanted at least one image with a box")
-    columns = ["max_box_acc", "max_box_acc_v2"]
-    return pd.DataFrame.from_dict(accuracies, orient="index", columns=columns).rename_axis("method")
+        bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
+        hits = bits.reshape(len(group), 4, -1)
+        cells: dict[str, float] = {}
+        for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
+            found = _best_share(hits[:, kinds])
+            cells |= zip((column, f"{column}_low", f"{column}_high"), (100 * number for number in found), strict=True)
+        accuracies[method] = cells
+    return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
+
+
+PAPER = {
+    "Classification": ["average_drop", "average_gain", "average_increase", "seconds"],
+    "Insertion and deletion": ["insertion", "deletion"],
+    "Localization": [
+        *("official_metric", "localization_error", "soft_f1"),
+        *("max_box_acc", "pointing_game", "energy_pointing_game", "saliency_metric"),
+    ],
+}
+"""Title -> columns of the paper's tables, in its order."""
+
+
+def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables as the paper lays them out: methods down, metrics across; means over images, without intervals.
+
+    Args:
+        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them.
+
+    Returns:
+        Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
+        of the rows. A table without values is left out, as that of localization where no image has a box.
+    """
+    known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
+    tables = {}
+    for title, columns in PAPER.items():
+        present = [name for name in columns if name in rows]
+        means = rows.groupby("method", sort=False)[present].mean() * pd.Series(factors(present), dtype=float)
+        if "max_box_acc" in columns and "box_hits" in rows and rows["pointing_game"].notna().any():
+            means = means.join(box_accuracies(rows)["max_box_acc"])
+        shown = {name: known.get(name, heading) for name, heading in headings(columns).items()}
+        table = means.reindex(columns=columns).rename(columns=shown, index=method_label).dropna(axis=1, how="all")
+        if table.size:
+            tables[title] = table
+    return tables
+
+
+def _best_share(hits: np.ndarray) -> Estimate:
+    """The share of hits (n,K,T) at the best of T thresholds, and the mean of the K shares, each with its own best."""
+    number, kinds, _ = hits.shape
+    if number > MANY:
+        best = hits.sum(0, dtype=int).argmax(-1)
+        return estimate(np.take_along_axis(hits, best[None, :, None], 2).mean((1, 2)))
+    # most thresholds hit the same images: maps have 256 levels
+    kept = [np.unique(hits[:, kind], axis=1).astype(np.float32) for kind in range(kinds)]
+
+    def share(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Of images given by number, (...,m)."""
+        flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
+        places = flat + number * np.arange(len(flat))[:, None]
+        counts = np.bincount(places.ravel(), minlength=number * len(flat)).reshape(-1, number).astype(np.float32)
+        best = np.mean([(counts @ some).max(1) for some in kept], axis=0)
+        return best.reshape(drawn.shape[:-1]) / drawn.shape[-1]
+
+    return estimate(np.arange(number), statistic=share)

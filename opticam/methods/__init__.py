@@ -16,6 +16,7 @@ from opticam.methods.opti_cam import RECORDS as _OPTI_CAM
 from opticam.methods.record import Method
 
 METHODS: dict[str, Method] = {**_CAM, **perturbation.RECORDS, **attention.RECORDS, **_OPTI_CAM}
+GRAD_CAMS = ("x_grad_cam", "hires_cam")  # Grad-CAM by algebra where pooling and one linear layer follow
 
 
 def light_methods() -> list[str]:
@@ -55,7 +56,7 @@ def one_per_map(
     Returns:
         The methods to use; and name -> "grad_cam" for each that was left out.
     """
-    asked = [name for name in ("grad_cam", "x_grad_cam", "hires_cam") if name in methods]
+    asked = [name for name in ("grad_cam", *GRAD_CAMS) if name in methods]
     maps = {name: methods[name](model, images, class_idx) for name in asked if "grad_cam" in asked}
     same = {
         name: "grad_cam" for name, S in maps.items() if name != "grad_cam" and (S - maps["grad_cam"]).abs().max() < 1e-4

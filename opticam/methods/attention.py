@@ -99,8 +99,8 @@ def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor
 
 
 RECORDS = {
-    "raw_attention": Method(raw_attention, "Raw attention", "#8de5a1", needs="attention"),
-    "attention_rollout": Method(attention_rollout, "Attention rollout", "#ffb482", needs="attention"),
-    "gradient_rollout": Method(gradient_rollout, "Gradient rollout", "#fab0e4", needs="attention"),
+    "raw_attention": Method(raw_attention, "Raw attention", "#5f9e2f", needs="attention"),
+    "attention_rollout": Method(attention_rollout, "Attention rollout", "#cc6677", needs="attention"),
+    "gradient_rollout": Method(gradient_rollout, "Gradient rollout", "#aa4499", needs="attention"),
     "legrad": Method(legrad, "LeGrad", "#117733", needs="attention"),
 }

@@ -301,11 +301,11 @@ def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iter
 
 RECORDS = {
     "fake_cam": Method(fake_cam, "Fake-CAM", "#029e73"),
-    "equal_weights": Method(equal_weights, "Equal weights", "#ece133"),
+    "equal_weights": Method(equal_weights, "Equal weights", "#4d4d4d"),
     "grad_cam": Method(grad_cam, "Grad-CAM", "#0173b2"),
     "grad_cam_plus_plus": Method(grad_cam_plus_plus, "Grad-CAM++", "#56b4e9"),
-    "x_grad_cam": Method(x_grad_cam, "XGrad-CAM", "#a1c9f4"),
-    "hires_cam": Method(hires_cam, "HiRes-CAM", "#b9f2f0"),
+    "x_grad_cam": Method(x_grad_cam, "XGrad-CAM", "#6699cc"),
+    "hires_cam": Method(hires_cam, "HiRes-CAM", "#3b9c9c"),
     "layer_cam": Method(layer_cam, "Layer-CAM", "#cc78bc"),
     "eigen_cam": Method(eigen_cam, "Eigen-CAM", "#999933"),
     "finer_cam": Method(finer_cam, "Finer-CAM", "#882255"),

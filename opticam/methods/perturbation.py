@@ -222,6 +222,6 @@ def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:
 
 
 RECORDS = {
-    "rise": Method(rise, "RISE", "#fbafe4", cost="heavy"),
-    "extremal_perturbation": Method(extremal_perturbation, "Extremal perturbation", "#d0bbff", cost="heavy"),
+    "rise": Method(rise, "RISE", "#661100", cost="heavy"),
+    "extremal_perturbation": Method(extremal_perturbation, "Extremal perturbation", "#7a5fd0", cost="heavy"),
 }

@@ -19,6 +19,7 @@ from opticam.jobs.batch import (
     write_index,
     write_record,
     write_summary,
+    write_tables,
 )
 from opticam.lab import results
 
@@ -277,6 +278,27 @@ def test_evidence_is_the_rows_of_what_is_done_as_numbers(folder, capsys):
     rows, provenance = results.read_rows(out / "other.parquet")
     assert (rows["step"].tolist(), provenance["runs"]) == ([0, 1], "1 of 3")
     assert write_evidence(read(folder, "shards: 3\noutput: out"), out) == {}
+
+
+def test_the_tables_of_the_paper_are_written_for_each_model(folder):
+    made = read(folder, "grid: {names: [[x], [y]]}\noutput: out")
+    for run, model, gain in zip(made.runs, ("small", "large"), (0.25, 0.5), strict=True):
+        rows = {"image": ["i", "j"], "method": "grad_cam", "model": model, "seconds": [1, 2], "average_gain": [0, gain]}
+        finish(run, rows=rows | {"official_metric": [0, 1]})
+    path = write_tables(write_summary(made))
+    assert path == folder / "out" / "tables.md"
+    blocks = path.read_text().split("\n\n")
+    assert blocks[0::5] == ["# small: means over 2 images", "# large: means over 2 images"]
+    lines = [[word.strip() for word in block.splitlines()[-1].split("|")[1:-1]] for block in blocks if "|" in block]
+    assert lines == [
+        ["Grad-CAM", "12.5", "1.5"],
+        ["Grad-CAM", "50.0"],
+        ["Grad-CAM", "25.0", "1.5"],
+        ["Grad-CAM", "50.0"],
+    ]
+    finish(made.runs[0], rows={"image": ["i"], "method": "grad_cam"})
+    finish(made.runs[1], rows={"image": ["i"], "method": "grad_cam"})
+    assert write_tables(write_summary(made)) is None
 
 
 def test_no_rows_no_summary(folder):

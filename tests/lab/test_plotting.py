@@ -15,6 +15,7 @@ from opticam.lab.plotting import (
     interval_table,
     latex_table,
     metric_bars,
+    metric_scatter,
     metric_values,
     objective_curve,
     overlay,
@@ -46,6 +47,14 @@ def test_no_two_methods_share_a_label_or_a_colour():
     assert all(re.fullmatch("#[0-9a-f]{6}", record.color) for record in records)
 
 
+def test_no_colour_of_a_method_is_pale():
+    for record in METHODS.values():
+        channels = np.array(mpl.colors.to_rgb(record.color))
+        light = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        contrast = 1.05 / (light @ [0.2126, 0.7152, 0.0722] + 0.05)  # to white, by the rules for web pages
+        assert contrast > 2.2, record.label
+
+
 def test_overlay_is_brightest_where_the_map_is_one():
     saliency = torch.zeros(1, 8, 12)
     saliency[:, 2, 9] = 1  # row 2, column 9
@@ -53,6 +62,21 @@ def test_overlay_is_brightest_where_the_map_is_one():
     assert picture.shape == (8, 12, 3)
     assert np.unravel_index(picture.sum(-1).argmax(), (8, 12)) == (2, 9)
     assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_a_white_line_runs_inside_of_what_the_map_calls_salient():
+    """5x5 pixels at 0.5 in a map of 0.4: their rim of 16 is white, of a large picture the two outer rings."""
+    dark, saliency = torch.zeros(3, 12, 12), torch.full((1, 12, 12), 0.4)
+    saliency[:, 3:8, 2:7] = 0.5
+    white = (overlay(dark, saliency) == 1).all(-1)
+    assert white.sum() == 16
+    assert white[3, 2:7].all()
+    assert not white[4:7, 3:6].any()
+    assert not (overlay(dark, saliency, contour=None) == 1).any()
+    assert not (overlay(dark, torch.ones(1, 12, 12)) == 1).any()  # without an edge
+    large = torch.zeros(1, 224, 224)
+    large[:, 100:110, 100:110] = 1
+    assert (overlay(torch.zeros(3, 224, 224), large) == 1).all(-1).sum() == 100 - 36
 
 
 def test_image_grid_leaves_missing_places_empty():
@@ -99,6 +123,10 @@ def test_bars_and_table_show_the_summary():
     assert table.loc["Opti-CAM", "AG"] == "75.0 [66.0, 83.0]"
     assert interval_table(summary).equals(interval_table(summary, {"average_gain": "AG % ↑"}))
     assert interval_table(summary * np.nan, {"average_gain": "AG"}).loc["Opti-CAM", "AG"] == ""
+    tested = summary.assign(average_gain_p=[0.03, 0.01])  # of two tests, 0.01 counts as 0.02 and 0.03 as itself
+    assert interval_table(tested)["AG % ↑"].tolist() == ["10.0 [1.0, 21.0]*", "75.0 [66.0, 83.0]*"]
+    tested.average_gain_p = [0.03, 0.04]  # 0.06 and 0.06
+    assert interval_table(tested)["AG % ↑"].tolist() == ["10.0 [1.0, 21.0]", "75.0 [66.0, 83.0]"]
     (ax,) = metric_bars(summary, {"average_gain": "AG"}, 20).axes
     assert [bar.get_width() for bar in ax.patches] == [10, 75.04]
 
@@ -223,21 +251,49 @@ def test_latex_table():
     ]
 
 
-def test_dots_are_filled_where_the_interval_excludes_0_and_empty_where_there_is_no_value():
+def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
+    """Of two tests, 0.02 counts as 0.04 and 0.06 as itself."""
     index = pd.MultiIndex.from_tuples([("layer", "early"), ("layer", "late"), ("start", "random")])
-    differences = pd.DataFrame(
-        {"logit": [1.0, -2.0, np.nan], "logit_low": [-1.0, -3.0, np.nan], "logit_high": [2.0, -1.0, np.nan]},
-        index=index,
-    )
-    (ax,) = difference_dots(differences, {"logit": "logit"}).axes
+    differences = pd.DataFrame({"logit": [1.0, -2.0, np.nan], "logit_p": [0.06, 0.02, np.nan]}, index=index)
+    differences["logit_low"], differences["logit_high"] = differences.logit - 0.5, differences.logit + 0.5
+    figure = difference_dots(differences, {"logit": "logit"})
+    (ax,) = figure.axes
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert [dot.get_xdata()[0] for dot in dots[:2]] == [1, -2]
     assert [dot.get_markerfacecolor() == "w" for dot in dots[:2]] == [True, False]
     assert np.isnan(dots[2].get_xdata()[0])
     labels = {text.get_text(): text.get_position()[1] for text in ax.get_yticklabels()}
-    assert [*labels] == ["layer", "early", "late", "start", "random"]
-    assert [dot.get_ydata()[0] for dot in dots] == [labels["early"], labels["late"], labels["random"]]
+    assert [*labels] == ["early", "late", "random"]
+    assert [dot.get_ydata()[0] for dot in dots] == [*labels.values()]
+    heads = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert heads["layer"] < labels["early"] < labels["late"] < heads["start"] < labels["random"]
     assert ax.yaxis_inverted()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clear after Holm's correction", "not clear"]
+
+
+def test_methods_that_share_a_place_are_shown_larger():
+    names = ["fake_cam", "grad_cam", "layer_cam", "ablation_cam", "opti_cam"]
+    points = {"ep": [60.0, 79, 79.5, 78.5, 74], "ag": [0.0, 9.5, 9, 8.5, 73]}
+    summary = pd.DataFrame(points, index=pd.Index(names, name="method"))
+    summary = summary.assign(**{f"{c}_{end}": summary[c] for c in ("ep", "ag") for end in ("low", "high")})
+    (ax,) = metric_scatter(summary, "ep", "ag", {"ep": "EP", "ag": "AG"}).axes
+    (inset,) = ax.child_axes
+    (left, right), (low, high) = inset.get_xlim(), inset.get_ylim()
+    assert [left < x < right and low < y < high for x, y in zip(*points.values(), strict=True)] == [0, 1, 1, 1, 0]
+    assert not metric_scatter(summary[::4], "ep", "ag", {"ep": "EP", "ag": "AG"}).axes[0].child_axes
+
+
+def test_charts_are_as_wide_as_a_column_with_text_of_7_to_8_points(tmp_path):
+    summary = pd.DataFrame(
+        {"average_gain": [10.0, 75.0], "average_gain_low": [1.0, 66.0], "average_gain_high": [21.0, 83.0]},
+        index=pd.Index(["grad_cam", "opti_cam"], name="method"),
+    )
+    figure = metric_bars(summary, {"average_gain": "AG"}, 20)
+    written = mpl.image.imread(save_figure(figure, tmp_path / "bars.png"))
+    assert written.shape[1] / (2 * figure.dpi) == pytest.approx(85 / 25.4, abs=0.1)
+    sizes = {text.get_fontsize() for text in figure.findobj(mpl.text.Text) if text.get_text()}
+    assert min(sizes) >= 7
+    assert max(sizes) <= 8
 
 
 def test_curves_show_similarity_by_stage_in_the_order_given():
@@ -248,10 +304,12 @@ def test_curves_show_similarity_by_stage_in_the_order_given():
     curves = pd.DataFrame({"ssim": [0.8, 0.3], "ssim_low": [0.7, 0.1], "ssim_high": [0.9, 0.4]}, index=index)
     (ax,) = similarity_curves(curves, {"ssim": "SSIM"}, {"cascading": "from the logits down"}).axes
     assert [text.get_text() for text in ax.get_xticklabels()] == ["top", "bottom"]
-    (container,) = ax.containers
-    np.testing.assert_allclose(container.lines[0].get_ydata(), [0.8, 0.3])
-    ends = [segment[:, 1] for segment in container.lines[2][0].get_segments()]
-    np.testing.assert_allclose(ends, [[0.7, 0.9], [0.1, 0.4]])
+    (curve,) = [line for line in ax.lines if line.get_label() == "Grad-CAM"]
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 0.8], [1, 0.3]])
+    (band,) = ax.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6).tolist()}
+    assert corners == {(0, 0.7), (0, 0.9), (1, 0.1), (1, 0.4)}
     other = curves.iloc[[1]].rename(index={"grad_cam": "opti_cam"})  # only at the second stage
     (ax,) = similarity_curves(pd.concat([curves, other]), {"ssim": "SSIM"}, {"cascading": ""}).axes
-    assert [container.lines[0].get_xdata().round().tolist() for container in ax.containers] == [[0, 1], [1]]
+    places = {line.get_label(): [*line.get_xdata()] for line in ax.lines}
+    assert (places["Grad-CAM"], places["Opti-CAM"]) == ([0, 1], [1])

@@ -11,7 +11,7 @@ from opticam.lab.datasets import DATASETS, demo, load_dataset
 from opticam.lab.plotting import condition_panels, interval_table, metric_bars, metric_scatter, metric_values
 from opticam.lab.results import read_evidence
 from opticam.lab.summary import summarize
-from opticam.methods import Method, light_methods, method_label
+from opticam.methods import GRAD_CAMS, Method, light_methods, method_label
 from opticam.metrics import COLUMNS, Metric, factors, headings, insertion
 from opticam.saliency import BASELINES, apply_mask
 
@@ -78,6 +78,7 @@ def test_a_metric_of_probabilities(monkeypatch, half, tiny, samples):
     assert titles == [*headings(METRICS, unit=False).values()]
     assert titles[-1] == "kept ↑"
     many, _ = read_evidence("imagenet_val_300")  # older than the metrics
+    assert set(many["method"]).isdisjoint(GRAD_CAMS)  # one map on that network
     odds = many[["prob", "masked_prob"]] / (1 - many[["prob", "masked_prob"]])
     assert many["log_odds"].to_numpy() == pytest.approx(np.log(odds["masked_prob"] / odds["prob"]).to_numpy())
     assert many["gain_minus_drop"].to_numpy() == pytest.approx(many["average_gain"] - many["average_drop"])

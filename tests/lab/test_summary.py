@@ -1,14 +1,21 @@
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import pytest
+import references
+import torch
 from scipy import stats
 
 from opticam.lab.summary import (
     box_accuracies,
     difference,
+    estimate,
+    estimate_and_p,
+    holm,
     interval,
+    paper_tables,
     print_differences,
     proportion_interval,
     ratio_of_means,
@@ -16,6 +23,7 @@ from opticam.lab.summary import (
     summarize,
     summarize_differences,
 )
+from opticam.metrics import max_box_accuracy
 
 
 def test_interval_of_many_images_is_bca():
@@ -88,6 +96,64 @@ def test_interval_of_several_arrays_keeps_them_paired():
     assert high == pytest.approx(1)
 
 
+def p_value(*values, **options):
+    return estimate_and_p(*values, **options)[1]
+
+
+def test_what_is_tested_is_the_estimate():
+    a, b = np.random.default_rng(4).normal(1, 1, (2, 30))
+    assert estimate_and_p(a)[0] == estimate(a)
+    assert estimate_and_p(a, b, statistic=spearman)[0] == estimate(a, b, statistic=spearman)
+    repeats = np.stack([a, b], 1)
+    assert estimate_and_p(repeats)[0] == estimate(repeats)
+
+
+def test_p_of_few_images_is_that_of_t():
+    values = np.random.default_rng(4).normal(1, 1, 12)
+    assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.01)
+    repeats = values[:, None] + np.array([0.5, -0.5, 0, 0.1])
+    assert p_value(repeats) < 0.05 < p_value(repeats - repeats.mean() + 0.01)
+    assert p_value(values - values.mean()) == pytest.approx(1, rel=0.01)
+    assert p_value(np.zeros(9)) == 1
+    assert p_value(np.ones(9)) == p_value(np.arange(100) + 1e3) == pytest.approx(2e-4, rel=0.02)
+    assert math.isnan(p_value(np.array([2.0])))
+
+
+def test_p_of_many_images_is_efrons_formula_solved_for_it():
+    """The interval ends at 0 where (z0 + z) / (1 - a (z0 + z)) = w - z0, w being that of the resamples below 0."""
+    values = np.random.default_rng(5).exponential(3, 60) - 2.0
+    mean, normal = values.mean(), NormalDist()
+    means = np.random.default_rng(8).choice(values, (200_000, 60)).mean(1)
+    z0, w = (normal.inv_cdf(share) for share in ((means < mean).mean(), (means < 0).mean()))
+    a = ((values - mean) ** 3).sum() / (6 * ((values - mean) ** 2).sum() ** 1.5)
+    z = (w - z0) / (1 + a * (w - z0)) - z0
+    expected = 2 * min(normal.cdf(z), normal.cdf(-z))
+    assert 0.01 < expected < 0.2
+    assert p_value(values) == pytest.approx(expected, rel=0.1)
+    assert p_value(values) != pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
+
+
+def test_the_interval_excludes_0_where_p_is_small():
+    noise = np.random.default_rng(6).normal(0, 1, (40, 25))
+    for values in noise + 0.4:
+        low, high = interval(values, num_resamples=999)
+        p = p_value(values, num_resamples=999)
+        assert (low > 0 or high < 0) == (p < 0.05) or p == pytest.approx(0.05, rel=0.02)
+
+
+def test_holm_is_the_procedure_step_by_step():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        given = (rng.random(rng.integers(1, 12)) ** 3).round(2).tolist()  # with ties
+        for level in (0.01, 0.05, 0.3):
+            assert (holm(given) <= level + 1e-12).tolist() == references.holm(given, level + 1e-12)
+    assert holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    np.testing.assert_array_equal(holm([np.nan, 0.6, 0.7]), [np.nan, 1, 1])
+    assert holm([]).tolist() == []
+    with pytest.raises(ValueError, match=r"p_values: wanted numbers in \[0,1\], got \[2.0\]"):
+        holm([2])
+
+
 def test_proportion_interval_is_that_of_clopper_and_pearson():
     """20 of 20: the lower end p has p^20 = 0.025; 0 of 20: the mirror image."""
     low, high = proportion_interval(np.ones(20))
@@ -115,7 +181,7 @@ def test_summarize_gives_proportions_their_own_interval():
     assert summary.tolist() == pytest.approx([100, 100 * 0.025 ** (1 / 20), 100, 100, 100, 100])
     other = rows.assign(method="b", average_increase=0.0)
     differences = summarize_differences(pd.concat([rows, other]), {"average_increase": 100}, "b")
-    assert differences.loc["a"].tolist() == [100, 100, 100]  # of which no proportion is asked
+    assert differences.loc["a"].tolist()[:3] == [100, 100, 100]  # of which no proportion is asked
 
 
 def test_summarize_takes_repeats():
@@ -130,7 +196,7 @@ def test_summarize_takes_repeats():
     assert summary.loc["b"].tolist() == pytest.approx([10 * x for x in (wide["b"].mean(), *interval(wide["b"]))])
     found = summarize_differences(shuffled, {"value": 1}, "a", repeats="seed")
     expected = wide["b"] - wide["a"]
-    assert found.loc["b"].tolist() == pytest.approx([expected.mean(), *interval(expected)])
+    assert found.loc["b"].tolist() == pytest.approx([expected.mean(), *interval(expected), p_value(expected)])
 
 
 def test_summarize_counts_only_what_is_defined():
@@ -155,10 +221,11 @@ def test_summarize_differences_pairs_by_image():
     found = summarize_differences(rows, {"average_gain": 100}, "a")
     assert list(found.index) == ["b", "c"]
     half = 12.706205 * 5
-    assert found.loc["b"].tolist() == pytest.approx([15, 15 - half, 15 + half])
-    assert found.loc["c"].tolist() == pytest.approx([0, np.nan, np.nan], nan_ok=True)
+    p = stats.ttest_1samp([0.2, 0.1], 0).pvalue
+    assert found.loc["b"].tolist() == pytest.approx([15, 15 - half, 15 + half, p], rel=0.01)
+    assert found.loc["c"].tolist() == pytest.approx([0, np.nan, np.nan, np.nan], nan_ok=True)
     assert summarize_differences(rows, {"average_gain": 100}, "b").loc["a"].tolist() == pytest.approx(
-        [-15, -15 - half, -15 + half]
+        [-15, -15 - half, -15 + half, p], rel=0.01
     )
     with pytest.raises(ValueError, match="reference: wanted one of a, b, c, got 'd'"):
         summarize_differences(rows, {"average_gain": 100}, "d")
@@ -189,16 +256,19 @@ def test_differences_by_hand(capsys):
     more = pd.concat([rows.replace({"method": {"a": "grad_cam", "b": "opti_cam"}}), rows[rows.method == "a"]])
     assert print_differences(more, ["average_gain", "masked_logit"], "opti_cam", "grad_cam", "a") is None
     assert capsys.readouterr().out.splitlines() == [
-        *(f"AG % ↑: Opti-CAM minus {name} 15.0 [-48.5, 78.5]; higher on 2 of 2" for name in ("Grad-CAM", "a")),
-        *(f"masked logit ↑: Opti-CAM minus {name} -0.5 [-19.6, 18.6]; higher on 1 of 2" for name in ("Grad-CAM", "a")),
-    ]
+        *(f"AG % ↑: Opti-CAM minus {name} 15.0 [-48.5, 78.5]; higher on 2 of 2; p 0.82" for name in ("Grad-CAM", "a")),
+        *(
+            f"masked logit ↑: Opti-CAM minus {name} -0.5 [-19.6, 18.6]; higher on 1 of 2; p 1"
+            for name in ("Grad-CAM", "a")
+        ),
+    ]  # by t 0.205 and 0.795; of four, the smallest times four
 
 
 def test_summarize_differences_is_the_bootstrap_of_the_differences():
     a, b = np.random.default_rng(2).normal(0, 5, (2, 30))
     rows = pd.DataFrame({"image": [*range(30)] * 2, "method": ["a"] * 30 + ["b"] * 30, "value": [*a, *b]})
     shuffled = rows.iloc[np.r_[0, np.random.default_rng(3).permutation(np.arange(1, 60))]]
-    expected = [(b - a).mean(), *interval(b - a)]
+    expected = [(b - a).mean(), *interval(b - a), p_value(b - a)]
     assert summarize_differences(shuffled, {"value": 1}, "a").loc["b"].tolist() == pytest.approx(expected)
 
 
@@ -232,7 +302,55 @@ def test_box_accuracies_by_hand():
             "box_hits": [np.packbits(hit).tobytes() for hit in hits],
         }
     )
-    found = box_accuracies(rows)
-    assert found.loc["m"].tolist() == pytest.approx([1 / 2, (1 + 1 + 1 / 2) / 3])
+    found = box_accuracies(rows).loc["m"]
+    assert found[["max_box_acc", "max_box_acc_v2"]].tolist() == pytest.approx([50, 100 * (1 + 1 + 1 / 2) / 3])
     with pytest.raises(ValueError, match="wanted at least one image with a box"):
         box_accuracies(rows[2:])
+
+
+def box_rows(hits):
+    return pd.DataFrame({"method": "m", "pointing_game": 1.0, "box_hits": [np.packbits(hit).tobytes() for hit in hits]})
+
+
+def test_each_resample_of_box_accuracies_chooses_its_own_threshold():
+    hits = np.random.default_rng(3).random((40, 4, 6)) < 0.6
+    found = box_accuracies(box_rows(hits)).loc["m"]
+    value, v2 = max_box_accuracy(torch.from_numpy(hits.sum(0)), 40)
+
+    def best(images, axis):  # of lists of images, one by one
+        lists = images.reshape(-1, images.shape[-1])
+        return np.array([hits[some, 0].mean(0).max() for some in lists]).reshape(images.shape[:-1])
+
+    expected = interval(np.arange(40), statistic=best)
+    assert found[["max_box_acc", "max_box_acc_low", "max_box_acc_high"]].tolist() == pytest.approx(
+        [100 * number for number in (value, *expected)]
+    )
+    assert found.max_box_acc_v2 == pytest.approx(100 * v2)
+    assert found.max_box_acc_v2_low < found.max_box_acc_v2 < found.max_box_acc_v2_high
+    fixed = interval(hits[:, 0, hits[:, 0].sum(0).argmax()].astype(float))
+    assert expected != pytest.approx(fixed)
+
+
+def test_box_accuracies_of_very_many_images_take_the_best_threshold_of_all():
+    hits = np.random.default_rng(3).random((2500, 4, 2)) < [0.4, 0.7]
+    found = box_accuracies(box_rows(hits)).loc["m"]
+    low, high = interval(hits[:, 0, 1].astype(float))
+    assert (found.max_box_acc_low, found.max_box_acc_high) == pytest.approx((100 * low, 100 * high))
+    assert found.max_box_acc == pytest.approx(100 * hits[:, 0, 1].mean())
+
+
+def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
+    hits = np.zeros((2, 4, 8), bool)
+    hits[0, :, 3] = True
+    rows = box_rows(hits).assign(method="opti_cam", saliency_metric=[0.5, 1.5], official_metric=[0.0, 1.0])
+    rows = rows.assign(localization_error=1.0, soft_f1=0.5, energy_pointing_game=[0.2, 0.4])
+    rows = rows.assign(average_increase=1.0, average_gain=[0.5, 0.7], average_drop=0.0, seconds=[2, 4])
+    tables = paper_tables(rows)
+    assert {title: [*table] for title, table in tables.items()} == {
+        "Classification": ["AD % ↓", "AG % ↑", "AI % ↑", "seconds ↓"],
+        "Localization": ["OM % ↓", "LE % ↓", "F1 % ↑", "BA % ↑", "SP % ↑", "EP % ↑", "SM ↓"],
+    }
+    assert tables["Classification"].loc["Opti-CAM"].tolist() == pytest.approx([0, 60, 100, 3])
+    assert tables["Localization"].loc["Opti-CAM"].tolist() == pytest.approx([50, 100, 50, 50, 100, 30, 1])
+    without = rows.assign(pointing_game=np.nan)[["method", "average_gain", "pointing_game", "box_hits"]]
+    assert {title: [*table] for title, table in paper_tables(without).items()} == {"Classification": ["AG % ↑"]}
