@@ -17,7 +17,8 @@ def test_rows_come_back_with_their_provenance(tmp_path):
 
 def test_evidence_in_single_precision_comes_in_double(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "EVIDENCE", tmp_path)
-    rows = pd.DataFrame({"prob": [0.25, 1.0], "masked_prob": [0.5, 0.5], "road": np.array([0.1, 0.2], np.float32)})
+    columns = {"method": "rise", "prob": [0.25, 1.0], "masked_prob": [0.5, 0.5]}
+    rows = pd.DataFrame({**columns, "road": np.array([0.1, 0.2], np.float32)})
     results.write_rows(rows, tmp_path / "tiny.parquet", {})
     read, _ = results.read_evidence("tiny")
     assert str(read["road"].dtype) == "float64"
