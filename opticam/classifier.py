@@ -25,6 +25,7 @@ class Classifier(nn.Module):
         class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
             for and of its absence.
         layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
+        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
     """
 
     mean: Tensor
@@ -44,6 +45,7 @@ class Classifier(nn.Module):
         resize: int = 256,
         class_names: list[str],
         layout: Callable[[Tensor], Tensor] | None = None,
+        window: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         heads: dict[Any, Head] = {logits_of_softmax: "softmax", logits_of_sigmoid: "sigmoid"}
@@ -61,6 +63,7 @@ class Classifier(nn.Module):
         self.resize = resize
         self.class_names = class_names
         self.layout = layout
+        self.window = window
         weights = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         for key, values in (("mean", mean), ("std", std)):
             constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)
@@ -219,6 +222,11 @@ def with_absence(logits: Tensor) -> Tensor:
 def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
     """The logit of each image's class, (B,), from logits (B,C) and classes (B,) int64."""
     return logits.gather(1, class_idx[:, None])[:, 0]
+
+
+def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
+    """`metrics.class_probability` without its checks, which wait for the device: for loops."""
+    return class_logit(probabilities(logits.double(), head), class_idx)
 
 
 def check_head(head: str) -> None:

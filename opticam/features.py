@@ -322,7 +322,7 @@ def _no_attention(model: nn.Module) -> str:
     )
 
 
-def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor | None]]:
+def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | None, Tensor | None]]:
     """What every module of the network gives in one pass, in the order in which they end.
 
     Args:
@@ -330,17 +330,16 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Ten
         images: (B,C,H,W) float.
 
     Returns:
-        Name, as `resolve_layer` takes it; the last output, of those that are tensors; and the gradient of the sum of
+        Name, as `resolve_layer` takes it; the last output, None where it is no tensor; and the gradient of the sum of
         logits with respect to it, None where they do not depend on it. Some heads have zero weights before training:
         there the gradient is that of a sum of the head's input.
     """
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor | None] = {}
     given: list[Tensor] = []
 
     def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
         outputs.pop(name, None)
-        if isinstance(output, Tensor):
-            outputs[name] = output
+        outputs[name] = output if isinstance(output, Tensor) else None
         if isinstance(module, nn.Linear):
             given[:] = args
 
@@ -354,10 +353,10 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Ten
             (slope,) = torch.autograd.grad(target, given[0], retain_graph=True, allow_unused=True)
             if slope is not None and not slope.any():
                 target = (given[0] * torch.linspace(1, 2, given[0].shape[-1]).to(given[0])).sum()
-        inside = {name: output for name, output in outputs.items() if output.requires_grad}
+        inside = {name: output for name, output in outputs.items() if output is not None and output.requires_grad}
         gradients = torch.autograd.grad(target, list(inside.values()), allow_unused=True)
     slopes = dict(zip(inside, gradients, strict=True))
-    return [(name, output.detach(), slopes.get(name)) for name, output in outputs.items()]
+    return [(name, None if output is None else output.detach(), slopes.get(name)) for name, output in outputs.items()]
 
 
 @contextmanager
@@ -449,6 +448,10 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
             raise ValueError(
                 f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
             )
+        high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
+        if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
+            told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"
+            warnings.warn(f"layout: {told}; check_layout tells whether that is right", stacklevel=4)
         if grid.shape[2:] == (1, 1):
             warnings.warn("layer: its maps have one cell, so saliency is 0; take one before pooling", stacklevel=4)
     return grids

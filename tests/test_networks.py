@@ -497,7 +497,7 @@ CONVNEXT = VIT | {"size": {"shortest_edge": 7}, "crop_pct": 0.875}
 CROPPED = VIT | {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
 
 
-def library_of(record, **config):
+def library_of(record, missing=(), **config):
     """Stands for transformers, which need not be installed: the five calls that are made of it."""
     config = Record(**{"id2label": {1: "dog", 0: "cat"}, "num_labels": 2, "problem_type": None} | config)
 
@@ -515,7 +515,8 @@ def library_of(record, **config):
         AutoConfig=SimpleNamespace(from_pretrained=find),
         AutoImageProcessor=SimpleNamespace(from_pretrained=lambda name: Record(**record)),
         AutoModelForImageClassification=SimpleNamespace(
-            from_pretrained=lambda name: network(config), from_config=lambda config: network(config)
+            from_pretrained=lambda name, **options: (network(config), {"missing_keys": missing}),
+            from_config=lambda config: network(config),
         ),
     )
 

@@ -27,6 +27,7 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
+from opticam.checks import check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -230,16 +231,15 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         path: any format that Pillow reads.
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
         window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
-            (-160, 240) for soft tissue in Hounsfield units. Those of 8 bits are left as they are.
+            (-160, 240) for soft tissue in Hounsfield units. Pixels of 8 bits have none.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is none; the image has more pixels than Pillow opens.
+            the window is none, or the pixels have 8 bits; the image has more pixels than Pillow opens.
     """
     path = Path(path)
-    if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
-        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
+    check_window(window)
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     try:
@@ -257,6 +257,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
+    if window is not None and not deep:
+        raise ValueError(f"window: {path} has pixels of 8 bits; wanted more bits, or no window")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -386,6 +388,7 @@ def load_dataset(
     input_size: int = 224,
     resize: int = 256,
     limit: int | None = None,
+    window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Photos:
     """A dataset by name.
@@ -396,18 +399,22 @@ def load_dataset(
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
+        window: see `imagefolder`; the photos of other datasets have 8 bits and no window.
         options: `sample`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
 
     Raises:
-        ValueError: an unknown name, a root for the demo, or an argument out of range.
+        ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
         FileNotFoundError: the dataset is not there.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
     if root and name == "demo":
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
-    place = {} if name == "demo" else {"root": root}
-    return DATASETS[name](**place, input_size=input_size, resize=resize, limit=limit, **options)
+    if window is not None and name != "imagefolder":
+        raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
+    given = {} if name == "demo" else {"root": root}
+    given |= {"window": window} if name == "imagefolder" else {}
+    return DATASETS[name](**given, input_size=input_size, resize=resize, limit=limit, **options)
 
 
 def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
