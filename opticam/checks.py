@@ -101,6 +101,8 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
+    if images.shape[3] <= 4 < min(images.shape[1:3]):
+        raise ValueError(f"images: wanted shape (B,C,H,W), channels before rows, got {tuple(images.shape)}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and parameter.device != images.device:
         raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
@@ -186,7 +188,8 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     if output.head == "sigmoid" and num_classes == 2:
         logits = logits[:, :1]  # of a network with one logit the second is the first with another sign
     low, high = logits.aminmax()
-    if (low >= 0 and high <= 1) or high <= 0:
+    percent = ((logits.sum(1) - 100).abs() < 0.1).all()
+    if (low >= 0 and (high <= 1 or percent)) or high <= 0:
         with aside(), torch.enable_grad():
             ending = _ending(unwrapped(model), images[:1].detach(), output.head)
         if ending is not None:
@@ -260,6 +263,8 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if not found:
         return None
     values, last = torch.cat([raw.detach().double().reshape(1, -1) for raw in found]), _last_operation(found[0])
+    if ((values.sum(1) - 100).abs() < 0.1).all():
+        values = values / 100
     if last == "LogSigmoid" or (last == "LogSoftmax" and head == "sigmoid"):
         return last.lower()
     if not ((values >= 0) & (values <= 1)).all():
@@ -267,7 +272,7 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
         return "softmax"
     low, high = values.aminmax()
-    return "sigmoid" if last in ("Sigmoid", "Softmax", "Hardsigmoid") or high - low > 0.9 else None
+    return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
 
 
 def _last_operation(tensor: Tensor) -> str:
@@ -278,6 +283,21 @@ def _last_operation(tensor: Tensor) -> str:
     return "" if node is None else node.name().partition("Backward")[0]
 
 
+def _bounded(tensor: Tensor) -> bool:
+    """Whether a tensor was made of sigmoids or softmaxes, by less than another layer, such as their mean."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node.name().startswith(_LAYERS):
+            continue
+        if node.name().startswith(("Sigmoid", "Softmax", "Hardsigmoid")):
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False
+
+
+_LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
     "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
 )

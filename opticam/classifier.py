@@ -1,5 +1,6 @@
 """What a network takes and gives: images in [0,1] or its own, and logits under a softmax or a sigmoid per class."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, ValuesView
@@ -90,12 +91,19 @@ class Output(NamedTuple):
 
 def own(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
-    inner = unwrapped(model)
+    inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What `torch.compile` or `DataParallel` stands around; any other network itself."""
+    """What `torch.compile` or `DataParallel` stands around, also within a `Classifier`; any other network itself."""
+    if isinstance(model, Classifier):
+        inner = unwrapped(model.network)
+        if inner is model.network:
+            return model
+        twin = copy.copy(model)  # with the same hooks
+        twin._modules = {**model._modules, "network": inner}
+        return twin
     compiled = type(model).__name__ == "OptimizedModule"
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     inner = model._modules.get("_orig_mod" if compiled else "module") if compiled or parallel else None
@@ -168,9 +176,9 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
-        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; see opticam.wrap")
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
     if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; see opticam.wrap")
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
     classifier = own(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
@@ -189,11 +197,12 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
-            f"that may be; say which by opticam.wrap(..., to_logits=lambda output: ...)"
+            f"that may be; {_SAID}"
         )
     return found[0]
 
 
+_SAID = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _COLLECTIONS = (tuple, list, ValuesView)
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 

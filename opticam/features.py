@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_network, examine
 from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, unwrapped, usable
-from opticam.layouts import Tokens, class_token_grid, find_layout, parts_of_transformer, plain_transformer, token_grid
+from opticam.layouts import (
+    Tokens,
+    channels_first,
+    channels_last,
+    class_token_grid,
+    find_layout,
+    parts_of_transformer,
+    plain_transformer,
+    token_grid,
+)
 from opticam.state import changed, frozen, hooked
 
 Layer = nn.Module | str | None
@@ -107,7 +116,8 @@ def feature_maps(
     check_network(model)
     layers = as_layers(layer)
     outputs, logits = layer_outputs(model, images, layers)
-    return tuple(as_grid(output, model, images, name) for output, name in zip(outputs, layers, strict=True)), logits
+    grids = (_grids([output], model, images, name, len(images)) for output, name in zip(outputs, layers, strict=True))
+    return tuple(grid for (grid,) in grids), logits
 
 
 def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
@@ -121,7 +131,10 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = examine(unwrapped(model), prepared(model, images)).logits
-    return [usable(_reached(place, images)) for place in captured], logits
+    outputs = [usable(_reached(place, model, images)) for place in captured]
+    for name, output in zip(layers, outputs, strict=True):
+        _check_first_axis(model, images, name, output)
+    return outputs, logits
 
 
 def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
@@ -176,7 +189,7 @@ def features_and_gradients(
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
         logits, head = examine(unwrapped(model), prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
-        features = _reached(captured, images)
+        features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, usable(class_idx), head))
         gradients = None
         if scores.requires_grad:
@@ -186,8 +199,10 @@ def features_and_gradients(
             "layer: the logits do not depend on its output, or the network hides how (no_grad, inference_mode or "
             "detach in its forward); wanted another layer, or a method without gradients"
         )
+    _check_first_axis(model, images, layer, features)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    maps, slopes = _grids([part.detach().to(dtype) for part in (features, gradients)], model, images, layer)
+    parts = [part.detach().to(dtype) for part in (features, gradients)]
+    maps, slopes = _grids(parts, model, images, layer, len(images))
     if slopes.numel() < gradients.numel() and gradients.any() and not slopes.any():
         raise ValueError(
             "layer: the logits depend on the class token alone after it; wanted one before the last attention"
@@ -414,15 +429,28 @@ def _tensor(output: object) -> Tensor:
     return output
 
 
-def _reached(captured: list[Tensor], images: Tensor) -> Tensor:
+def _reached(captured: list[Tensor], model: nn.Module, images: Tensor) -> Tensor:
     if not captured:
         raise ValueError("layer: the forward pass never reaches it")
-    if captured[0].ndim == 0 or len(captured[0]) != len(images):
+    if captured[0].ndim == 0 or (len(captured[0]) != len(images) and not _has_own_layout(model)):
         raise ValueError(
             f"layer: its output {tuple(captured[0].shape)} does not begin with the {len(images)} images, but with "
-            "windows, frames or tokens; wanted another layer"
+            "windows, frames or tokens; wanted another layer, or opticam.wrap(network, layer, layout=...) with a "
+            "function to (B,K,h,w)"
         )
     return captured[0]
+
+
+def _check_first_axis(model: nn.Module, images: Tensor, layer: Layer, output: Tensor) -> None:
+    """Of as many images as tokens, one alone tells which axis is whose."""
+    if output.ndim == 3 and 1 < len(images) == output.shape[1] and not _has_own_layout(model):
+        layer_outputs(model, images[:1], [layer])
+
+
+def _has_own_layout(model: nn.Module) -> bool:
+    classifier = own(model)
+    layout = None if classifier is None else classifier.layout
+    return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
 
 
 def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
@@ -437,14 +465,14 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
     Raises:
         ValueError: the layout of the output is not known; see `opticam.layouts`.
     """
-    return _grids([output], model, images, layer)[0]
+    return _grids([output], model, images, layer, len(output))[0]
 
 
-def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer) -> list[Tensor]:
+def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer, number: int) -> list[Tensor]:
     to_maps = find_layout(model, resolve_layer(model, layer), outputs[0], images.shape[-2:])
     grids = [to_maps(output) for output in outputs]
     for grid, output in zip(grids, outputs, strict=True):
-        if grid.ndim != 4 or len(grid) != len(output):
+        if grid.ndim != 4 or len(grid) != number:
             raise ValueError(
                 f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
             )

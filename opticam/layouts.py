@@ -343,7 +343,7 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
     network = path[0][1]
     known = set(_channel_numbers(network))
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)
-    childless = next(layer.children(), None) is None and not _is_elementwise(layer)
+    childless = next(layer.children(), None) is None
     mixed = any(_wants_channels_last(part) for part in network.modules())
     return None if (last and (childless or not first)) or (mixed and not first) else channels_first
 

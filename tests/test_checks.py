@@ -152,6 +152,7 @@ def test_complex_images_and_other_numbers_of_channels(tiny, images, class_idx):
 ENDINGS = {
     "softmax": lambda y: y.softmax(1),
     "softmax of a record": lambda y: {"logits": y.softmax(-1)},
+    "softmax in percent": lambda y: 100 * y.softmax(1),
     "exponential of log-softmax": lambda y: F.log_softmax(y, 1).exp(),
     "sigmoid": lambda y: y.sigmoid(),
     "sigmoid by hand": lambda y: 1 / (1 + torch.exp(-20 * y)),
@@ -160,6 +161,9 @@ ENDINGS = {
     "one of two by softmax": lambda y: y[:, :2].softmax(1)[:, 1],
     "sigmoids of two parts": lambda y: torch.cat([(y[:, :2] / 9).sigmoid(), (y[:, 2:] / 9).sigmoid()], 1),
     "mean of sigmoids": lambda y: torch.stack([(y / 9).sigmoid(), (y / 8).sigmoid()]).mean(0),
+    "mean of two sigmoids": lambda y: ((y / 9).sigmoid() + (y / 8).sigmoid()) / 2,
+    "one minus a sigmoid": lambda y: 1 - (y[:, :1] / 9).sigmoid(),
+    "root of a sigmoid": lambda y: (y / 9).sigmoid() ** 0.5,
     "sigmoid kept from 0 and 1": lambda y: (y / 9).sigmoid().clamp(1e-6, 1 - 1e-6),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }

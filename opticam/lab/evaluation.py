@@ -610,7 +610,7 @@ def _bar(total: int, progress: bool, initial: int = 0) -> Iterator[tqdm]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
