@@ -470,12 +470,17 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
 
 def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer, number: int) -> list[Tensor]:
     to_maps = find_layout(model, resolve_layer(model, layer), outputs[0], images.shape[-2:])
-    grids = [to_maps(output) for output in outputs]
+    try:
+        grids = [to_maps(output) for output in outputs]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        got = str(error).partition("\n")[0]
+        raise ValueError(f"layout: it fails for an output {tuple(outputs[0].shape)} of the layer ({got})") from error
     for grid, output in zip(grids, outputs, strict=True):
-        if grid.ndim != 4 or len(grid) != number:
-            raise ValueError(
-                f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
-            )
+        if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
+            got = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
+            raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
             told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"

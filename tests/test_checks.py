@@ -24,6 +24,11 @@ from opticam.state import frozen
         ({"images": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images: wanted a floating-point dtype"),
         ({"images": torch.zeros(3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
         ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
+        (
+            {"images": torch.zeros(5, 8, 9, 3).double()},
+            ValueError,
+            r"images: wanted shape \(B,C,H,W\), channels before",
+        ),
         ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images: wanted the dtype of the model, torch.float64"),
         ({"images": torch.zeros(5, 3, 8, 8, device="meta")}, ValueError, "wanted on the device"),
         ({"class_idx": 3}, TypeError, "class_idx: wanted an int64 tensor"),
@@ -352,7 +357,25 @@ class Counting(nn.Module):
         return images + self.share * self.calls
 
 
+class Remembering(nn.Module):
+    """Keeps something in a plain attribute, of which torch knows nothing."""
+
+    def __init__(self, network, what):
+        super().__init__()
+        self.inner, self.what, self.kept = network, what, {}
+
+    def forward(self, images):
+        if self.what == "calls":
+            self.kept = self.kept or 0
+            self.kept += 1
+            return self.inner(images) * self.kept
+        maps = self.kept.setdefault(tuple(images.shape), self.inner.features(images))
+        return self.inner.fc(maps.mean((2, 3)))
+
+
 RANDOM = {
+    "a counter": lambda tiny: Remembering(tiny, "calls"),
+    "the maps of the first images": lambda tiny: Remembering(tiny, "maps"),
     "dropout by function": lambda tiny: Own(tiny, lambda inner, x: inner(F.dropout(x, 0.5))),
     "noise": lambda tiny: Own(tiny, lambda inner, x: inner(x + 0.1 * torch.randn_like(x))),
     "state": lambda tiny: nn.Sequential(Counting(0.1), tiny),

@@ -266,6 +266,39 @@ def test_tensors_beside_the_weights_are_left_out_only_where_the_caller_says_so(o
     assert torch.equal(model.network[0].weight, network[0].weight)
 
 
+def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
+    network, path = own
+    torch.save({"a": network.state_dict(), "b": small(False, 3).state_dict()}, path)
+    told = tmp_path / "own.toml"
+    told.write_text('checkpoint = "own.pt"\ncheckpoint_key = "a"\nhead = "sigmoid"\nwindow = [0, 4095]')
+    model = load_model("small", checkpoint=told)
+    assert torch.equal(model.network[0].weight, network[0].weight)
+    assert (model.head, model.window, len(model.class_names)) == ("sigmoid", [0, 4095], 3)
+    model = load_model("small", checkpoint=str(told), head="softmax", checkpoint_key="b", class_names=["x", "y", "z"])
+    assert not torch.equal(model.network[0].weight, network[0].weight)
+    assert (model.head, model.class_names) == ("softmax", ["x", "y", "z"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("head =", r"own\.toml cannot be read as TOML \(Invalid value"),
+        ('model = "x"', r"own\.toml says model = 'x'; wanted some of checkpoint \(str\), checkpoint_key"),
+        ("head = 3", r"own\.toml says head = 3; wanted some of"),
+        ("num_classes = true", r"says num_classes = True; wanted some of"),
+        ("class_names = [1, 2]", r"says class_names = \[1, 2\]; wanted some of"),
+        ("window = [5, 1]", r"window: wanted two numbers \(low, high\) with low < high, got \[5, 1\]"),
+        ('checkpoint = "own.toml"', r"names own\.toml; wanted the file of the weights"),
+    ],
+)
+def test_what_a_toml_may_not_say(own, tmp_path, text, message):
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^(checkpoint: .*)?{message}"):
+        load_model("small", checkpoint=tmp_path / "own.toml", pretrained=False)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: no file at .*no\.toml; wanted weights, or a \.toml"):
+        load_model("small", checkpoint=tmp_path / "no.toml")
+
+
 def test_a_checkpoint_of_1000_classes_has_imagenets_names(own):
     _, path = own
     torch.save(small(False).state_dict(), path)

@@ -34,6 +34,7 @@ from opticam.networks import imagenet_classes
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 _MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 Box = tuple[float, ...]
@@ -545,7 +546,8 @@ def imagefolder(
 
     The label of a photo comes from its class folder. If all class folders are among `class_names`, it is the folder's
     place there. Else, if their names are whole numbers, it is that number. Else it counts the sorted names, as
-    torchvision's ImageFolder does, capital letters first.
+    torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
+    class_10 and class_2, are refused.
 
     Args:
         root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
@@ -671,6 +673,8 @@ def _labels(
         if twice := [folder for folder in folders if given.count(folder) > 1]:
             raise ValueError(f"class_names: wanted the class folder {twice[0]} among them once, got it more often")
         return {folder: given.index(folder) for folder in folders}, given
+    if {folder.lower() for folder in folders} <= _SPLITS:
+        raise ValueError(f"root: its folders are {', '.join(folders)}; wanted one of them, with class folders")
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
     if len(numbers) == len(folders):
         if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
@@ -689,7 +693,18 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    by_number = sorted(folders, key=_natural)
+    if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
+        raise ValueError(
+            f"root: whether class folder {unlike[0][0]} comes before {unlike[0][1]} is not clear; wanted class_names "
+            "that hold their names, in the order of the labels"
+        )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Text and numbers of a name in turn, so that 10 comes after 2."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _table(path: Path, columns: list[str]) -> list[Any]:
@@ -750,5 +765,7 @@ def _boxes(rows: Iterable[Sequence[str | None]]) -> tuple[Box, ...]:
         box = tuple(float(side or "nan") for side in row)
         if not (len(box) == 4 and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise ValueError(f"wanted xmin ymin xmax ymax, got {' '.join(map(str, row))}")
+        if max(box) <= 1 and not all(side.is_integer() for side in box):
+            raise ValueError(f"wanted pixels, got fractions {' '.join(map(str, row))}")
         boxes.append(box)
     return tuple(boxes)
