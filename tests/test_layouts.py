@@ -292,7 +292,7 @@ def test_other_first_axes_than_images_are_refused_until_a_function_says_how(kind
     model = wrap(network, "place", layout=told)
     for name in ("grad_cam", "equal_weights", "score_cam") if number < 48 else ("grad_cam",):
         torch.testing.assert_close(METHODS[name](model, images, c), METHODS[name](plain, images, c), rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="^(layer: ablation_cam wants|layout: it fails)"):
+    with pytest.raises(ValueError, match=r"^(layer: ablation_cam wants|layout: it fails)"):
         METHODS["ablation_cam"](model, images, c)
     assert check_layout(model, images[:1]).all()
 
