@@ -98,11 +98,11 @@ def own(model: nn.Module) -> Classifier | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """What `torch.compile` or `DataParallel` stands around, also within a `Classifier`; any other network itself."""
     if isinstance(model, Classifier):
-        inner = unwrapped(model.network)
-        if inner is model.network:
+        network = unwrapped(model.network)
+        if network is model.network:
             return model
         twin = copy.copy(model)  # with the same hooks
-        twin._modules = {**model._modules, "network": inner}
+        twin._modules = {**model._modules, "network": network}
         return twin
     compiled = type(model).__name__ == "OptimizedModule"
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)

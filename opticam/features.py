@@ -475,11 +475,11 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-        got = str(error).partition("\n")[0]
-        raise ValueError(f"layout: it fails for an output {tuple(outputs[0].shape)} of the layer ({got})") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"layout: it fails for an output {tuple(outputs[0].shape)} of the layer ({reason})") from error
     for grid, output in zip(grids, outputs, strict=True):
         if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
-            got = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
+            got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):

@@ -398,7 +398,7 @@ def _hf_spec(name: str) -> ModelSpec:
     except Exception as error:  # the library raises whatever its transport meets
         raise OSError(f"model: the record of hf/{name} could not be had from transformers ({error})") from error
     size, crop = record.get("size") or {}, record.get("crop_size") if record.get("do_center_crop") else None
-    side = size.get("shortest_edge") or size.get("height")
+    side: int = size.get("shortest_edge") or size.get("height") or 0
     shape = crop or {"height": side, "width": size.get("width", side)}
     scaled = record.get("do_rescale", True) and abs(record.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
     mean, std = (record.get(f"image_{key}") if record.get("do_normalize", True) else None for key in ("mean", "std"))

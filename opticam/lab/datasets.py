@@ -413,7 +413,7 @@ def load_dataset(
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
     if window is not None and name != "imagefolder":
         raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
-    given = {} if name == "demo" else {"root": root}
+    given: dict[str, Any] = {} if name == "demo" else {"root": root}
     given |= {"window": window} if name == "imagefolder" else {}
     return DATASETS[name](**given, input_size=input_size, resize=resize, limit=limit, **options)
 

@@ -16,7 +16,16 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
-from opticam.classifier import Head, as_softmax, class_logit, own, probabilities, probs_of_class, read, usable, with_absence
+from opticam.classifier import (
+    Head,
+    as_softmax,
+    class_logit,
+    own,
+    probs_of_class,
+    read,
+    usable,
+    with_absence,
+)
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
