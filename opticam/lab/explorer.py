@@ -367,7 +367,7 @@ class Explorer:
         if model.name != name:
             self._say(f"Loading {name} ...")
             model = self._load(name)
-        photo = read_upload(*uploaded, window=model.window) if path == UPLOAD else read_image(path)
+        photo = read_upload(uploaded[0], uploaded[1], model.window) if path == UPLOAD else read_image(path)
         self.model = model
         self.image = to_input(photo, model.input_size, model.resize).to(self.device)
         with torch.no_grad():
