@@ -158,9 +158,9 @@ def _read_parameters(path: Path, source: str) -> dict[str, dict[str, Any]]:
         try:
             default = cast(name, ast.literal_eval(statement.value), kind)
         except (ValueError, TypeError, SyntaxError) as error:
-            known = kind in _WORDS or "Literal[" in kind
+            known = kind in _TYPES or "Literal[" in kind
             told = f"the default is not a literal of type {kind}" if known else f"the type {kind} is not known"
-            wanted = "" if known else f"; wanted {', '.join(_WORDS)} or Literal[...]"
+            wanted = "" if known else f"; wanted {', '.join(_TYPES)} or Literal[...]"
             raise ValueError(f"parameter {name} of {path.name}: {told}{wanted}") from error
         parameters[name] = {"type": kind, "default": default, "help": helps.get(statement.end_lineno or 0, "")}
     return parameters
