@@ -1,8 +1,10 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
+import math
 import random
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from weakref import WeakSet
 
@@ -58,8 +60,18 @@ def check_network(model: nn.Module) -> None:
 
 
 def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
-    """As `check_images`, and `class_idx` has to be (B,) int64 on the same device."""
+    """As `check_images` and `check_class_idx`."""
     check_images(model, images)
+    check_class_idx(class_idx, images)
+
+
+def check_class_idx(class_idx: Tensor, images: Tensor) -> None:
+    """Refuse class indices that are not (B,) int64 on the device of the images or of their logits.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
     if not isinstance(class_idx, Tensor):
         raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
     if class_idx.dtype != torch.int64:
@@ -89,6 +101,8 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
+    if images.shape[3] <= 4 < min(images.shape[1:3]):
+        raise ValueError(f"images: wanted shape (B,C,H,W), channels before rows, got {tuple(images.shape)}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and parameter.device != images.device:
         raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
@@ -120,6 +134,12 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
+def check_window(window: Sequence[float] | None) -> None:
+    """Refuse what are no two numbers (low, high) with low < high; None passes."""
+    if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
+
+
 def check_at_least(least: int, **numbers: int | None) -> None:
     """Refuse numbers below the least that makes sense; None, where it stands for a default, passes.
 
@@ -136,9 +156,9 @@ def check_at_least(least: int, **numbers: int | None) -> None:
 def examine(model: nn.Module, images: Tensor) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
-    There are further passes of a few images, which no hook of a method hears: one of two images, with its gradient, by
-    a twin without any hooks, when a network with code of one's own is first seen; and some where something looks
-    suspicious.
+    There are further passes of a few images, which no hook of a method hears: two of two images, one with its gradient,
+    by a twin without any hooks, when a network with code of one's own is first seen; and some where something looks
+    suspicious. A state outside of torch that changes only later passes is not seen.
 
     Args:
         model: any network, inside `frozen`.
@@ -151,11 +171,7 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     """
     if model not in _independent:
         with aside(), torch.enable_grad():
-            if _mixes_images(unwrapped(model), images[:1].detach()):
-                raise ValueError(
-                    f"model: in {type(bare(model)).__name__} the logits of an image depend on the other images of its "
-                    "batch, as by batch statistics; wanted a network that takes each image for itself"
-                )
+            _check_independence(model, images[:1].detach())
         _independent.add(model)
     before = _state(model, images)
     output = read(model, images)
@@ -167,17 +183,13 @@ def examine(model: nn.Module, images: Tensor) -> Output:
         x = images[:1].detach().repeat(4, 1, 1, 1)  # what is drawn per image or per pass may be the same by chance
         with aside(), torch.no_grad():
             first, *others = (read(model, x).logits for _ in range(6))
-        change = torch.stack(others).sub(first).abs().max()
-        if change > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
-            raise ValueError(
-                f"model: two passes of {type(bare(model)).__name__} over one image differ in eval mode (dropout by "
-                "function, random numbers or a state that it changes); wanted a network that gives the same each time"
-            )
+        _check_same(model, first, torch.stack(others))
     logits = output.logits.detach()
     if output.head == "sigmoid" and num_classes == 2:
         logits = logits[:, :1]  # of a network with one logit the second is the first with another sign
     low, high = logits.aminmax()
-    if (low >= 0 and high <= 1) or high <= 0:
+    percent = ((logits.sum(1) - 100).abs() < 0.1).all()
+    if (low >= 0 and (high <= 1 or percent)) or high <= 0:
         with aside(), torch.enable_grad():
             ending = _ending(unwrapped(model), images[:1].detach(), output.head)
         if ending is not None:
@@ -194,19 +206,40 @@ _independent: WeakSet[nn.Module] = WeakSet()  # networks seen to take each image
 _LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")  # whose modules do, in eval mode
 
 
-def _mixes_images(model: nn.Module, image: Tensor) -> bool:
-    """Whether the logits of one image have a gradient with respect to another: exact, unlike a comparison of values."""
-    if all(type(module).__module__.startswith(_LIBRARIES) for module in model.modules()):
-        return False
-    pair = torch.cat([image, image.flip(3)]).requires_grad_()
+def _check_independence(model: nn.Module, image: Tensor) -> None:
+    """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
+
+    In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
+    images in the other order has to give the same logits in the other order.
+    """
+    network = unwrapped(model)
+    if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
+        return
+    pair, slope, passes = torch.cat([image, image.flip(3)]).requires_grad_(), None, []
     with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
         copies: dict[nn.Module, nn.Module] = {}
-        silent = twin_of(model, copies)
-        for copy in copies.values():  # whoever counts the passes of a method is not to hear of this one
+        silent = twin_of(network, copies)
+        for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
             copy._forward_hooks = OrderedDict()
-        (slope,) = torch.autograd.grad(read(silent, pair).logits[0, 0], pair)
-        return bool((slope[1].abs() > 0).any())
-    return False
+        first = read(silent, pair).logits
+        with torch.no_grad():
+            passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]
+        (slope,) = torch.autograd.grad(first[0, 0], pair)
+    if slope is not None and (slope[1].abs() > 0).any():
+        raise ValueError(
+            f"model: in {type(bare(model)).__name__} the logits of an image depend on the other images of its "
+            "batch, as by batch statistics; wanted a network that takes each image for itself"
+        )
+    if passes:
+        _check_same(model, *passes)
+
+
+def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:
+    if (others - first).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
+        raise ValueError(
+            f"model: two passes of {type(bare(model)).__name__} over one image differ in eval mode (dropout by "
+            "function, random numbers or a state that it changes); wanted a network that gives the same each time"
+        )
 
 
 def _state(model: nn.Module, images: Tensor) -> tuple:
@@ -230,6 +263,8 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if not found:
         return None
     values, last = torch.cat([raw.detach().double().reshape(1, -1) for raw in found]), _last_operation(found[0])
+    if ((values.sum(1) - 100).abs() < 0.1).all():
+        values = values / 100
     if last == "LogSigmoid" or (last == "LogSoftmax" and head == "sigmoid"):
         return last.lower()
     if not ((values >= 0) & (values <= 1)).all():
@@ -237,7 +272,7 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
         return "softmax"
     low, high = values.aminmax()
-    return "sigmoid" if last in ("Sigmoid", "Softmax", "Hardsigmoid") or high - low > 0.9 else None
+    return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
 
 
 def _last_operation(tensor: Tensor) -> str:
@@ -248,6 +283,21 @@ def _last_operation(tensor: Tensor) -> str:
     return "" if node is None else node.name().partition("Backward")[0]
 
 
+def _bounded(tensor: Tensor) -> bool:
+    """Whether a tensor was made of sigmoids or softmaxes, by less than another layer, such as their mean."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node.name().startswith(_LAYERS):
+            continue
+        if node.name().startswith(("Sigmoid", "Softmax", "Hardsigmoid")):
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False
+
+
+_LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
     "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
 )

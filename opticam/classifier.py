@@ -1,5 +1,6 @@
 """What a network takes and gives: images in [0,1] or its own, and logits under a softmax or a sigmoid per class."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, ValuesView
@@ -25,6 +26,7 @@ class Classifier(nn.Module):
         class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
             for and of its absence.
         layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
+        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
     """
 
     mean: Tensor
@@ -44,6 +46,7 @@ class Classifier(nn.Module):
         resize: int = 256,
         class_names: list[str],
         layout: Callable[[Tensor], Tensor] | None = None,
+        window: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         heads: dict[Any, Head] = {logits_of_softmax: "softmax", logits_of_sigmoid: "sigmoid"}
@@ -61,6 +64,7 @@ class Classifier(nn.Module):
         self.resize = resize
         self.class_names = class_names
         self.layout = layout
+        self.window = window
         weights = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         for key, values in (("mean", mean), ("std", std)):
             constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)
@@ -87,12 +91,19 @@ class Output(NamedTuple):
 
 def own(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
-    inner = unwrapped(model)
+    inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What `torch.compile` or `DataParallel` stands around; any other network itself."""
+    """What `torch.compile` or `DataParallel` stands around, also within a `Classifier`; any other network itself."""
+    if isinstance(model, Classifier):
+        network = unwrapped(model.network)
+        if network is model.network:
+            return model
+        twin = copy.copy(model)  # with the same hooks
+        twin._modules = {**model._modules, "network": network}
+        return twin
     compiled = type(model).__name__ == "OptimizedModule"
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     inner = model._modules.get("_orig_mod" if compiled else "module") if compiled or parallel else None
@@ -165,9 +176,9 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
-        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; see opticam.wrap")
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
     if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; see opticam.wrap")
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
     classifier = own(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
@@ -186,11 +197,12 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
-            f"that may be; say which by opticam.wrap(..., to_logits=lambda output: ...)"
+            f"that may be; {_SAID}"
         )
     return found[0]
 
 
+_SAID = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _COLLECTIONS = (tuple, list, ValuesView)
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
@@ -219,6 +231,11 @@ def with_absence(logits: Tensor) -> Tensor:
 def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
     """The logit of each image's class, (B,), from logits (B,C) and classes (B,) int64."""
     return logits.gather(1, class_idx[:, None])[:, 0]
+
+
+def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
+    """`metrics.class_probability` without its checks, which wait for the device: for loops."""
+    return class_logit(probabilities(logits.double(), head), class_idx)
 
 
 def check_head(head: str) -> None:

@@ -95,12 +95,12 @@ def explain(options: argparse.Namespace) -> int:
         method = find_method(options.method)
         if options.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {options.schedule!r}")
-        photo = read_image(options.photo, window=options.window)
         default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
         output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
         if output.resolve() == Path(options.photo).resolve():
             raise ValueError(f"output: {output} is the photo itself; wanted another name")
         model = load_model(options.model, checkpoint=options.checkpoint, head=options.head, device=options.device)
+        photo = read_image(options.photo, window=options.window or model.window)
         named = None if options.class_name is None else class_index(options.class_name, model.class_names)
         images = to_input(photo, model.input_size, model.resize)[None].to(options.device)
         with frozen(model), torch.no_grad():
@@ -335,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     add("photo", help="an image file")
     libraries = "also timm/NAME, torchvision/NAME, hf/NAME"
     add("--model", default="efficientnet_lite0", help=f"default: %(default)s, which needs no download; {libraries}")
-    add("--checkpoint", metavar="FILE", help="own weights of the model")
+    add("--checkpoint", metavar="FILE", help="own weights of the model, or a .toml that says more")
     add("--head", choices=("softmax", "sigmoid"), help="sigmoid where several classes may be true at once")
     add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values shown black and white, beyond 8 bits")
     add("--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class")

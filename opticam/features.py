@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_network, examine
 from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, unwrapped, usable
-from opticam.layouts import Tokens, class_token_grid, find_layout, parts_of_transformer, plain_transformer, token_grid
+from opticam.layouts import (
+    Tokens,
+    channels_first,
+    channels_last,
+    class_token_grid,
+    find_layout,
+    parts_of_transformer,
+    plain_transformer,
+    token_grid,
+)
 from opticam.state import changed, frozen, hooked
 
 Layer = nn.Module | str | None
@@ -107,7 +116,8 @@ def feature_maps(
     check_network(model)
     layers = as_layers(layer)
     outputs, logits = layer_outputs(model, images, layers)
-    return tuple(as_grid(output, model, images, name) for output, name in zip(outputs, layers, strict=True)), logits
+    grids = (_grids([output], model, images, name, len(images)) for output, name in zip(outputs, layers, strict=True))
+    return tuple(grid for (grid,) in grids), logits
 
 
 def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
@@ -121,7 +131,10 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = examine(unwrapped(model), prepared(model, images)).logits
-    return [usable(_reached(place, images)) for place in captured], logits
+    outputs = [usable(_reached(place, model, images)) for place in captured]
+    for name, output in zip(layers, outputs, strict=True):
+        _check_first_axis(model, images, name, output)
+    return outputs, logits
 
 
 def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
@@ -176,7 +189,7 @@ def features_and_gradients(
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
         logits, head = examine(unwrapped(model), prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
-        features = _reached(captured, images)
+        features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, usable(class_idx), head))
         gradients = None
         if scores.requires_grad:
@@ -186,8 +199,10 @@ def features_and_gradients(
             "layer: the logits do not depend on its output, or the network hides how (no_grad, inference_mode or "
             "detach in its forward); wanted another layer, or a method without gradients"
         )
+    _check_first_axis(model, images, layer, features)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    maps, slopes = _grids([part.detach().to(dtype) for part in (features, gradients)], model, images, layer)
+    parts = [part.detach().to(dtype) for part in (features, gradients)]
+    maps, slopes = _grids(parts, model, images, layer, len(images))
     if slopes.numel() < gradients.numel() and gradients.any() and not slopes.any():
         raise ValueError(
             "layer: the logits depend on the class token alone after it; wanted one before the last attention"
@@ -322,7 +337,7 @@ def _no_attention(model: nn.Module) -> str:
     )
 
 
-def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor | None]]:
+def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | None, Tensor | None]]:
     """What every module of the network gives in one pass, in the order in which they end.
 
     Args:
@@ -330,17 +345,16 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Ten
         images: (B,C,H,W) float.
 
     Returns:
-        Name, as `resolve_layer` takes it; the last output, of those that are tensors; and the gradient of the sum of
+        Name, as `resolve_layer` takes it; the last output, None where it is no tensor; and the gradient of the sum of
         logits with respect to it, None where they do not depend on it. Some heads have zero weights before training:
         there the gradient is that of a sum of the head's input.
     """
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor | None] = {}
     given: list[Tensor] = []
 
     def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
         outputs.pop(name, None)
-        if isinstance(output, Tensor):
-            outputs[name] = output
+        outputs[name] = output if isinstance(output, Tensor) else None
         if isinstance(module, nn.Linear):
             given[:] = args
 
@@ -354,10 +368,10 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Ten
             (slope,) = torch.autograd.grad(target, given[0], retain_graph=True, allow_unused=True)
             if slope is not None and not slope.any():
                 target = (given[0] * torch.linspace(1, 2, given[0].shape[-1]).to(given[0])).sum()
-        inside = {name: output for name, output in outputs.items() if output.requires_grad}
+        inside = {name: output for name, output in outputs.items() if output is not None and output.requires_grad}
         gradients = torch.autograd.grad(target, list(inside.values()), allow_unused=True)
     slopes = dict(zip(inside, gradients, strict=True))
-    return [(name, output.detach(), slopes.get(name)) for name, output in outputs.items()]
+    return [(name, None if output is None else output.detach(), slopes.get(name)) for name, output in outputs.items()]
 
 
 @contextmanager
@@ -415,15 +429,28 @@ def _tensor(output: object) -> Tensor:
     return output
 
 
-def _reached(captured: list[Tensor], images: Tensor) -> Tensor:
+def _reached(captured: list[Tensor], model: nn.Module, images: Tensor) -> Tensor:
     if not captured:
         raise ValueError("layer: the forward pass never reaches it")
-    if captured[0].ndim == 0 or len(captured[0]) != len(images):
+    if captured[0].ndim == 0 or (len(captured[0]) != len(images) and not _has_own_layout(model)):
         raise ValueError(
             f"layer: its output {tuple(captured[0].shape)} does not begin with the {len(images)} images, but with "
-            "windows, frames or tokens; wanted another layer"
+            "windows, frames or tokens; wanted another layer, or opticam.wrap(network, layer, layout=...) with a "
+            "function to (B,K,h,w)"
         )
     return captured[0]
+
+
+def _check_first_axis(model: nn.Module, images: Tensor, layer: Layer, output: Tensor) -> None:
+    """Of as many images as tokens, one alone tells which axis is whose."""
+    if output.ndim == 3 and 1 < len(images) == output.shape[1] and not _has_own_layout(model):
+        layer_outputs(model, images[:1], [layer])
+
+
+def _has_own_layout(model: nn.Module) -> bool:
+    classifier = own(model)
+    layout = None if classifier is None else classifier.layout
+    return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
 
 
 def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
@@ -438,17 +465,26 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
     Raises:
         ValueError: the layout of the output is not known; see `opticam.layouts`.
     """
-    return _grids([output], model, images, layer)[0]
+    return _grids([output], model, images, layer, len(output))[0]
 
 
-def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer) -> list[Tensor]:
+def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: Layer, number: int) -> list[Tensor]:
     to_maps = find_layout(model, resolve_layer(model, layer), outputs[0], images.shape[-2:])
-    grids = [to_maps(output) for output in outputs]
+    try:
+        grids = [to_maps(output) for output in outputs]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"layout: it fails for an output {tuple(outputs[0].shape)} of the layer ({reason})") from error
     for grid, output in zip(grids, outputs, strict=True):
-        if grid.ndim != 4 or len(grid) != len(output):
-            raise ValueError(
-                f"layout: wanted a function to (B,K,h,w), got {tuple(grid.shape)} of {tuple(output.shape)}"
-            )
+        if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
+            got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
+            raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
+        high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
+        if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
+            told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"
+            warnings.warn(f"layout: {told}; check_layout tells whether that is right", stacklevel=4)
         if grid.shape[2:] == (1, 1):
             warnings.warn("layer: its maps have one cell, so saliency is 0; take one before pooling", stacklevel=4)
     return grids

@@ -1,7 +1,8 @@
 """How the output of a layer becomes feature maps (B,K,h,w): known by what its module is, said by the user, or refused.
 
 Nothing is guessed from a shape. What is known comes from the class of the module, from the class of the network around
-it, and from the records that libraries keep, such as timm's `feature_info`, `num_prefix_tokens` and `grid_size`.
+it, and from the records that libraries keep, such as timm's `feature_info`, `num_prefix_tokens` and `grid_size`, or the
+configuration of a network of the package transformers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +58,7 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
 
     A `Classifier` whose layout the user has said has that one. Otherwise maps (B,K,h,w) are known from convolutions,
     batch norms, pooling and what is built of them; channels-last maps from Swin transformers and timm's records; tokens
-    from transformers and mixers of timm and torchvision whose order of tokens is the reading order.
+    from transformers and mixers of timm, torchvision and transformers whose order of tokens is the reading order.
 
     Args:
         model: any network.
@@ -138,13 +139,28 @@ _READING_ORDER = _CLASS_TOKEN | {
     "timm.models.mlp_mixer.MlpMixer",
     "timm.models.tnt.TNT",
     "timm.models.xcit.Xcit",
+    "transformers.models.beit.modeling_beit.BeitModel",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel",
+    "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionModel",
+    "transformers.models.deit.modeling_deit.DeiTModel",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+    "transformers.models.ijepa.modeling_ijepa.IJepaModel",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2VisionModel",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel",
+    "transformers.models.vit.modeling_vit.ViTModel",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel",
 }
+# parameters of their embeddings: (1,n,K), or (K,) for one token
+_PREFIX_OF_TRANSFORMERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 # tokens in reading order, on the grid of their stage
 _STAGES_OF_TOKENS = {
     "timm.models.levit.Levit",
     "timm.models.levit.LevitDistilled",
     "timm.models.mvitv2.MultiScaleVit",
     "timm.models.efficientformer.EfficientFormer",
+    "transformers.models.swin.modeling_swin.SwinModel",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Model",
 }
 # all maps but those of convolutions are channels-last
 _SWIN = {
@@ -158,6 +174,8 @@ _BLOCKS = {
     "torchvision.models.maxvit.MaxVitBlock",
     "torchvision.models.maxvit.MaxVitLayer",
     "timm.models.convnext.ConvNeXtBlock",
+    "transformers.models.convnext.modeling_convnext.ConvNextStage",
+    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Stage",
 }
 _CONVOLUTIONAL = (
     nn.Conv2d,
@@ -198,10 +216,10 @@ def _path(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _record(path: list[tuple[str, nn.Module]]) -> tuple[nn.Module, str]:
-    """The innermost network of timm or torchvision around the layer, and the layer's name in it."""
+    """The innermost network of a known library around the layer, and the layer's name in it."""
     for depth in reversed(range(len(path))):
         module = path[depth][1]
-        if _is_of_timm(module) or _name(module) in _READING_ORDER | _SWIN:
+        if _is_of_timm(module) or _name(module) in _READING_ORDER | _STAGES_OF_TOKENS | _SWIN:
             return module, ".".join(name for name, _ in path[depth + 1 :])
     return path[0][1], ".".join(name for name, _ in path[1:])
 
@@ -217,8 +235,7 @@ def _layout_of_tokens(path: list[tuple[str, nn.Module]], output: Tensor, size: S
         index = int(name.rpartition(".")[2])
         return lambda output: network.reroll(output, index).permute(0, 3, 1, 2)  # type: ignore[operator]
     if _name(network) in _STAGES_OF_TOKENS:
-        stages = {info["module"]: info["reduction"] for info in network.feature_info}  # type: ignore[union-attr]
-        stages["norm"] = network.feature_info[-1]["reduction"]  # type: ignore[index]
+        stages = _reductions(network)
         if name in stages:
             grid = Tokens(*(-(-side // stages[name]) for side in size))
             return grid if tokens == grid.rows * grid.columns else None  # type: ignore[return-value]
@@ -229,8 +246,21 @@ def _layout_of_tokens(path: list[tuple[str, nn.Module]], output: Tensor, size: S
     return grid._replace(prefix=extra) if extra in (0, grid.prefix) else None  # type: ignore[return-value]
 
 
+def _reductions(network: Any) -> dict[str, int]:
+    """How many pixels a cell of a stage is wide, by the stage's name."""
+    if _name(network).startswith("transformers."):
+        patch = network.config.patch_size
+        return {"layernorm": patch * 2 ** (len(network.config.depths) - 1)} if isinstance(patch, int) else {}
+    stages = {info["module"]: info["reduction"] for info in network.feature_info}
+    return stages | {"norm": network.feature_info[-1]["reduction"]}
+
+
 def token_grid(network: Any, size: Sequence[int]) -> Tokens:
     """Rows, columns and prefix by the network's own records."""
+    if _name(network).startswith("transformers."):
+        rows, columns = (side // step for side, step in zip(size, _pair(network.config.patch_size), strict=True))
+        prefix = [getattr(network.embeddings, name, None) for name in _PREFIX_OF_TRANSFORMERS]
+        return Tokens(rows, columns, sum(tokens.shape[:-1].numel() for tokens in prefix if tokens is not None))
     if _name(network).startswith("torchvision."):
         side = network.image_size // network.patch_size
         return Tokens(side, side, 1)
@@ -313,7 +343,7 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
     network = path[0][1]
     known = set(_channel_numbers(network))
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)
-    childless = next(layer.children(), None) is None and not _is_elementwise(layer)
+    childless = next(layer.children(), None) is None
     mixed = any(_wants_channels_last(part) for part in network.modules())
     return None if (last and (childless or not first)) or (mixed and not first) else channels_first
 

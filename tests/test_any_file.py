@@ -384,6 +384,23 @@ def test_bytes_of_checkpoints(own, form, change):
         assert all(value.shape == weights[name].shape for name, value in model.network.state_dict().items())
 
 
+@drawn(100)
+@given(change=damage())
+@example(change=lambda text: text.replace(b"3", b"[" * 5000))
+@example(change=lambda text: text.replace(b"own.pt", b"."))
+@example(change=lambda text: text.replace(b"own.pt", b"a\\u0000"))
+def test_bytes_of_what_a_toml_says(own, change):
+    weights, path = own
+    torch.save(weights, path)
+    told = path.with_suffix(".toml")
+    text = (
+        b'checkpoint = "own.pt"\nhead = "sigmoid"\nnum_classes = 3\nclass_names = ["a", "b", "c"]\nwindow = [0, 9.5]\n'
+    )
+    told.write_bytes(change(text))
+    begins = "(checkpoint|head|num_classes|class_names|window): "
+    outcome(begins, load_model, "tiny", checkpoint=told, pretrained=False, errors=(ValueError, FileNotFoundError))
+
+
 TENSORS = {
     "another": lambda: torch.ones(3, 8),
     "more classes": lambda: torch.ones(4, 8),

@@ -277,6 +277,8 @@ FAULTS = {
         lambda c: {"model": c.network, "layer": None},
         lambda c: {"model": wrap(c.network, "place", layout=Tokens(7, 1, 50))},
         lambda c: {"model": wrap(c.network, "place", layout=lambda output: output[0])},
+        lambda c: {"model": wrap(c.network, "place", layout=lambda output: None)},
+        lambda c: {"model": wrap(c.network, "place", layout=lambda output: output.reshape(7, 5, -1))},
     ],
     "model": [
         lambda c: {"model": lambda images: images},
@@ -293,7 +295,7 @@ FAULTS = {
 
 
 @settings(drawn, max_examples=100)
-@given(case=cases(), argument=st.sampled_from(list(FAULTS)), number=st.integers(0, 9), name=st.sampled_from(PASSING))
+@given(case=cases(), argument=st.sampled_from(list(FAULTS)), number=st.integers(0, 10), name=st.sampled_from(PASSING))
 def test_a_wrong_argument_is_named_in_one_sentence(case, argument, number, name):
     fault = FAULTS[argument][number % len(FAULTS[argument])](case)
     given = {"model": case.model, "images": case.images, "class_idx": case.class_idx, "layer": case.model.layer} | fault

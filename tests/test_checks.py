@@ -24,6 +24,11 @@ from opticam.state import frozen
         ({"images": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images: wanted a floating-point dtype"),
         ({"images": torch.zeros(3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
         ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.float64)}, ValueError, "images: wanted shape"),
+        (
+            {"images": torch.zeros(5, 8, 9, 3).double()},
+            ValueError,
+            r"images: wanted shape \(B,C,H,W\), channels before",
+        ),
         ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images: wanted the dtype of the model, torch.float64"),
         ({"images": torch.zeros(5, 3, 8, 8, device="meta")}, ValueError, "wanted on the device"),
         ({"class_idx": 3}, TypeError, "class_idx: wanted an int64 tensor"),
@@ -152,6 +157,7 @@ def test_complex_images_and_other_numbers_of_channels(tiny, images, class_idx):
 ENDINGS = {
     "softmax": lambda y: y.softmax(1),
     "softmax of a record": lambda y: {"logits": y.softmax(-1)},
+    "softmax in percent": lambda y: 100 * y.softmax(1),
     "exponential of log-softmax": lambda y: F.log_softmax(y, 1).exp(),
     "sigmoid": lambda y: y.sigmoid(),
     "sigmoid by hand": lambda y: 1 / (1 + torch.exp(-20 * y)),
@@ -160,6 +166,9 @@ ENDINGS = {
     "one of two by softmax": lambda y: y[:, :2].softmax(1)[:, 1],
     "sigmoids of two parts": lambda y: torch.cat([(y[:, :2] / 9).sigmoid(), (y[:, 2:] / 9).sigmoid()], 1),
     "mean of sigmoids": lambda y: torch.stack([(y / 9).sigmoid(), (y / 8).sigmoid()]).mean(0),
+    "mean of two sigmoids": lambda y: ((y / 9).sigmoid() + (y / 8).sigmoid()) / 2,
+    "one minus a sigmoid": lambda y: 1 - (y[:, :1] / 9).sigmoid(),
+    "root of a sigmoid": lambda y: (y / 9).sigmoid() ** 0.5,
     "sigmoid kept from 0 and 1": lambda y: (y / 9).sigmoid().clamp(1e-6, 1 - 1e-6),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
@@ -348,7 +357,25 @@ class Counting(nn.Module):
         return images + self.share * self.calls
 
 
+class Remembering(nn.Module):
+    """Keeps something in a plain attribute, of which torch knows nothing."""
+
+    def __init__(self, network, what):
+        super().__init__()
+        self.inner, self.what, self.kept = network, what, {}
+
+    def forward(self, images):
+        if self.what == "calls":
+            self.kept = self.kept or 0
+            self.kept += 1
+            return self.inner(images) * self.kept
+        maps = self.kept.setdefault(tuple(images.shape), self.inner.features(images))
+        return self.inner.fc(maps.mean((2, 3)))
+
+
 RANDOM = {
+    "a counter": lambda tiny: Remembering(tiny, "calls"),
+    "the maps of the first images": lambda tiny: Remembering(tiny, "maps"),
     "dropout by function": lambda tiny: Own(tiny, lambda inner, x: inner(F.dropout(x, 0.5))),
     "noise": lambda tiny: Own(tiny, lambda inner, x: inner(x + 0.1 * torch.randn_like(x))),
     "state": lambda tiny: nn.Sequential(Counting(0.1), tiny),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from opticam import wrap
+from opticam import METHODS, wrap
 from opticam.classifier import (
     as_output,
     as_softmax,
@@ -192,6 +192,35 @@ def test_a_compiled_classifier_is_ours(tiny, images):
     (features,), logits = feature_maps(compiled, images)
     torch.testing.assert_close(features, tiny.features(images).detach())
     torch.testing.assert_close(logits, tiny(images).detach())
+
+
+def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
+    plain = wrap(tiny, "features", head="sigmoid")
+    for around in (torch.compile(tiny, backend="eager"), nn.DataParallel(tiny)):
+        model = wrap(around, "features", head="sigmoid")
+        assert own(model) is model
+        with count_passes(model) as passes:
+            found = METHODS["grad_cam"](model, images, class_idx)
+        assert passes == [5, 5]
+        torch.testing.assert_close(found, METHODS["grad_cam"](plain, images, class_idx))
+
+
+@pytest.mark.parametrize(
+    ("logits", "class_idx", "message"),
+    [
+        (Y, [0, 3], r"class_idx: wanted indices in 0\.\.2, got 3"),
+        (Y, [-1, 0], r"class_idx: wanted indices in 0\.\.2, got -1"),
+        (Y[:, :1], [0, 2], r"class_idx: wanted indices in 0\.\.1, got 2"),
+        (Y[:, 0], [2, 1], r"class_idx: wanted indices in 0\.\.1, got 2"),
+        (Y, [0], r"class_idx: wanted shape \(2,\), one class per image, got \(1,\)"),
+        (Y, [0.0, 1.0], "class_idx: wanted dtype torch.int64"),
+        (Y[None], [0], r"logits: wanted shape \(B,C\), got \(1, 2, 3\)"),
+        (Y.long(), [0, 1], "logits: wanted a floating-point tensor, got torch.int64"),
+    ],
+)
+def test_probabilities_of_classes_that_are_not_there(logits, class_idx, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        class_probability(logits, torch.tensor(class_idx))
 
 
 def test_mean_and_std_are_where_the_weights_are(tiny, images):

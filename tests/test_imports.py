@@ -1,6 +1,7 @@
 """What is imported when: nothing before it is asked for, and whatever is asked for first."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def test_nothing_heavy_is_imported_before_it_is_needed(program, tmp_path):
 def test_workers_and_explain_import_only_what_they_use(tmp_path):
     assert not after("import opticam.jobs.cluster", tmp_path) & {"torch", *TABLES}
     assert not after(command("explain", str(demo().paths[17]), "--method", "grad_cam"), tmp_path) & TABLES
+
+
+def test_the_module_of_the_command_line_may_be_imported():
+    assert importlib.import_module("opticam.__main__").main
 
 
 def test_every_public_name_is_where_the_table_says_for_checkers_of_types_too():

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -242,6 +244,73 @@ def test_the_experiment_finds_wrong_layouts(wrong, name):
     images = torch.rand(1, 3, 64, 64)
     assert check_layout(network, images, layer="blocks.1.norm1").all()
     assert not check_layout(wrap(network, "blocks.1.norm1", layout=wrong), images).all()
+
+
+class Ordered(nn.Module):
+    """Patches in some order of axes at `place`, then the mean of all and one linear layer."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.place, self.fc = nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Linear(8, 3)
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.fc(self.after(self.place(self.before(self.embed(x))), len(x)).flatten(2).mean(2))
+
+
+def to_windows(maps):  # (B,8,6,8) as (4B,8,3,4)
+    return maps.unflatten(3, (2, 4)).unflatten(2, (2, 3)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def from_windows(windows):
+    return windows.unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def from_sequence(tokens):
+    return tokens.permute(1, 2, 0).unflatten(2, (6, 8))
+
+
+ORDERS = {
+    "windows": (to_windows, lambda y, number: from_windows(y), from_windows),
+    "tokens first": (lambda y: y.flatten(2).permute(2, 0, 1), lambda y, number: from_sequence(y), from_sequence),
+    "frames": (lambda y: y.repeat(2, 1, 1, 1), lambda y, number: y[:number], lambda y: y.chunk(2)[0]),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("number", [1, 2, 48])
+def test_other_first_axes_than_images_are_refused_until_a_function_says_how(kind, number):
+    before, after, told = ORDERS[kind]
+    network = Ordered(before, after).double().eval()
+    plain = wrap(Ordered(lambda y: y, lambda y, number: y).double().eval(), "place", layout=channels_first)
+    images = torch.rand(number, 3, 24, 32, generator=torch.Generator().manual_seed(2)).double()
+    c = torch.arange(number) % 3
+    for layout in (None, channels_first, Tokens(6, 8)):
+        with pytest.raises(ValueError, match=r"layer: its output .* does not begin with the \d+ images"):
+            METHODS["grad_cam"](wrap(network, "place", layout=layout), images, c)
+    model = wrap(network, "place", layout=told)
+    for name in ("grad_cam", "equal_weights", "score_cam") if number < 48 else ("grad_cam",):
+        torch.testing.assert_close(METHODS[name](model, images, c), METHODS[name](plain, images, c), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"^(layer: ablation_cam wants|layout: it fails)"):
+        METHODS["ablation_cam"](model, images, c)
+    assert check_layout(model, images[:1]).all()
+
+
+def test_maps_of_as_many_channels_as_rows_may_be_in_either_order():
+    network = Ordered(lambda y: y.permute(0, 2, 3, 1), lambda y, number: y.permute(0, 3, 1, 2)).eval()
+    x, c = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"layer: where the cells of ReLU's output \(2, 8, 8, 8\) lie"):
+        METHODS["grad_cam"](network, x, c, layer="place")
+
+
+@pytest.mark.parametrize(("grid", "warned"), [((8, 6), False), ((2, 24), True), ((24, 2), True), ((6, 8), False)])
+def test_long_cells_give_a_warning(grid, warned, recwarn):
+    network = Ordered(lambda y: y.flatten(2).mT, lambda y, number: y.mT).eval()
+    METHODS["grad_cam"](wrap(network, "place", layout=Tokens(*grid)), torch.rand(1, 3, 24, 32), torch.tensor([0]))
+    told = [str(warning.message) for warning in recwarn if "check_layout tells" in str(warning.message)]
+    assert bool(told) == warned
+    assert not told or re.match(rf"layout: cells of {24 // grid[0]} x \d+ pixels by Tokens", told[0])
 
 
 def test_the_experiment_points_at_the_cells_in_doubt(images):

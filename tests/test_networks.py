@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from opticam import METHODS, grad_cam
+from opticam import METHODS, check_layout, grad_cam
 from opticam.features import feature_maps
 from opticam.networks import MODELS, ModelSpec, class_index, find_spec, imagenet_classes, load_model, wrap
 
@@ -266,6 +266,39 @@ def test_tensors_beside_the_weights_are_left_out_only_where_the_caller_says_so(o
     assert torch.equal(model.network[0].weight, network[0].weight)
 
 
+def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
+    network, path = own
+    torch.save({"a": network.state_dict(), "b": small(False, 3).state_dict()}, path)
+    told = tmp_path / "own.toml"
+    told.write_text('checkpoint = "own.pt"\ncheckpoint_key = "a"\nhead = "sigmoid"\nwindow = [0, 4095]')
+    model = load_model("small", checkpoint=told)
+    assert torch.equal(model.network[0].weight, network[0].weight)
+    assert (model.head, model.window, len(model.class_names)) == ("sigmoid", [0, 4095], 3)
+    model = load_model("small", checkpoint=str(told), head="softmax", checkpoint_key="b", class_names=["x", "y", "z"])
+    assert not torch.equal(model.network[0].weight, network[0].weight)
+    assert (model.head, model.class_names) == ("softmax", ["x", "y", "z"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("head =", r"own\.toml cannot be read as TOML \(Invalid value"),
+        ('model = "x"', r"own\.toml says model = 'x'; wanted some of checkpoint \(str\), checkpoint_key"),
+        ("head = 3", r"own\.toml says head = 3; wanted some of"),
+        ("num_classes = true", r"says num_classes = True; wanted some of"),
+        ("class_names = [1, 2]", r"says class_names = \[1, 2\]; wanted some of"),
+        ("window = [5, 1]", r"window: wanted two numbers \(low, high\) with low < high, got \[5, 1\]"),
+        ('checkpoint = "own.toml"', r"names own\.toml; wanted the file of the weights"),
+    ],
+)
+def test_what_a_toml_may_not_say(own, tmp_path, text, message):
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^(checkpoint: .*)?{message}"):
+        load_model("small", checkpoint=tmp_path / "own.toml", pretrained=False)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: no file at .*no\.toml; wanted weights, or a \.toml"):
+        load_model("small", checkpoint=tmp_path / "no.toml")
+
+
 def test_a_checkpoint_of_1000_classes_has_imagenets_names(own):
     _, path = own
     torch.save(small(False).state_dict(), path)
@@ -494,10 +527,11 @@ class Record(SimpleNamespace):
 
 VIT = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "rescale_factor": 1 / 255}
 CONVNEXT = VIT | {"size": {"shortest_edge": 7}, "crop_pct": 0.875}
+WHOLE = VIT | {"size": {"shortest_edge": 384}, "crop_pct": 0.875}
 CROPPED = VIT | {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
 
 
-def library_of(record, **config):
+def library_of(record, missing=(), **config):
     """Stands for transformers, which need not be installed: the five calls that are made of it."""
     config = Record(**{"id2label": {1: "dog", 0: "cat"}, "num_labels": 2, "problem_type": None} | config)
 
@@ -515,14 +549,21 @@ def library_of(record, **config):
         AutoConfig=SimpleNamespace(from_pretrained=find),
         AutoImageProcessor=SimpleNamespace(from_pretrained=lambda name: Record(**record)),
         AutoModelForImageClassification=SimpleNamespace(
-            from_pretrained=lambda name: network(config), from_config=lambda config: network(config)
+            from_pretrained=lambda name, **options: (network(config), {"missing_keys": missing}),
+            from_config=lambda config: network(config),
         ),
     )
 
 
 @pytest.mark.parametrize(
     ("record", "frame"),
-    [(VIT, (8, 8, 0.5)), (CONVNEXT, (7, 8, 0.5)), (CROPPED, (8, 16, 0.5)), (VIT | {"do_normalize": False}, (8, 8, 0))],
+    [
+        (VIT, (8, 8, 0.5)),
+        (CONVNEXT, (7, 8, 0.5)),
+        (WHOLE, (384, 384, 0.5)),
+        (CROPPED, (8, 16, 0.5)),
+        (VIT | {"do_normalize": False}, (8, 8, 0)),
+    ],
 )
 def test_a_network_of_transformers_is_read_from_its_record(monkeypatch, record, frame):
     monkeypatch.setitem(sys.modules, "transformers", library_of(record))
@@ -533,6 +574,12 @@ def test_a_network_of_transformers_is_read_from_its_record(monkeypatch, record, 
     monkeypatch.setitem(sys.modules, "transformers", library_of(record, problem_type="multi_label_classification"))
     assert load_model("hf/folder").head == "sigmoid"
     assert load_model("hf/folder", head="softmax").head == "softmax"
+    monkeypatch.setitem(sys.modules, "transformers", library_of(record, problem_type="regression"))
+    with pytest.raises(ValueError, match="model: hf/folder is a regression and has no classes"):
+        load_model("hf/folder")
+    monkeypatch.setitem(sys.modules, "transformers", library_of(record, missing=["fc.weight"]))
+    with pytest.raises(OSError, match=r"weights of hf/folder could not be had .* \(fc\.weight is not among them\)"):
+        load_model("hf/folder")
     with pytest.raises(
         OSError, match=r"model: the record of hf/elsewhere could not be had from transformers \(no route"
     ):
@@ -540,7 +587,16 @@ def test_a_network_of_transformers_is_read_from_its_record(monkeypatch, record, 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"size": {"height": 8, "width": 9}}, {"rescale_factor": 1 / 127.5}, {"size": {}}, {"do_rescale": False}]
+    "changed",
+    [
+        {"size": {"height": 8, "width": 9}},
+        {"rescale_factor": 1 / 127.5},
+        {"size": {}},
+        {"do_rescale": False},
+        {"do_flip_channel_order": True},
+        {"include_top": True},
+        {"image_mean": None},
+    ],
 )
 def test_images_of_transformers_that_cannot_be_made_here_are_refused(monkeypatch, changed):
     monkeypatch.setitem(sys.modules, "transformers", library_of(VIT | changed))
@@ -559,6 +615,63 @@ def test_a_folder_of_transformers_itself(tmp_path):
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     model = load_model(f"hf/{tmp_path}")
     assert (model.class_names, model.input_size) == (["cat", "dog", "bird"], 32)
+    transformers.ViTModel(config).save_pretrained(tmp_path)  # without a classifier
+    with pytest.raises(OSError, match=r"weights of hf/.* \(classifier.bias is not among them\)"):
+        load_model(f"hf/{tmp_path}")
+
+
+PLAIN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+PLAIN |= {"image_size": 48, "patch_size": 12}
+DINO = {key: value for key, value in PLAIN.items() if key != "intermediate_size"} | {"mlp_ratio": 1}
+STAGES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 48, "patch_size": 4}
+NARROW = {"hidden_sizes": [16, 16, 16], "depths": [1, 1, 1]}
+OF_TRANSFORMERS = {
+    "ViT": (PLAIN, "vit.layers.1.layernorm_before"),
+    "DeiT": (PLAIN, "deit.layers.1.layernorm_before"),
+    "ViTMSN": (PLAIN, "vit.layers.1.layernorm_before"),
+    "Beit": (PLAIN, "beit.layernorm"),
+    "Data2VecVision": (PLAIN, "data2vec_vision.layernorm"),
+    "IJepa": (PLAIN, "ijepa.layernorm"),
+    "Dinov2": (DINO, "dinov2.layernorm"),
+    "Dinov2WithRegisters": (DINO | {"num_register_tokens": 3}, "dinov2_with_registers.layernorm"),
+    "Siglip": ({"vision_config": PLAIN}, "vision_model.post_layernorm"),
+    "CLIP": ({"vision_config": PLAIN}, "vision_model.encoder.layers.1"),
+    "Swin": (STAGES, "swin.layernorm"),
+    "Swinv2": (STAGES, "swinv2.layernorm"),
+    "ConvNext": (NARROW | {"num_stages": 3}, "convnext.encoder.stages.2"),
+    "ResNet": (NARROW | {"embedding_size": 16}, "resnet.encoder.stages.2"),
+    "MobileViTV2": ({"image_size": 96, "width_multiplier": 0.5}, "mobilevitv2.encoder.layer.4"),
+    "Levit": ({"image_size": 48}, None),
+    "Hiera": ({"image_size": [64, 64]}, None),
+    "ImageGPT": ({"n_embd": 16, "n_layer": 1, "n_head": 2}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OF_TRANSFORMERS)
+def test_families_of_transformers_are_right_or_refused(tmp_path, family):
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    options, layer = OF_TRANSFORMERS[family]
+    config = getattr(transformers, f"{family}Config")(**options)
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{family}ForImageClassification")(config)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data *= 10  # so that places stand out
+    network.save_pretrained(tmp_path)
+    side = options.get("image_size", 48)
+    side = 64 if isinstance(side, list) else side
+    transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path)
+    if layer is None:
+        with pytest.raises(ValueError, match=r"^(layer|images): [^\n]+$"):
+            load_model(f"hf/{tmp_path}")
+        return
+    model = load_model(f"hf/{tmp_path}")
+    assert model.layer == layer
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    assert check_layout(model, images[:1], num_changes=4).all()
+    for name in ("grad_cam", "equal_weights"):
+        assert METHODS[name](model, images, torch.tensor([0, 1])).amax() == 1
 
 
 @pytest.mark.parametrize(

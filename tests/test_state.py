@@ -155,6 +155,35 @@ def test_the_last_call_that_froze_a_network_restores_it():
         assert flags(network) == before
 
 
+class OwnMode(nn.Module):
+    """Does more than set flags when its mode changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = Normed(), 1.0
+
+    def train(self, mode=True):
+        self.scale = 1.0 if mode else 4.0
+        return super().train(mode)
+
+    def forward(self, images):
+        return self.inner(self.scale * images)
+
+
+def test_a_network_with_a_mode_of_its_own_is_wanted_in_eval_mode(images, class_idx):
+    network = OwnMode().double()
+    expected = METHODS["grad_cam"](wrap(Normed().double(), "features"), images, class_idx)
+    network.train()
+    with pytest.raises(
+        ValueError, match=r"model: OwnMode has a train\(\) or eval\(\) of its own and is in training mode; w"
+    ):
+        METHODS["grad_cam"](network, images, class_idx, layer="inner.features")
+    assert all(module.training for module in network.modules())
+    network.eval()
+    found = METHODS["grad_cam"](network, images / 4, class_idx, layer="inner.features")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_hooks_do_not_hear_other_threads(images):
     network, heard = Normed().double(), []
     with hooked(network.fc, lambda module, args, output: heard.append(1)), ThreadPoolExecutor(1) as pool:

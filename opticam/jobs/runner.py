@@ -158,7 +158,10 @@ def _read_parameters(path: Path, source: str) -> dict[str, dict[str, Any]]:
         try:
             default = cast(name, ast.literal_eval(statement.value), kind)
         except (ValueError, TypeError, SyntaxError) as error:
-            raise ValueError(f"parameter {name} of {path.name}: the default is not a literal of type {kind}") from error
+            known = kind in _TYPES or "Literal[" in kind
+            told = f"the default is not a literal of type {kind}" if known else f"the type {kind} is not known"
+            wanted = "" if known else f"; wanted {', '.join(_TYPES)} or Literal[...]"
+            raise ValueError(f"parameter {name} of {path.name}: {told}{wanted}") from error
         parameters[name] = {"type": kind, "default": default, "help": helps.get(statement.end_lineno or 0, "")}
     return parameters
 

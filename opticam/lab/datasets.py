@@ -27,12 +27,14 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
+from opticam.checks import check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 _MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 Box = tuple[float, ...]
@@ -230,16 +232,15 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         path: any format that Pillow reads.
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
         window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
-            (-160, 240) for soft tissue in Hounsfield units. Those of 8 bits are left as they are.
+            (-160, 240) for soft tissue in Hounsfield units. Pixels of 8 bits have none.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is none; the image has more pixels than Pillow opens.
+            the window is none, or the pixels have 8 bits; the image has more pixels than Pillow opens.
     """
     path = Path(path)
-    if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
-        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
+    check_window(window)
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     try:
@@ -257,6 +258,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
+    if window is not None and not deep:
+        raise ValueError(f"window: {path} has pixels of 8 bits; wanted more bits, or no window")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -386,6 +389,7 @@ def load_dataset(
     input_size: int = 224,
     resize: int = 256,
     limit: int | None = None,
+    window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Photos:
     """A dataset by name.
@@ -396,18 +400,22 @@ def load_dataset(
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
+        window: see `imagefolder`; the photos of other datasets have 8 bits and no window.
         options: `sample`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
 
     Raises:
-        ValueError: an unknown name, a root for the demo, or an argument out of range.
+        ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
         FileNotFoundError: the dataset is not there.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
     if root and name == "demo":
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
-    place = {} if name == "demo" else {"root": root}
-    return DATASETS[name](**place, input_size=input_size, resize=resize, limit=limit, **options)
+    if window is not None and name != "imagefolder":
+        raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
+    given: dict[str, Any] = {} if name == "demo" else {"root": root}
+    given |= {"window": window} if name == "imagefolder" else {}
+    return DATASETS[name](**given, input_size=input_size, resize=resize, limit=limit, **options)
 
 
 def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
@@ -538,7 +546,8 @@ def imagefolder(
 
     The label of a photo comes from its class folder. If all class folders are among `class_names`, it is the folder's
     place there. Else, if their names are whole numbers, it is that number. Else it counts the sorted names, as
-    torchvision's ImageFolder does, capital letters first.
+    torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
+    class_10 and class_2, are refused.
 
     Args:
         root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
@@ -664,6 +673,8 @@ def _labels(
         if twice := [folder for folder in folders if given.count(folder) > 1]:
             raise ValueError(f"class_names: wanted the class folder {twice[0]} among them once, got it more often")
         return {folder: given.index(folder) for folder in folders}, given
+    if {folder.lower() for folder in folders} <= _SPLITS:
+        raise ValueError(f"root: its folders are {', '.join(folders)}; wanted one of them, with class folders")
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
     if len(numbers) == len(folders):
         if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
@@ -682,7 +693,18 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    by_number = sorted(folders, key=_natural)
+    if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
+        raise ValueError(
+            f"root: whether class folder {unlike[0][0]} comes before {unlike[0][1]} is not clear; wanted class_names "
+            "that hold their names, in the order of the labels"
+        )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Text and numbers of a name in turn, so that 10 comes after 2."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _table(path: Path, columns: list[str]) -> list[Any]:
@@ -743,5 +765,7 @@ def _boxes(rows: Iterable[Sequence[str | None]]) -> tuple[Box, ...]:
         box = tuple(float(side or "nan") for side in row)
         if not (len(box) == 4 and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise ValueError(f"wanted xmin ymin xmax ymax, got {' '.join(map(str, row))}")
+        if max(box) <= 1 and not all(side.is_integer() for side in box):
+            raise ValueError(f"wanted pixels, got fractions {' '.join(map(str, row))}")
         boxes.append(box)
     return tuple(boxes)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
-from opticam.classifier import Output, as_output, class_logit, own, read
+from opticam.classifier import Output, as_output, class_logit, own, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.files import library_versions
@@ -33,7 +33,6 @@ from opticam.metrics import (
     adcc,
     box_experiment_masks,
     box_hits,
-    class_probability,
     coherency,
     complexity,
     energy_pointing_game,
@@ -94,7 +93,8 @@ def score(
         images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
-        logits: of the images, where they are known: what `model` returned or `classifier.read` gave.
+        logits: of the images, where they are known: what `model` returned or `classifier.read` gave. They are taken at
+            your word, but for those that a network in training mode returned: these are computed again in eval mode.
         baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
             in `BASELINES`; None for black, as published.
 
@@ -108,6 +108,8 @@ def score(
     """
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)
+    if any(module.training for module in model.modules()) and not isinstance(logits, Output):
+        logits = None
     with frozen(model), torch.no_grad():
         x = prepared(model, images)
         if logits is None:
@@ -116,7 +118,7 @@ def score(
             y, head = logits if isinstance(logits, Output) else as_output(model, logits, len(images))
         check_class_range(class_idx, y.shape[1])
         masked_y = read(model, apply_mask(x, saliency, baseline_of(x, baseline))).logits
-    p, o = class_probability(y, class_idx, head), class_probability(masked_y, class_idx, head)
+    p, o = probs_of_class(y, class_idx, head), probs_of_class(masked_y, class_idx, head)
     columns = {
         "logit": class_logit(y, class_idx),
         "masked_logit": class_logit(masked_y, class_idx),
@@ -608,7 +610,7 @@ def _bar(total: int, progress: bool, initial: int = 0) -> Iterator[tqdm]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

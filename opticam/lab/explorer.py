@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opticam.checks import check_network, examine
-from opticam.classifier import Head, probabilities, read
+from opticam.classifier import Head, probabilities, probs_of_class, read
 from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
 from opticam.lab.plotting import objective_curve, overlay, probability_bars, to_picture
 from opticam.methods import METHODS, class_logit, find_method, method_label
 from opticam.methods.opti_cam import Step
-from opticam.metrics import METRICS, class_probability
+from opticam.metrics import METRICS
 from opticam.networks import MODELS, Classifier, class_index, load_model
 from opticam.saliency import apply_mask
 from opticam.state import frozen
@@ -122,7 +122,7 @@ def explain(
         if step.number % every == 0:
             maps[step.number] = step.saliency[0]
         values.append(step.objective[0])
-        probs.append(class_probability(step.masked_logits, step.class_idx)[0])
+        probs.append(probs_of_class(step.masked_logits, step.class_idx)[0])
 
     def watch(module: nn.Module) -> None:
         if stopped():
@@ -141,7 +141,7 @@ def explain(
         objective, masked_prob = torch.stack(values), torch.stack(probs)
     else:
         objective = class_logit(masked_logits, logits, target)
-        masked_prob = class_probability(masked_logits, target, head)
+        masked_prob = probs_of_class(masked_logits, target, head)
     step = int(objective.argmax())
     maps = dict(sorted({**maps, step: saliency[0]}.items()))
     return Explanation(
@@ -161,22 +161,23 @@ def describe(found: Explanation, class_names: Sequence[str]) -> str:
     return f"{line}. The map is constant: nothing is found." if found.saliency.amax() == found.saliency.amin() else line
 
 
-def read_upload(name: str, content: bytes) -> Image.Image:
+def read_upload(name: str, content: bytes, window: tuple[float, float] | None = None) -> Image.Image:
     """A photo from the bytes of its file, as `read_image` reads it.
 
     Args:
         name: of the file, for the message.
         content: of the file.
+        window: see `read_image`.
 
     Raises:
         OSError: no image, or damaged.
-        ValueError: the pixels are floating-point numbers.
+        ValueError: the pixels and the window do not fit together.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
         try:
-            return read_image(path)
+            return read_image(path, window=window)
         except (OSError, ValueError) as error:
             raise type(error)(str(error).replace(str(path), name)) from error
 
@@ -227,7 +228,7 @@ class Explorer:
             num_steps: of Opti-CAM.
             compared: names in `METHODS`, for the button Compare.
             device: where to compute.
-            checkpoint: file with own weights of `model`.
+            checkpoint: file with own weights of `model`, or a .toml that says more; see `load_model`.
 
         Raises:
             ValueError: an unknown name or number.
@@ -245,7 +246,7 @@ class Explorer:
         self.model: Classifier = self._load(model)
         self.explanation: Explanation | None = None
         self.comparison: dict[str, Explanation] = {}
-        self._uploaded: Image.Image | None = None
+        self._uploaded: tuple[str, bytes] | None = None
         self._seen: tuple = ()
         self._reached = ""
         self._stop = threading.Event()
@@ -351,20 +352,23 @@ class Explorer:
     def _take_upload(self) -> None:
         if self.upload.value:
             (file,) = self.upload.value
-            self._uploaded = read_upload(file["name"], bytes(file["content"]))
+            uploaded = file["name"], bytes(file["content"])
+            read_upload(*uploaded, self.model.window)
+            self._uploaded = uploaded
             self.photo_choice.value = UPLOAD
             self._look()
 
     def _look(self) -> None:
         """Bring photo and network together: load both, show the photo and offer its five likeliest classes."""
         path, uploaded, name = wanted = self._wanted()
-        photo = uploaded if path == UPLOAD else read_image(path)
-        if photo is None:
+        if path == UPLOAD and not uploaded:
             raise ValueError("photo: nothing is uploaded yet")
-        if self.model.name != name:
-            self._say(f"Loading {name} ...")
-            self.model = self._load(name)
         model = self.model
+        if model.name != name:
+            self._say(f"Loading {name} ...")
+            model = self._load(name)
+        photo = read_upload(uploaded[0], uploaded[1], model.window) if path == UPLOAD else read_image(path)
+        self.model = model
         self.image = to_input(photo, model.input_size, model.resize).to(self.device)
         with torch.no_grad():
             top = probabilities(*read(model, self.image[None]))[0].double().topk(min(5, len(model.class_names)))

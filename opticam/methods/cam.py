@@ -124,7 +124,9 @@ def ablation_cam(
     check_class_range(class_idx, logits.shape[1])
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision overflow
     y = class_logit(logits.to(dtype), c)
-    features = as_grid(output, model, x, layer).to(dtype)
+    features = as_grid(output, model, x, layer).to(dtype) if len(output) == len(x) else None
+    if features is None or not features[:1].allclose(as_grid(output[:1], model, x, layer).to(dtype), equal_nan=True):
+        raise ValueError("layer: ablation_cam wants one whose output has a row for each image")
     lost = torch.empty_like(features[:, :, 0, 0])
     for rows, channels in _pairs(lost, batch_size):
         ablated = output[rows]

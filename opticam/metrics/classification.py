@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, examine
-from opticam.classifier import Head, as_softmax, class_logit, own, probabilities, read, usable, with_absence
+from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
+from opticam.classifier import (
+    Head,
+    as_softmax,
+    class_logit,
+    own,
+    probs_of_class,
+    read,
+    usable,
+    with_absence,
+)
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
@@ -32,17 +41,25 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
     """Probability of each image's class, in float64, so that `1 - p` keeps its digits.
 
     Args:
-        logits: (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
-        class_idx: (B,) int64.
+        logits: (B,C) of a network in eval mode; or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
+        class_idx: (B,) int64; of one logit, 0 is the class that it stands for and 1 its absence.
         head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
 
     Returns:
         (B,) float64 in [0,1].
 
     Raises:
-        ValueError: an unknown head.
+        TypeError: an argument is not a tensor or has the wrong dtype.
+        ValueError: wrong shape or device, a class that is out of range, or an unknown head.
     """
-    return class_logit(probabilities(logits.double(), head), class_idx)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = getattr(logits, "dtype", type(logits).__name__)
+        raise TypeError(f"logits: wanted a floating-point tensor, got {got}")
+    if logits.ndim not in (1, 2) or 0 in logits.shape:
+        raise ValueError(f"logits: wanted shape (B,C), got {tuple(logits.shape)}")
+    check_class_idx(class_idx, logits)
+    check_class_range(class_idx, max(2, logits[0].numel()))
+    return probs_of_class(logits, class_idx, head)
 
 
 def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -507,7 +524,7 @@ def _probabilities(
             if not probs:
                 check_class_range(class_idx, logits.shape[1])
                 network = folded(model, masked, logits)
-            probs.append(class_probability(logits, class_idx[rows], head))
+            probs.append(probs_of_class(logits, class_idx[rows], head))
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
     return torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan)
 

@@ -131,6 +131,48 @@ def test_hounsfield_units_want_a_window(tmp_path, dtype):
     assert (shown.min(), shown.max()) == (0, 1)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "1", "P", "RGBA", "CMYK"])
+def test_a_window_on_8_bits_is_refused(tmp_path, mode):
+    write(tmp_path / "set" / "ill" / "a.tif", Image.fromarray(RAMP.astype(np.uint8)).convert(mode))
+    sentence = r"window: .*a\.tif has pixels of 8 bits; wanted more bits, or no window"
+    with pytest.raises(ValueError, match=sentence):
+        read_image(tmp_path / "set" / "ill" / "a.tif", window=(0, 4095))
+    assert imagefolder(tmp_path / "set", 16, 16, window=(0, 255)).get(0).reason.startswith("window: ill/a.tif has")
+    with pytest.raises(ValueError, match="window: the photos of demo have 8 bits; wanted none"):
+        load_dataset("demo", window=(0, 255))
+
+
+@pytest.mark.parametrize(
+    ("folders", "sentence"),
+    [
+        (
+            ["class_2", "class_10"],
+            "whether class folder class_10 comes before class_2 is not clear; wanted class_names",
+        ),
+        (["a2b", "a10b", "b"], "whether class folder a10b comes before a2b is not clear"),
+        (["train", "val"], "its folders are train, val; wanted one of them"),
+        (["Test"], "its folders are Test; wanted one of them"),
+    ],
+)
+def test_class_folders_in_an_order_that_is_not_clear(tmp_path, folders, sentence):
+    for folder in folders:
+        write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
+    for names in (None, [f"name {index}" for index in range(len(folders))]):
+        with pytest.raises(ValueError, match=f"root: {sentence}"):
+            imagefolder(tmp_path, class_names=names)
+    said = imagefolder(tmp_path, class_names=folders)
+    assert {photo.name.split("/")[0]: photo.label for photo in said.photos} == {f: i for i, f in enumerate(folders)}
+
+
+def test_boxes_in_fractions_of_the_photo_are_refused(tmp_path):
+    write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
+    write(tmp_path / "c" / "b.png", Image.new("RGB", (8, 8)))
+    (tmp_path / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\na.png,0.1,0.2,0.9,1\nb.png,0,0,1,1\n")
+    first, second = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").photos
+    assert first.fault == "annotation: cannot read that of a.png (wanted pixels, got fractions 0.1 0.2 0.9 1)"
+    assert second.boxes == ((0, 0, 1, 1),)
+
+
 def test_pixels_without_a_range_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(ValueError, match=r"has pixels from 70000 to 70000, .*; wanted window"):

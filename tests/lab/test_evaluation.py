@@ -54,6 +54,21 @@ def test_score_over_a_baseline(tiny, images, class_idx):
         assert table.logit.equals(score(tiny, images, class_idx, saliency).logit)
 
 
+def test_logits_of_a_network_in_training_mode_are_computed_again(tiny, images, class_idx):
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5), tiny).train()
+    S = torch.rand(5, 1, 24, 32, dtype=torch.float64)
+    assert score(network, images, class_idx, S, network(images)).equals(score(tiny, images, class_idx, S))
+    assert network.training
+    given = score(network.eval(), images, class_idx, S, 0 * tiny(images))
+    assert (given.logit == 0).all()
+
+
+def test_a_network_without_parameters(samples):
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    few = [sample._replace(label=0) for sample in samples[:2]]
+    assert (evaluate(network, few, {"gray": partial(METHODS["grad_cam"], layer="0")}).status == "ok").all()
+
+
 def test_maps_of_several_methods_are_made_in_batches_and_scored_one_by_one(tiny, images, class_idx):
     methods = {name: partial(METHODS[name], layer="features") for name in ("fake_cam", "grad_cam")}
     maps = saliency_maps(tiny, images, class_idx, methods, batch_size=2)
