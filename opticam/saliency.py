@@ -121,26 +121,27 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
     return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
 
 
-def check_saliency(images: Tensor, saliency: Tensor) -> None:
+def check_saliency(images: Tensor, saliency: Tensor, name: str = "saliency") -> None:
     """Refuse, in one sentence, maps that do not belong to the images. NaN passes: results of such a map are NaN.
 
     Args:
         images: (B,3,H,W).
         saliency: (B,1,H,W) in [0,1], on the device of the images.
+        name: of the argument that they came as.
 
     Raises:
         TypeError: the map is not a tensor.
         ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):
-        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
+        raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
     wanted = (len(images), 1, *images.shape[-2:])
     if saliency.shape != wanted:
-        raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
+        raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if saliency.device != images.device:
-        raise ValueError(f"saliency: wanted on the device of the images, {images.device}, got {saliency.device}")
+        raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
     if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:
