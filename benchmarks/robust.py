@@ -55,6 +55,13 @@ def log_odds(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor
     return masked_logits.gather(1, class_idx[:, None])[:, 0] - others
 
 
+def weighted(saliency: Tensor, anchor: Tensor, beta: float, above: float = 1.0, low: float = 1.0) -> Tensor:
+    """The squared distance, `above` times as dear above the anchor, `low` times as dear where the anchor is 0."""
+    apart = saliency - anchor
+    price = torch.where(apart > 0, above, 1.0) * (low + (1 - low) * anchor)
+    return beta * (price * apart.square()).mean((1, 2, 3))
+
+
 def variant(beta: float | None = 100.0, **changed):
     """Opti-CAM in map space over three baselines, anchored to Grad-CAM by beta, with changed options."""
     options = {"baseline": THREE, "space": map_space, "optimizer": adam_cosine, "num_steps": 18, "lr": 0.3}
@@ -79,6 +86,18 @@ VARIANTS = {
     "beta 30": variant(30.0),
     "beta 100": variant(100.0),
     "log p, beta 30": variant(30.0, objective=LOG_P),
+    "log p, beta 15": variant(15.0, objective=LOG_P),
+    "log p, beta 30, Grad-CAM^1.5": variant(30.0, objective=LOG_P, anchor=partial(power, exponent=1.5)),
+    "log p, beta 30, low x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=30.0, low=3.0)),
+    "log p, beta 60, low x 0.3": variant(objective=LOG_P, penalty=partial(weighted, beta=60.0, low=0.3)),
+    "log p, beta 30, above x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=30.0, above=3.0)),
+    "log p, beta 30, signed CAM": variant(30.0, objective=LOG_P, anchor=signed_cam),
+    "log p, beta 30, mean and black": variant(30.0, objective=LOG_P, baseline=(None, mean_color)),
+    "log p, beta 30, mean and blur": variant(30.0, objective=LOG_P, baseline=(mean_color, blur)),
+    "log p, beta 30, Layer-CAM": variant(30.0, objective=LOG_P, anchor=layer_cam),
+    "log p, beta 30, equal weights": variant(30.0, objective=LOG_P, anchor=equal_weights),
+    "log p, beta 30, complement 0.3": variant(30.0, objective=LOG_P, complement=0.3, num_steps=8),
+    "log p, beta 30, 9 steps": variant(30.0, objective=LOG_P, num_steps=9),
     "log p, beta 60": variant(60.0, objective=LOG_P),
     "log-odds, beta 60": variant(60.0, objective=log_odds),
 }
@@ -93,7 +112,6 @@ class Views:
             load_dataset(dataset, root, net.input_size, net.resize, shard=shard, limit=limit)
             for net in (self.model, self.judge)
         )
-        self.names = list(own.names)
         samples = own.readable()
         self.names = [sample.name for sample in samples]
         self.boxes = [sample.boxes for sample in samples]
@@ -103,10 +121,9 @@ class Views:
         self.other_photo = self.images.roll(1, 0)
         noise = torch.randn(self.images.shape, generator=torch.Generator().manual_seed(0))
         self.touched = (self.images + NOISE * noise).clamp(0, 1)
-        self.own = load_dataset  # frames of both networks
         self.frames = [(net.input_size, net.resize) for net in (self.model, self.judge)]
 
-    def rows(self, method, rows: list[int], with_noise: bool) -> pd.DataFrame:
+    def rows(self, method, rows: list[int], with_noise: bool, with_road: bool) -> pd.DataFrame:
         """One row per image: all judges of the maps of a method."""
         x, c, model = self.images[rows], self.class_idx[rows], self.model
         with count_passes(model) as passes:
@@ -119,7 +136,8 @@ class Views:
         columns |= _gains("lite1 black", score(self.judge, self.seen_by_judge[rows], c, moved))
         curves = insertion_deletion(model, x, c, S, batch_size=8)
         columns |= {name: curve[0].numpy() for name, curve in zip(("insertion", "deletion"), curves, strict=True)}
-        columns["road"] = road(model, x, c, S, fractions=(0.2, 0.4)).numpy()
+        if with_road:
+            columns["road"] = road(model, x, c, S, fractions=(0.2, 0.4)).numpy()
         columns["energy_pointing_game"] = energy_pointing_game(S, [self.boxes[i] for i in rows]).numpy()
         columns["area"] = S.mean((1, 2, 3)).numpy()
         if with_noise:
@@ -144,8 +162,9 @@ def main() -> None:
     parser.add_argument("root", nargs="?", help="ImageNet folder in the Kaggle layout; default: the demo")
     parser.add_argument("--every", type=int, default=6, help="only every n-th image")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--noise", type=int, default=12, help="on how many images stability under noise is measured")
+    parser.add_argument("--batch-size", type=int, default=5)
+    parser.add_argument("--noise", type=int, default=5, help="on how many images stability under noise is measured")
+    parser.add_argument("--road", action="store_true", help="also ROAD, which takes half of the time of judging")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS))
     options = parser.parse_args()
     shard = f"0/{options.every}" if options.root else None
@@ -157,7 +176,7 @@ def main() -> None:
         missing = [i for i, image in enumerate(views.names) if image not in done]
         for first in range(0, len(missing), options.batch_size):
             part = missing[first : first + options.batch_size]
-            rows = views.rows(VARIANTS[name], part, with_noise=part[0] < options.noise)
+            rows = views.rows(VARIANTS[name], part, part[0] < options.noise, options.road)
             stale = (table.variant == name) & (table.key != key)
             table = pd.concat([table[~stale], rows.assign(variant=name, key=key)], ignore_index=True)
             with replacing(ROWS) as temporary:
