@@ -4,8 +4,8 @@ EfficientNet-Lite0 is explained. Its own scores over black, which is optimised, 
 never optimised, gray and another photo's pixels; EfficientNet-Lite1 judges beside it. EfficientNet-Lite2 is kept for
 the end (`docs/preregistration.md`) and not loaded here.
 
-`python benchmarks/robust.py ROOT [--every 6] [--only NAME ...]`, ROOT an ImageNet folder in the Kaggle layout, without it
-the demo. Rows of finished variants and images are kept in `results/robust.parquet`: started again, it resumes.
+`python benchmarks/robust.py ROOT [--every 6] [--only NAME ...]`, ROOT an ImageNet folder in the Kaggle layout; without
+one, the demo. Rows of finished variants and images are kept in `results/robust.parquet`: started again, it resumes.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from common import RESULTS, report
 from torch import Tensor
 
 from opticam import METHODS, SCHEDULES, load_model
-from opticam.features import count_passes, feature_maps, features_and_gradients
-from opticam.lab import Photos, difference, load_dataset, maps_to_input, read_image, score, stack
+from opticam.features import count_passes, features_and_gradients
+from opticam.lab import Photos, interval, load_dataset, maps_to_input, read_image, score, stack
 from opticam.lab.files import replacing
 from opticam.lab.identity import describe, digest_of
-from opticam.methods.ascent import adam_cosine, map_space, weight_space
+from opticam.methods.ascent import adam_cosine, map_space
 from opticam.methods.cam import equal_weights, grad_cam, layer_cam
 from opticam.methods.opti_cam import OBJECTIVES, squared_distance
 from opticam.metrics import energy_pointing_game, insertion_deletion, rank_correlation, road
@@ -30,6 +30,9 @@ from opticam.saliency import blur, combine, mean_color, min_max, upsample
 
 ROWS = RESULTS / "robust.parquet"
 THREE = (None, mean_color, blur)
+JUDGES = ("own black", "own gray", "own photo", "lite1 black")
+SCORES = [f"{kind} {judge}" for judge in JUDGES for kind in ("AG", "log-odds")]
+SCORES += ["insertion", "deletion", "road", "energy_pointing_game", "rank_correlation", "area"]
 NOISE = 0.02  # of pixels in [0,1]; on one photo hardly seen
 
 
@@ -80,26 +83,35 @@ CONTROLS = {
     "Opti-CAM, fast": partial(METHODS["opti_cam"], **SCHEDULES["fast"]),
 }
 LOG_P = OBJECTIVES["log_probability"]
+short = partial(variant, objective=LOG_P, num_steps=9)
+COARSE = {  # half of the steps, for a first look at what each option does
+    "beta 30": {"beta": 30.0},
+    "beta 15": {"beta": 15.0},
+    "beta 60": {"beta": 60.0},
+    "class logit, beta 30": {"beta": 30.0, "objective": OBJECTIVES["class_logit"]},
+    "log-odds, beta 60": {"beta": 60.0, "objective": log_odds},
+    "beta 30, Grad-CAM^1.5": {"beta": 30.0, "anchor": partial(power, exponent=1.5)},
+    "beta 30, signed CAM": {"beta": 30.0, "anchor": signed_cam},
+    "beta 15, signed CAM": {"beta": 15.0, "anchor": signed_cam},
+    "beta 15, Grad-CAM^1.5": {"beta": 15.0, "anchor": partial(power, exponent=1.5)},
+    "beta 15, low x 3": {"penalty": partial(weighted, beta=15.0, low=3.0)},
+    "beta 15, black and mean": {"beta": 15.0, "baseline": (None, mean_color)},
+    "beta 30, Layer-CAM": {"beta": 30.0, "anchor": layer_cam},
+    "beta 30, equal weights": {"beta": 30.0, "anchor": equal_weights},
+    "beta 30, low x 3": {"penalty": partial(weighted, beta=30.0, low=3.0)},
+    "beta 60, low x 0.3": {"penalty": partial(weighted, beta=60.0, low=0.3)},
+    "beta 30, above x 3": {"penalty": partial(weighted, beta=30.0, above=3.0)},
+    "beta 30, black and mean": {"beta": 30.0, "baseline": (None, mean_color)},
+    "beta 30, mean and blur": {"beta": 30.0, "baseline": (mean_color, blur)},
+    "beta 30, complement 0.3": {"beta": 30.0, "complement": 0.3},
+    "beta 30, lr 0.15": {"beta": 30.0, "lr": 0.15},
+}
 VARIANTS = {
     **CONTROLS,
     "3 baselines": variant(None),
-    "beta 30": variant(30.0),
     "beta 100": variant(100.0),
-    "log p, beta 30": variant(30.0, objective=LOG_P),
-    "log p, beta 15": variant(15.0, objective=LOG_P),
-    "log p, beta 30, Grad-CAM^1.5": variant(30.0, objective=LOG_P, anchor=partial(power, exponent=1.5)),
-    "log p, beta 30, low x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=30.0, low=3.0)),
-    "log p, beta 60, low x 0.3": variant(objective=LOG_P, penalty=partial(weighted, beta=60.0, low=0.3)),
-    "log p, beta 30, above x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=30.0, above=3.0)),
-    "log p, beta 30, signed CAM": variant(30.0, objective=LOG_P, anchor=signed_cam),
-    "log p, beta 30, mean and black": variant(30.0, objective=LOG_P, baseline=(None, mean_color)),
-    "log p, beta 30, mean and blur": variant(30.0, objective=LOG_P, baseline=(mean_color, blur)),
-    "log p, beta 30, Layer-CAM": variant(30.0, objective=LOG_P, anchor=layer_cam),
-    "log p, beta 30, equal weights": variant(30.0, objective=LOG_P, anchor=equal_weights),
-    "log p, beta 30, complement 0.3": variant(30.0, objective=LOG_P, complement=0.3, num_steps=8),
-    "log p, beta 30, 9 steps": variant(30.0, objective=LOG_P, num_steps=9),
-    "log p, beta 60": variant(60.0, objective=LOG_P),
-    "log-odds, beta 60": variant(60.0, objective=log_odds),
+    **{f"log p, beta {beta}": variant(float(beta), objective=LOG_P) for beta in (10, 15, 20, 30, 60)},
+    **{f"9 steps, {name}": short(**changed) for name, changed in COARSE.items()},
 }
 
 
@@ -141,7 +153,7 @@ class Views:
         columns["energy_pointing_game"] = energy_pointing_game(S, [self.boxes[i] for i in rows]).numpy()
         columns["area"] = S.mean((1, 2, 3)).numpy()
         if with_noise:
-            columns["noise"] = rank_correlation(S, method(model, self.touched[rows], c)).numpy()
+            columns["rank_correlation"] = rank_correlation(S, method(model, self.touched[rows], c)).numpy()
         return pd.DataFrame(columns)
 
 
@@ -151,9 +163,7 @@ def _same(photos: Photos, names: list[str]) -> list:
 
 def _gains(judge: str, scored: pd.DataFrame) -> dict[str, np.ndarray]:
     """AG and the change of log-odds."""
-    p, o = scored.prob.to_numpy(), scored.masked_prob.to_numpy()
-    odds = [np.log(q) - np.log1p(-q) for q in (p, o)]
-    return {f"AG {judge}": scored.average_gain.to_numpy(), f"odds {judge}": odds[1] - odds[0]}
+    return {f"AG {judge}": scored.average_gain.to_numpy(), f"log-odds {judge}": scored.log_odds.to_numpy()}
 
 
 def main() -> None:
@@ -181,8 +191,22 @@ def main() -> None:
             table = pd.concat([table[~stale], rows.assign(variant=name, key=key)], ignore_index=True)
             with replacing(ROWS) as temporary:
                 table.to_parquet(temporary)
-        if missing:
+        if missing:  # a sign of life
             print(name, table[table.variant == name].mean(numeric_only=True).round(3).to_dict(), flush=True)
+    of_all = {"network": views.model.name, "judge": views.judge.name, "tried": len(set(table.variant) - {*CONTROLS})}
+    report("robust", [summary(table, name) for name in VARIANTS if name in set(table.variant)], **of_all)
+
+
+def summary(table: pd.DataFrame, name: str) -> dict[str, object]:
+    """Means of a variant, and its differences from Grad-CAM on the same images, [mean, low, high]."""
+    own, reference = (table[table.variant == of].set_index("image") for of in (name, "Grad-CAM"))
+    found: dict[str, object] = {"variant": name, "images": len(own), "passes": own.passes.mean()}
+    for column in [column for column in SCORES if column in own]:
+        found[column] = float(own[column].mean())
+        apart = (own[column] - reference[column]).dropna().to_numpy()
+        if len(apart) > 1 and name != "Grad-CAM":
+            found[f"{column} - Grad-CAM"] = [float(apart.mean()), *interval(apart)]
+    return found
 
 
 if __name__ == "__main__":

@@ -57,8 +57,14 @@ DIFFERENT = {
     "objective": [partial(OPTI_CAM, objective=function) for function in OBJECTIVES.values()],
     "normalisation": [partial(OPTI_CAM, normalize=function) for function in NORMALIZATIONS.values()],
     "baseline": [
-        *(partial(OPTI_CAM, baseline=baseline) for baseline in (*BASELINES.values(), (None, mean_color), (mean_color,))),
-        *(partial(OPTI_CAM, **ROBUST | change) for change in ({}, {"anchor": METHODS["layer_cam"]}, {"complement": 1.0})),
+        *(
+            partial(OPTI_CAM, baseline=baseline)
+            for baseline in (*BASELINES.values(), (None, mean_color), (mean_color,))
+        ),
+        *(
+            partial(OPTI_CAM, **ROBUST | change)
+            for change in ({}, {"anchor": METHODS["layer_cam"]}, {"complement": 1.0})
+        ),
         partial(OPTI_CAM, **ROBUST | {"penalty": partial(squared_distance, beta=3)}),
     ],
     "space": [partial(OPTI_CAM, space=space) for space in (weight_space, map_space)],

@@ -113,7 +113,7 @@ VIEWS = {
 @pytest.mark.parametrize("objective", ["class_logit", "log_probability"])
 @pytest.mark.parametrize("space", ["weights", "map"])
 def test_views_of_one_mask_agree_with_the_loop_version(tiny, space, objective, seen):
-    """`F(u) = mean_b g(f(x * S + b * (1 - S)))_c - lambda mean_b g(f(x * (1 - S) + b * S))_c - beta mean((S - S_0)^2)`."""
+    """`mean_b g(f(x * S + b * (1 - S)))_c - lambda mean_b g(f(x * (1 - S) + b * S))_c - beta mean((S - S_0)^2)`."""
     generator = torch.Generator().manual_seed(5)
     images, S_0 = (torch.rand(1, n, 10, 14, dtype=torch.float64, generator=generator) for n in (3, 1))
     own = torch.rand(1, 3, 10, 14, dtype=torch.float64, generator=generator)
@@ -146,10 +146,10 @@ def test_views_by_hand(tiny, images, class_idx):
     run = partial(opti_cam, tiny, images, class_idx, layer="features", num_steps=0)
     S = run().saliency
 
-    def logit(M, b):
-        return tiny(images * M + b * (1 - M)).gather(1, class_idx[:, None])[:, 0]
+    def logit(mask, b):
+        return tiny(images * mask + b * (1 - mask)).gather(1, class_idx[:, None])[:, 0]
 
-    kept, hidden = ((logit(M, 0) + logit(M, own) + logit(M, 0.25)) / 3 for M in (S, 1 - S))
+    kept, hidden = ((logit(mask, 0) + logit(mask, own) + logit(mask, 0.25)) / 3 for mask in (S, 1 - S))
     far = ((S - S_0) ** 2).mean((1, 2, 3))
     found = run(
         baseline=[None, own, torch.full((1,), 0.25)],
@@ -164,7 +164,9 @@ def test_views_by_hand(tiny, images, class_idx):
 def test_one_view_in_a_list_is_one_view(tiny, images, class_idx, options):
     one = opti_cam(tiny, images, class_idx, layer="features", **{"num_steps": 6} | options)
     options = options | {"baseline": [options.get("baseline")]}
-    for a, b in zip(one, opti_cam(tiny, images, class_idx, layer="features", **{"num_steps": 6} | options), strict=True):
+    for a, b in zip(
+        one, opti_cam(tiny, images, class_idx, layer="features", **{"num_steps": 6} | options), strict=True
+    ):
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
