@@ -86,6 +86,8 @@ LOG_P = OBJECTIVES["log_probability"]
 short = partial(variant, objective=LOG_P, num_steps=9)
 COARSE = {  # half of the steps, for a first look at what each option does
     "beta 30": {"beta": 30.0},
+    "beta 5": {"beta": 5.0},
+    "beta 5, signed CAM": {"beta": 5.0, "anchor": signed_cam},
     "beta 15": {"beta": 15.0},
     "beta 60": {"beta": 60.0},
     "class logit, beta 30": {"beta": 30.0, "objective": OBJECTIVES["class_logit"]},
@@ -110,6 +112,8 @@ VARIANTS = {
     **CONTROLS,
     "3 baselines": variant(None),
     "beta 100": variant(100.0),
+    "log p, beta 15, signed CAM": variant(15.0, objective=LOG_P, anchor=signed_cam),
+    "log p, beta 15, low x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=15.0, low=3.0)),
     **{f"log p, beta {beta}": variant(float(beta), objective=LOG_P) for beta in (10, 15, 20, 30, 60)},
     **{f"9 steps, {name}": short(**changed) for name, changed in COARSE.items()},
 }

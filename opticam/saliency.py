@@ -176,12 +176,17 @@ def mean_color(images: Tensor) -> Tensor:
     return images.mean((2, 3), keepdim=True)
 
 
-def blur(images: Tensor) -> Tensor:
+def blur(images: Tensor, side: int = 11, sigma: float = 5.0) -> Tensor:
     """Baseline: each image blurred by an 11x11 Gaussian of sigma 5, (B,3,H,W); the start of RISE's insertion.
 
     Unlike there, borders are reflected, since 0 is black here and not the mean colour. Sides of 6 pixels or more.
+
+    Args:
+        images: (B,3,H,W), each side longer than half of the Gaussian's.
+        side: of the Gaussian in pixels, odd.
+        sigma: of the Gaussian in pixels.
     """
-    return TF.gaussian_blur(images, [11, 11], [5.0, 5.0])
+    return TF.gaussian_blur(images, [side, side], [sigma, sigma])
 
 
 def gray(images: Tensor) -> Tensor:

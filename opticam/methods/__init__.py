@@ -28,7 +28,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "objective": log_probability,
         "baseline": (None, mean_color, blur),
         "anchor": grad_cam,
-        "penalty": partial(squared_distance, beta=20.0),
+        "penalty": partial(squared_distance, beta=15.0),
     },
 }
 """Options of `opti_cam` by name. "paper": as published. "fast": fewer steps. "robust": for other judges too (ours)."""

@@ -131,7 +131,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 100.0) -> Tensor:
+def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
     """The penalty `beta mean((S - S_0)^2)` of a map that leaves its anchor.
 
     Args:
