@@ -7,7 +7,7 @@ from common import report
 
 from opticam import load_model, opti_cam, score
 from opticam.lab.datasets import demo
-from opticam.methods.ascent import SCHEDULES
+from opticam.methods import SCHEDULES
 from opticam.metrics.randomization import rank_correlation
 
 

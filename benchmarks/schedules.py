@@ -13,10 +13,10 @@ import torch
 from common import report
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from opticam import METHODS, evaluate, load_model
+from opticam import METHODS, SCHEDULES, evaluate, load_model
 from opticam.lab.datasets import demo, imagenet
 from opticam.lab.summary import interval
-from opticam.methods.ascent import SCHEDULES, adam, adam_cosine, map_space, weight_space
+from opticam.methods.ascent import adam, adam_cosine, map_space, weight_space
 
 
 def nadam_cosine(point, lr, num_steps):

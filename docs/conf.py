@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = {  # heading of the navigation -> pages
     "Start": ["docs/usage", "docs/troubleshooting", "data/README", "notebooks/batches/README"],
     "Methods and metrics": ["opticam/methods/README", "opticam/metrics/README", "docs/networks"],
-    "Results": ["notebooks/README", "benchmarks/README"],
+    "Results": ["notebooks/README", "benchmarks/README", "docs/preregistration"],
     "Reference": ["docs/reference/core", "docs/reference/lab", "docs/reference/jobs"],
     "Develop": ["CONTRIBUTING", "CHANGELOG"],
 }

@@ -87,6 +87,7 @@ def explain(options: argparse.Namespace) -> int:
         from opticam.lab.datasets import read_image, to_input
         from opticam.lab.plotting import explanation_figure, save_figure, use_plain_style
         from opticam.methods import SCHEDULES, find_method, method_label
+        from opticam.methods.opti_cam import num_passes
         from opticam.metrics import average_drop, average_gain, class_probability
         from opticam.networks import class_index, load_model
         from opticam.saliency import apply_mask
@@ -115,7 +116,7 @@ def explain(options: argparse.Namespace) -> int:
     label, of_all = method_label(options.method), ""
     given = {} if options.schedule is None else SCHEDULES[options.schedule]
     if options.method == "opti_cam":
-        of_all = f" of {SCHEDULES[options.schedule or 'paper']['num_steps'] + 2}"
+        of_all = f" of {num_passes(**given)}"
     with count_passes(model) as passes, _waiting(lambda: f"{label}, {passes[0]}{of_all} passes"):
         saliency = method(model, images, class_idx, layer=options.layer, **given)
     masked = apply_mask(images, saliency)

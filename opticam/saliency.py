@@ -121,28 +121,29 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
     return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
 
 
-def check_saliency(images: Tensor | None, saliency: Tensor) -> None:
+def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:
     """Refuse, in one sentence, what is no map of the images. NaN passes: results of such a map are NaN.
 
     Args:
         images: (B,3,H,W); None where a metric takes maps alone.
         saliency: (B,1,H,W) in [0,1], on the device of the images.
+        name: of the argument that they came as.
 
     Raises:
         TypeError: the map is not a tensor.
         ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):
-        raise TypeError(f"saliency: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
+        raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
     wanted = None if images is None else (len(images), 1, *images.shape[-2:])
     if wanted is None and (saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape):
-        raise ValueError(f"saliency: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
+        raise ValueError(f"{name}: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
     if wanted is not None and saliency.shape != wanted:
-        raise ValueError(f"saliency: wanted shape {wanted}, got {tuple(saliency.shape)}")
+        raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if images is not None and saliency.device != images.device:
-        raise ValueError(f"saliency: wanted on the device of the images, {images.device}, got {saliency.device}")
+        raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
     if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"saliency: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:
@@ -177,12 +178,17 @@ def mean_color(images: Tensor) -> Tensor:
     return images.mean((2, 3), keepdim=True)
 
 
-def blur(images: Tensor) -> Tensor:
+def blur(images: Tensor, side: int = 11, sigma: float = 5.0) -> Tensor:
     """Baseline: each image blurred by an 11x11 Gaussian of sigma 5, (B,3,H,W); the start of RISE's insertion.
 
     Unlike there, borders are reflected, since 0 is black here and not the mean colour. Sides of 6 pixels or more.
+
+    Args:
+        images: (B,3,H,W), each side longer than half of the Gaussian's.
+        side: of the Gaussian in pixels, odd.
+        sigma: of the Gaussian in pixels.
     """
-    return TF.gaussian_blur(images, [11, 11], [5.0, 5.0])
+    return TF.gaussian_blur(images, [side, side], [sigma, sigma])
 
 
 def gray(images: Tensor) -> Tensor:

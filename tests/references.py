@@ -7,6 +7,7 @@ import decimal
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,36 @@ def sigmoid(grid: Array) -> Array:
     return 1 / (1 + np.exp(-grid))
 
 
+def views(
+    logits: Callable,
+    image: Array,
+    saliency: Array,
+    original: Array,
+    label: int,
+    objective: Callable,
+    baselines: tuple = (0.0,),
+    complement: float = 0.0,
+    anchor: Array | None = None,
+    beta: float = 0.0,
+) -> float:
+    """What Opti-CAM maximises of one mask seen over several baselines, less its complement and a pull to an anchor."""
+    total = 0.0
+    for b in baselines:
+        kept, hidden = np.zeros_like(image), np.zeros_like(image)
+        for channel, i, j in np.ndindex(image.shape):
+            under = np.broadcast_to(b, image.shape)[channel, i, j]
+            s = saliency[i, j]
+            kept[channel, i, j] = s * image[channel, i, j] + (1 - s) * under
+            hidden[channel, i, j] = (1 - s) * image[channel, i, j] + s * under
+        total += objective(logits(kept), original, label) / len(baselines)
+        if complement:
+            total -= complement * objective(logits(hidden), original, label) / len(baselines)
+    if anchor is not None:
+        for place in np.ndindex(saliency.shape):
+            total -= beta * (saliency[place] - anchor[place]) ** 2 / saliency.size
+    return total
+
+
 def opti_cam(
     model: nn.Module,
     features: list[Array],
@@ -112,6 +143,7 @@ def opti_cam(
     lr: float,
     objective: Callable = class_logit,
     normalize: Callable = min_max,
+    **seen: Any,
 ) -> tuple[Array, Array]:
     """u after `num_steps` of Adam and its map; gradients by central differences. `features` of one layer or several."""
     height, width = image.shape[1:]
@@ -130,7 +162,7 @@ def opti_cam(
     original = logits(image)
 
     def value(u: Array) -> float:
-        return objective(logits(image * saliency(u)[None]), original, label)
+        return views(logits, image, saliency(u), original, label, objective, **seen)
 
     u = np.zeros(bounds[-1])
     first, second = np.zeros_like(u), np.zeros_like(u)
@@ -139,6 +171,7 @@ def opti_cam(
             step = np.zeros_like(u)
             step[k] = 1e-5
             gradient = (value(u + step) - value(u - step)) / 2e-5
+            gradient = gradient if abs(gradient) > 1e-9 else 0  # rounding, which Adam would make a step of
             first[k] = 0.9 * first[k] + 0.1 * gradient
             second[k] = 0.999 * second[k] + 0.001 * gradient**2
         for k in range(len(u)):
@@ -157,16 +190,29 @@ def project(features: Array, w: Array, wanted: Array, num_steps: int = 20) -> Ar
 
 
 def opti_cam_in_map_space(
-    model: nn.Module, features: list[Array], image: Array, label: int, num_steps: int, lr: float, normalize: Callable
+    model: nn.Module,
+    features: list[Array],
+    image: Array,
+    label: int,
+    num_steps: int,
+    lr: float,
+    normalize: Callable,
+    objective: Callable = class_logit,
+    **seen: Any,
 ) -> tuple[Array, Array]:
     """Weights and map after `num_steps` of Adam (0.5, 0.7) with a cosine; the variables are the cells of the maps."""
     height, width = image.shape[1:]
     features = [np.maximum(maps, 0) for maps in features]
 
+    def logits(image: Array) -> Array:
+        with torch.no_grad():
+            return model(torch.from_numpy(image)[None])[0].numpy()
+
+    original = logits(image)
+
     def value(maps: list[Array], weights: list[Array]) -> float:
         total = sum(upsample(z / w.sum(), height, width) for z, w in zip(maps, weights, strict=True))
-        with torch.no_grad():
-            return model(torch.from_numpy(image * normalize(total)[None])[None])[0, label].item()
+        return views(logits, image, normalize(total), original, label, objective, **seen)
 
     def scaled(weights: list[Array]) -> tuple[list[Array], list[Array]]:
         maps = [weighted_sum(A, w) for A, w in zip(features, weights, strict=True)]

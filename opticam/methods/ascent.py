@@ -1,7 +1,7 @@
 """How the weights of the feature maps are found: in which space, by which optimiser, and when an image stops."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -121,12 +121,6 @@ def adam_cosine(
     """Adam, by default with short memory, its learning rate falling to 0 by half a cosine over the steps."""
     optimizer = torch.optim.Adam([point], lr=lr, betas=betas, eps=1e-8, maximize=True)
     return optimizer, CosineAnnealingLR(optimizer, max(num_steps, 1))
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "paper": {"space": weight_space, "optimizer": adam, "num_steps": 100, "lr": 0.1},
-    "fast": {"space": map_space, "optimizer": adam_cosine, "num_steps": 18, "lr": 0.3},
-}
 
 
 class Progress:

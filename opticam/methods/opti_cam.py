@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
 from opticam.classifier import Output, as_softmax, read, usable
-from opticam.features import Layer, feature_maps, prepared
+from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
 from opticam.methods.ascent import Optimizer, Progress, Space, adam, keep_rows, weight_space
 from opticam.methods.record import Method
-from opticam.saliency import apply_mask, baseline_of, min_max, upsample
+from opticam.saliency import apply_mask, baseline_of, check_saliency, min_max, upsample
 from opticam.state import frozen
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+Baseline = Tensor | Callable[[Tensor], Tensor] | None
 
 
 class OptiCAMResult(NamedTuple):
@@ -46,8 +47,8 @@ class Step(NamedTuple):
         number: steps taken, 0 to T.
         rows: (n,) int64, which of the images these are.
         saliency: (n,1,H,W) in [0,1].
-        objective: (n,).
-        masked_logits: (n,C), as the objective got them: see `classifier.as_softmax`.
+        objective: (n,), what is maximised.
+        masked_logits: (n,C), over the first baseline, as the objective got them: see `classifier.as_softmax`.
         class_idx: (n,) int64, likewise.
     """
 
@@ -60,12 +61,13 @@ class Step(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Images at work and what belongs to them, row by row; baseline None for black."""
+    """Images at work and what belongs to them, row by row; a baseline None for black, an anchor None for none."""
 
     images: Tensor
     class_idx: Tensor
     logits: Tensor
-    baseline: Tensor | None
+    baselines: tuple[Tensor | None, ...]
+    anchor: Tensor | None
     features: tuple[Tensor, ...]
 
 
@@ -129,6 +131,20 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
+    """The penalty `beta mean((S - S_0)^2)` of a map that leaves its anchor.
+
+    Args:
+        saliency: (B,1,H,W) S in [0,1].
+        anchor: (B,1,H,W) S_0 in [0,1].
+        beta: how much it counts, in the unit of the objective.
+
+    Returns:
+        (B,), from 0 to beta.
+    """
+    return beta * (saliency - anchor).square().mean((1, 2, 3))
+
+
 def opti_cam(
     model: nn.Module,
     images: Tensor,
@@ -137,7 +153,10 @@ def opti_cam(
     layer: Layer | Sequence[Layer] = None,
     objective: Objective = class_logit,
     normalize: Callable[[Tensor], Tensor] = min_max,
-    baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
+    baseline: Baseline | Sequence[Baseline] = None,
+    complement: float = 0.0,
+    anchor: Tensor | Callable[..., Tensor] | None = None,
+    penalty: Callable[[Tensor, Tensor], Tensor] = squared_distance,
     space: Space = weight_space,
     optimizer: Optimizer = adam,
     num_steps: int = 100,
@@ -154,9 +173,14 @@ def opti_cam(
     `S(u) = n(up(sum_k softmax(u)_k relu(A_k)))` and `u* = argmax_u f(x * S(u))_c`, by Adam from constant `u`. Several
     layers have a softmax each, and their upsampled sums are added before `n`.
 
+    **Ours**, off by default: several views of one mask. With V baselines b, a complement and an anchor S_0 the sum is
+    `F(u) = mean_b g(f(x * S + b * (1 - S)))_c - complement mean_b g(f(x * (1 - S) + b * S))_c - penalty(S, S_0)`, g the
+    objective.
+
     Two deviations from the published code: the objective is summed over the batch and not averaged, so an image's map
     does not depend on its neighbours; and the best map seen is kept, which for a rising objective is the last one. T
-    steps take T+1 forward and T backward passes, and one more forward for the features.
+    steps take T+1 forward and T backward passes, V times as many for V views, and one more forward for the features;
+    see `num_passes`.
 
     Args:
         model: takes `images` and returns logits (B,C). Left as found: mode, flags, gradients, hooks.
@@ -167,7 +191,11 @@ def opti_cam(
             network with a sigmoid it gets what `classifier.as_softmax` makes of them.
         normalize: from upsampled maps (B,1,H,W) to saliency in [0,1]; see `NORMALIZATIONS`.
         baseline: what shows where the map is 0: a tensor that broadcasts to the images, or a function of the images, as
-            in `BASELINES`; None for black, as published.
+            in `BASELINES`; None for black, as published. A list or tuple of these for several views of one mask.
+        complement: how much the objective of what the map hides counts against it; 0 does not look at it.
+        anchor: a map to stay near, (B,1,H,W) in [0,1], or a method that makes it, such as `grad_cam`; that is called
+            with `layer`, of several layers the last. None for none.
+        penalty: from (S, S_0), each (B,1,H,W), to (B,), subtracted; only with an anchor.
         space: where to climb, `weight_space` (the paper's u) or `map_space` (fewer steps). `**SCHEDULES["fast"]` sets
             this, `optimizer`, `num_steps` and `lr`.
         optimizer: from (point, lr, num_steps) to a torch optimiser that maximises and a scheduler of its learning rate
@@ -196,7 +224,8 @@ def opti_cam(
     for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
         if number is not None and not (isinstance(number, int) and number >= least):
             raise ValueError(f"{name}: wanted a whole number of at least {least}, got {number!r}")
-    functions = {"objective": objective, "normalize": normalize, "optimizer": optimizer, "on_step": on_step or repr}
+    functions = {"objective": objective, "normalize": normalize, "penalty": penalty, "optimizer": optimizer}
+    functions["on_step"] = on_step or repr
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
@@ -205,29 +234,43 @@ def opti_cam(
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
         got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
         raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")
-    shown = baseline if callable(baseline) else baseline_of(images, baseline)
+    several = baseline if isinstance(baseline, list | tuple) else [baseline]
+    if not several:
+        raise ValueError("baseline: wanted at least one")
+    shown = [b if callable(b) else baseline_of(images, b) for b in several]
+    if not 0 <= complement < torch.inf:
+        raise ValueError(f"complement: wanted a number of at least 0, got {complement}")
+    if not (anchor is None or callable(anchor)):
+        check_saliency(images, anchor, "anchor")
     if not 0 < lr < torch.inf:
         raise ValueError(f"lr: wanted a positive number, got {lr}")
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
     def explain(part: slice) -> OptiCAMResult:
-        network, batch = _prepare(model, images[part], class_idx[part], layer, _part(shown, part))
+        baselines = [_part(b, part) for b in shown]
+        network, batch = _prepare(model, images[part], class_idx[part], layer, baselines, _part(anchor, part))
         features, size = batch.features, images.shape[-2:]
         point = tuple(tensor.clone() for tensor in space.start(_start(_part(u, part), batch), features))
         ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
         progress = Progress(point, num_steps, tol, patience)
         for step in range(num_steps + 1):
-            x, c, y, b, A = batch
+            x, c, y, B, S_0, A = batch
             S = normalize(_added(space.sums(point, A), size))  # S(u) = n(up(sum_k w_k A_k)), w = softmax(u)
+            masks = (S, 1 - S) if complement else (S,)
+            views = torch.cat([apply_mask(x, M, b) for M in masks for b in B])  # x * S(u), or x * M + b * (1 - M)
             with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-                output = read(network, apply_mask(x, S, b))  # f(x * S(u))
+                output = read(network, views)  # f(x * S(u))
             masked_logits, logits, target = _as_softmax(output, y, c)
-            value = objective(masked_logits, logits, target)  # f(x * S(u))_c, to be maximised
+            g = objective(masked_logits, logits, target)  # f(x * S(u))_c, a row per view
+            value, *hidden = g.unflatten(0, (len(masks), len(B), len(x))).mean(1)  # mean_b, to be maximised
+            value = value - sum(complement * of_complement for of_complement in hidden)
+            value = value if S_0 is None else value - penalty(S, S_0)
             working = progress.add(step, value.detach(), point)  # the best so far is kept
             if on_step is not None:
                 rows = torch.arange(len(images), device=x.device)[part][progress.seen]
-                on_step(Step(step, rows, S.detach(), value.detach(), masked_logits.detach(), target))
+                first = masked_logits.detach()[: len(x)], target[: len(x)]
+                on_step(Step(step, rows, S.detach(), value.detach(), *first))
             if step == num_steps or progress.over:
                 break
             (point[0].grad,) = torch.autograd.grad(value.sum(), point[0])
@@ -251,15 +294,20 @@ def _prepare(
     images: Tensor,
     class_idx: Tensor,
     layer: Layer | Sequence[Layer],
-    baseline: Tensor | Callable[[Tensor], Tensor] | None,
+    baselines: Sequence[Baseline],
+    anchor: Tensor | Callable[..., Tensor] | None,
 ) -> tuple[nn.Module, _Batch]:
-    """The network that the loop asks, and what it works on: one forward pass."""
+    """The network that the loop asks, and what it works on: one forward pass, and those of the anchor."""
     x, c = prepared(model, images), usable(class_idx)
     features, y = feature_maps(model, x, layer)
     check_class_range(c, y.shape[1])
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
     A = tuple(maps.to(dtype).relu() for maps in features)
-    return folded(model, x, y), _Batch(x, c, y.to(dtype), baseline_of(x, baseline), A)
+    if callable(anchor):
+        anchor = anchor(model, x, c, layer=as_layers(layer)[-1])
+        check_saliency(x, anchor, "anchor")
+    S_0 = None if anchor is None else usable(anchor).detach().to(A[0])
+    return folded(model, x, y), _Batch(x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
 
 
 def _start(u: Tensor | None, batch: _Batch) -> Tensor:
@@ -284,16 +332,19 @@ def _added(sums: Sequence[Tensor], size: torch.Size) -> Tensor:
 
 
 def _as_softmax(output: Output, logits: Tensor, class_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the masked image, of the image, and the class: what objectives are functions of."""
-    masked_logits, _ = as_softmax(output.logits.to(logits.dtype), class_idx, output.head)
-    return masked_logits, *as_softmax(logits, class_idx, output.head)
+    """Logits of all views, of the image as often, and the class: what objectives are functions of."""
+    views = len(output.logits) // len(logits)
+    y, c = logits.repeat(views, 1), class_idx.repeat(views)
+    masked_logits, _ = as_softmax(output.logits.to(logits.dtype), c, output.head)
+    return masked_logits, *as_softmax(y, c, output.head)
 
 
 def _keep(batch: _Batch, working: Tensor, model: nn.Module) -> _Batch:
     """The rows of the images still at work."""
-    x, c, y, b, A = batch
-    kept = None if b is None else b[working]
-    return _Batch(prepared(model, x[working]), c[working], y[working], kept, tuple(maps[working] for maps in A))
+    x, c, y, baselines, anchor, A = batch
+    shown = tuple(None if b is None else b[working] for b in baselines)
+    S_0 = None if anchor is None else anchor[working]
+    return _Batch(prepared(model, x[working]), c[working], y[working], shown, S_0, tuple(maps[working] for maps in A))
 
 
 def _in_parts(explain: Callable[[slice], OptiCAMResult], number: int, batch_size: int | None) -> list[OptiCAMResult]:
@@ -312,6 +363,23 @@ def _in_parts(explain: Callable[[slice], OptiCAMResult], number: int, batch_size
     if in_flight < asked:
         warnings.warn(f"out of memory with {asked} images in flight: went on with {in_flight}", stacklevel=3)
     return parts
+
+
+def num_passes(
+    *,
+    num_steps: int = 100,
+    baseline: Baseline | Sequence[Baseline] = None,
+    complement: float = 0.0,
+    anchor: Tensor | Callable[..., Tensor] | None = None,
+    **others: Any,
+) -> int:
+    """Forward passes of the network that `opti_cam` takes for an image, with these of its options.
+
+    V views take V (T+1), the features one, and a method as the anchor one more, which Grad-CAM takes. Each of the steps
+    goes backward too.
+    """
+    views = (len(baseline) if isinstance(baseline, list | tuple) else 1) * (2 if complement else 1)
+    return views * (num_steps + 1) + 1 + callable(anchor)
 
 
 def opti_cam_map(model: nn.Module, images: Tensor, class_idx: Tensor, **options: Any) -> Tensor:

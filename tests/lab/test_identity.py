@@ -16,10 +16,11 @@ from opticam import METHODS, SCHEDULES, find_method, wrap
 from opticam.lab.identity import describe
 from opticam.methods import OBJECTIVES
 from opticam.methods.ascent import map_space, weight_space
-from opticam.saliency import BASELINES, NORMALIZATIONS
+from opticam.methods.opti_cam import squared_distance
+from opticam.saliency import BASELINES, NORMALIZATIONS, mean_color
 
 OPTI_CAM = METHODS["opti_cam"]
-FAST = partial(OPTI_CAM, **SCHEDULES["fast"])
+FAST, ROBUST = partial(OPTI_CAM, **SCHEDULES["fast"]), SCHEDULES["robust"]
 
 
 def plain(seed=0, **changed):
@@ -55,7 +56,17 @@ DIFFERENT = {
     ],
     "objective": [partial(OPTI_CAM, objective=function) for function in OBJECTIVES.values()],
     "normalisation": [partial(OPTI_CAM, normalize=function) for function in NORMALIZATIONS.values()],
-    "baseline": [partial(OPTI_CAM, baseline=baseline) for baseline in BASELINES.values()],
+    "baseline": [
+        *(
+            partial(OPTI_CAM, baseline=baseline)
+            for baseline in (*BASELINES.values(), (None, mean_color), (mean_color,))
+        ),
+        *(
+            partial(OPTI_CAM, **ROBUST | change)
+            for change in ({}, {"anchor": METHODS["layer_cam"]}, {"complement": 1.0})
+        ),
+        partial(OPTI_CAM, **ROBUST | {"penalty": partial(squared_distance, beta=3)}),
+    ],
     "space": [partial(OPTI_CAM, space=space) for space in (weight_space, map_space)],
     "positional": [partial(METHODS["rise"], 1), partial(METHODS["rise"], 2)],
     "kind of number": [partial(OPTI_CAM, lr=lr) for lr in (1, 1.0, True, "1", None, np.float32(0.1), 0.1)],

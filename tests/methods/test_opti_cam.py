@@ -10,10 +10,11 @@ import torch
 from conftest import TinyCNN
 from torch import nn
 
-from opticam import METHODS, Classifier, opti_cam
-from opticam.features import feature_maps
-from opticam.methods.ascent import SCHEDULES, adam, map_space
-from opticam.methods.opti_cam import OBJECTIVES, class_logit, logit_difference
+from opticam import METHODS, SCHEDULES, Classifier, opti_cam
+from opticam.features import count_passes, feature_maps
+from opticam.methods.ascent import adam, map_space
+from opticam.methods.cam import grad_cam
+from opticam.methods.opti_cam import OBJECTIVES, class_logit, logit_difference, num_passes, squared_distance
 from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, combine, mean_color, upsample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -98,6 +99,107 @@ def test_map_space_agrees_with_the_loop_version(tiny, normalize, layers):
     weights, saliency = references.opti_cam_in_map_space(tiny, features, images[0].numpy(), 3, 3, 0.3, slow)
     np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
     np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
+
+
+VIEWS = {
+    "two baselines": {"baselines": 2},
+    "complement": {"baselines": 1, "complement": 0.7},
+    "anchor": {"baselines": 1, "beta": 5.0},
+    "all": {"baselines": 3, "complement": 0.3, "beta": 2.0},
+}
+
+
+@pytest.mark.parametrize("seen", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("objective", ["class_logit", "log_probability"])
+@pytest.mark.parametrize("space", ["weights", "map"])
+def test_views_of_one_mask_agree_with_the_loop_version(tiny, space, objective, seen):
+    """`mean_b g(f(x * S + b * (1 - S)))_c - lambda mean_b g(f(x * (1 - S) + b * S))_c - beta mean((S - S_0)^2)`."""
+    generator = torch.Generator().manual_seed(5)
+    images, S_0 = (torch.rand(1, n, 10, 14, dtype=torch.float64, generator=generator) for n in (3, 1))
+    own = torch.rand(1, 3, 10, 14, dtype=torch.float64, generator=generator)
+    shown = [None, mean_color, own][: seen["baselines"]]
+    options = {"complement": seen.get("complement", 0.0), "num_steps": 3, "lr": 0.3}
+    if beta := seen.get("beta", 0.0):
+        options |= {"anchor": S_0, "penalty": partial(squared_distance, beta=beta)}
+    if space == "map":
+        options |= {name: SCHEDULES["fast"][name] for name in ("space", "optimizer")}
+    rising = _rising(OBJECTIVES[objective])
+    result = opti_cam(tiny, images, torch.tensor([3]), layer="features", objective=rising, baseline=shown, **options)
+    features = [maps[0].numpy() for maps in feature_maps(tiny, images, "features")[0]]
+    slow = {"objective": getattr(references, objective), "complement": options["complement"], "beta": beta}
+    slow["baselines"] = [0.0, images.mean((2, 3), keepdim=True)[0].numpy(), own[0].numpy()][: seen["baselines"]]
+    slow["anchor"] = S_0[0, 0].numpy()
+    given = tiny, features, images[0].numpy(), 3, 3, 0.3
+    if space == "map":
+        weights, saliency = references.opti_cam_in_map_space(*given, normalize=references.min_max, **slow)
+    else:
+        u, saliency = references.opti_cam(*given, **slow)
+        weights = references.softmax(u)
+    np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
+
+
+def test_views_by_hand(tiny, images, class_idx):
+    """One step of none: the objective of equal weights, each of its terms from the network itself."""
+    generator = torch.Generator().manual_seed(3)
+    S_0, own = (torch.rand(5, n, 24, 32, dtype=torch.float64, generator=generator) for n in (1, 3))
+    run = partial(opti_cam, tiny, images, class_idx, layer="features", num_steps=0)
+    S = run().saliency
+
+    def logit(mask, b):
+        return tiny(images * mask + b * (1 - mask)).gather(1, class_idx[:, None])[:, 0]
+
+    kept, hidden = ((logit(mask, 0) + logit(mask, own) + logit(mask, 0.25)) / 3 for mask in (S, 1 - S))
+    far = ((S - S_0) ** 2).mean((1, 2, 3))
+    found = run(
+        baseline=[None, own, torch.full((1,), 0.25)],
+        complement=0.4,
+        anchor=S_0,
+        penalty=partial(squared_distance, beta=7.0),
+    )
+    torch.testing.assert_close(found.objective[:, 0], kept - 0.4 * hidden - 7 * far, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"baseline": mean_color}, SCHEDULES["fast"] | {"tol": 1e-3, "patience": 2}])
+def test_one_view_in_a_list_is_one_view(tiny, images, class_idx, options):
+    one = opti_cam(tiny, images, class_idx, layer="features", **{"num_steps": 6} | options)
+    options = options | {"baseline": [options.get("baseline")]}
+    for a, b in zip(
+        one, opti_cam(tiny, images, class_idx, layer="features", **{"num_steps": 6} | options), strict=True
+    ):
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
+def test_a_map_far_too_dear_to_leave_stays_at_its_anchor(tiny, images, class_idx):
+    u = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    anchor = opti_cam(tiny, images, class_idx, layer="features", num_steps=0, u=u).saliency
+    dear = partial(squared_distance, beta=1e6)
+    options = {"layer": "features", "anchor": anchor, "penalty": dear, "num_steps": 400, "batch_size": 2}
+    near = opti_cam(tiny, images, class_idx, **options).saliency
+    assert (near - anchor).abs().max() < 0.02
+    assert (opti_cam(tiny, images, class_idx, layer="features").saliency - anchor).abs().max() > 0.1
+
+
+def test_a_method_as_anchor_is_its_map(tiny, images, class_idx):
+    options = {"layer": "features", "num_steps": 4, "batch_size": 2}
+    by_method = opti_cam(tiny, images, class_idx, anchor=grad_cam, **options)
+    maps = grad_cam(tiny, images, class_idx, layer="features")
+    assert torch.equal(by_method.saliency, opti_cam(tiny, images, class_idx, anchor=maps, **options).saliency)
+    several = options | {"layer": ["features.0", "features"]}
+    by_method = opti_cam(tiny, images, class_idx, anchor=grad_cam, **several)
+    assert torch.equal(by_method.saliency, opti_cam(tiny, images, class_idx, anchor=maps, **several).saliency)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*SCHEDULES.values(), {"baseline": [None, mean_color], "complement": 0.5, "num_steps": 3}],
+    ids=[*SCHEDULES, "complement"],
+)
+def test_passes_are_what_is_said(tiny, images, class_idx, options):
+    with count_passes(tiny) as passes:
+        opti_cam(tiny, images, class_idx, layer="features", **options)
+    assert passes[0] == 5 * num_passes(**options)
+    assert num_passes(**SCHEDULES["robust"]) <= 60
 
 
 @pytest.mark.parametrize("layers", [["features"], ["features.0", "features"]])
@@ -295,6 +397,10 @@ OPTIONS = {
     "layers": {"layer": ["features.0", "features"]},
     "mean": {"baseline": BASELINES["mean"]},
     "blur": {"baseline": BASELINES["blur"]},
+    "robust": SCHEDULES["robust"] | {"num_steps": 6},
+    "robust, layers": SCHEDULES["robust"] | {"num_steps": 6, "layer": ["features.0", "features"]},
+    "robust, tol": SCHEDULES["robust"] | {"tol": 1e-3, "patience": 2},
+    "complement": {"baseline": [None, BASELINES["mean"]], "complement": 0.5, "tol": 1e-3, "patience": 2},
     "tol": {"tol": 1e-3, "patience": 2},
 }
 
@@ -460,6 +566,12 @@ def test_own_optimizer(tiny, images, class_idx):
         ({"patience": 0}, "patience: wanted a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size: wanted a whole number of at least 1, got 0"),
         ({"layer": []}, "layer: wanted at least one"),
+        ({"baseline": []}, "baseline: wanted at least one"),
+        ({"complement": -0.5}, r"complement: wanted a number of at least 0, got -0\.5"),
+        ({"complement": float("nan")}, "complement: wanted a number of at least 0, got nan"),
+        ({"anchor": torch.rand(5, 1, 7, 7)}, r"anchor: wanted shape \(5, 1, 24, 32\), got \(5, 1, 7, 7\)"),
+        ({"anchor": lambda *_, **__: torch.rand(5, 24, 32)}, r"anchor: wanted shape .*, got \(5, 24, 32\)"),
+        ({"anchor": torch.full((5, 1, 24, 32), 2.0)}, r"anchor: wanted values in \[0,1\], got \[2, 2\]"),
     ],
 )
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
@@ -484,7 +596,7 @@ def test_baselines_that_do_not_fit(tiny, images, class_idx):
         assert torch.equal(run(baseline=other).saliency, expected)
 
 
-@pytest.mark.parametrize("name", ["objective", "normalize", "optimizer", "baseline", "on_step"])
+@pytest.mark.parametrize("name", ["objective", "normalize", "penalty", "optimizer", "baseline", "on_step"])
 def test_a_name_in_the_place_of_a_function(tiny, images, class_idx, name):
     with pytest.raises(TypeError, match=f"{name}: wanted a .*function, such as .*, got 'blur'"):
         opti_cam(tiny, images, class_idx, layer="features", **{name: "blur"})
