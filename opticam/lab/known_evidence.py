@@ -9,6 +9,7 @@ Scores say how much of a map lies on the evidence. Each photo is in one construc
 constructions are independent samples.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from opticam.checks import check_at_least, check_class_range, check_images, chec
 from opticam.classifier import Classifier, class_logit, own, probabilities, read, usable
 from opticam.features import prepared
 from opticam.folding import folded
-from opticam.lab.summary import estimate, ratio_of_means
+from opticam.lab.summary import Estimate, estimate, ratio_of_means
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
@@ -425,7 +426,7 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
     return energy_pointing_game(saliency, boxes) - others.mean(0)
 
 
-def best_map(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, grid: tuple[int, int]) -> Tensor:
+def best_map(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, grid: tuple[int, int] | torch.Size) -> Tensor:
     """What a method that is always right can show: the true region averaged to the cells of the layer, upsampled again.
 
     Args:
@@ -440,7 +441,7 @@ def best_map(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, grid: 
 
 
 def evidence_scores(
-    saliency: Tensor, boxes: Sequence[Tensor], grid: tuple[int, int], rivals: Sequence[Tensor] = ()
+    saliency: Tensor, boxes: Sequence[Tensor], grid: tuple[int, int] | torch.Size, rivals: Sequence[Tensor] = ()
 ) -> pd.DataFrame:
     """How much of each map lies on the evidence, as it is and between a uniform map (0) and the best possible (1).
 
@@ -529,35 +530,61 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = 
     for method, of_method in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
         for column, factor in factors(columns).items():
-            by_group = of_method[[group, column]].dropna().groupby(group)[column]
-            found = (float("nan"),) * 3
-            if len(by_group):
-                sums, counts = by_group.sum().to_numpy(float), by_group.count().to_numpy(float)
-                found = estimate(sums, counts, statistic=ratio_of_means)
+            found = _over_groups(of_method[column], of_method[group])
             names = (column, f"{column}_low", f"{column}_high")
             cells |= {name: factor * value for name, value in zip(names, found, strict=True)}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
 
+def difference_over_groups(
+    rows: pd.DataFrame, column: str, method: str, reference: str, group: str = "group"
+) -> Estimate:
+    """Mean of what one method has more of a column than another, image by image, with its 95 % interval over groups.
+
+    Args:
+        rows: with the columns `image`, one row per image and method, `method` and `group`.
+        column: of numbers; multiplied with the factor of its record, if it has one.
+        method: to subtract from.
+        reference: to subtract.
+        group: as `summarize_groups`.
+    """
+    wide = rows.pivot(index=[group, "image"], columns="method", values=column)
+    more = factors([column])[column] * (wide[method] - wide[reference])
+    return _over_groups(more, more.index.get_level_values(group).to_series(index=more.index))
+
+
+def _over_groups(values: pd.Series, groups: pd.Series) -> Estimate:
+    """The mean over all values, NaN left out, with its interval over groups."""
+    by_group = values.dropna().groupby(groups)
+    if not len(by_group):
+        return Estimate(math.nan, math.nan, math.nan)
+    sums, counts = by_group.sum().to_numpy(float), by_group.count().to_numpy(float)
+    return estimate(sums, counts, statistic=ratio_of_means)
+
+
 def evidence_rows(
     saliency: Mapping[str, Tensor],
     boxes: Sequence[Tensor],
-    grid: tuple[int, int],
+    grid: tuple[int, int] | torch.Size,
     rivals: Mapping[str, Sequence[Tensor]] | None = None,
+    columns: Mapping[str, Sequence[object]] | None = None,
 ) -> pd.DataFrame:
-    """`evidence_scores` of the maps of several methods: one row per method and map, with the columns `map`, `method`.
+    """`evidence_scores` of the maps of several methods: one row per method and map, with the column `method`.
 
     Args:
         saliency: method -> (B,1,H,W) in [0,1].
         boxes: B tensors (n,4).
         grid: (h,w) of the feature maps.
         rivals: method -> see `class_contrast`.
+        columns: of B values each, such as names, for every method.
     """
     others = rivals or {}
-    tables = [evidence_scores(S, boxes, grid, others.get(name, ())).assign(method=name) for name, S in saliency.items()]
-    rows = pd.concat(tables)
-    return rows.rename_axis("map").reset_index()
+    tables = [
+        evidence_scores(S, boxes, grid, others.get(name, ())).assign(method=name, **(columns or {}))
+        for name, S in saliency.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _probabilities(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:

@@ -5,6 +5,7 @@ A metric that can be believed puts the maps in the order of the truth, is not wo
 image, and does not change when a map is only made sharper, blurrier or brighter.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,8 +16,21 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
+from opticam.classifier import read
+from opticam.features import prepared
 from opticam.lab.evaluation import Method, saliency_maps, score
-from opticam.lab.known_evidence import centred, uniform
+from opticam.lab.known_evidence import (
+    FILLS,
+    SIDE,
+    cell_boxes,
+    cell_drops,
+    cell_means,
+    centred,
+    find_mosaics,
+    find_pastes,
+    pixel_auroc,
+    uniform,
+)
 from opticam.lab.summary import Estimate, estimate, interval, ratio_of_means, spearman
 from opticam.methods import fake_cam
 from opticam.metrics import (
@@ -32,7 +46,8 @@ from opticam.metrics import (
     road,
     soft_f1,
 )
-from opticam.saliency import apply_mask, min_max
+from opticam.saliency import BASELINES, apply_mask, min_max
+from opticam.state import frozen
 
 STEPS, FRACTIONS = 14, (0.2, 0.4)  # of the curves and of ROAD: a quarter of the passes, as many maps are scored
 BASE = "grad_cam"  # whose maps are changed, and which uninformative maps are compared with
@@ -75,6 +90,29 @@ GROUPS = {
 """The metrics that are audited, all of them columns of `judge`."""
 
 
+class Evidence(NamedTuple):
+    """Images of one kind whose evidence is known.
+
+    Attributes:
+        kind: "mosaic", "paste" or "deletion".
+        names: of the B images; the photos in them are in no other image of the kind.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        objects: B tensors (n,4), what a person would call the object; without rows for pastes, where it would be the
+            truth itself.
+        regions: B tensors (1,4), where the evidence is; empty for the kind "deletion".
+        drops: (F,B,side*side) what the class logit loses with each cell, by F fills; empty for the other kinds.
+    """
+
+    kind: str
+    names: list[str]
+    images: Tensor
+    class_idx: Tensor
+    objects: list[Tensor]
+    regions: list[Tensor]
+    drops: Tensor
+
+
 class Audited(NamedTuple):
     """Maps to be judged.
 
@@ -115,6 +153,101 @@ def audited_maps(
     if len(images) > 1:
         fixed["other"] = saliency[BASE].roll(1, 0)
     return Audited(saliency | fixed, again | fixed)
+
+
+def collect_evidence(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    boxes: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    side: int = 7,
+) -> list[Evidence]:
+    """Mosaics, pastes and photos whose evidence is known; see `lab.known_evidence`.
+
+    Of each mosaic one verified cell is explained, in turn the first, second, ..., so that images are independent. Of
+    the photos those count that the network gets right.
+
+    Args:
+        model: that decides, and that is explained.
+        images: (N,3,H,W) in [0,1].
+        class_idx: (N,) int64.
+        boxes: N tensors (n,4).
+        names: N of them.
+        limit: at most so many of each kind; None for all.
+        side: cells across and down whose deletion is tried.
+
+    Returns:
+        One entry for each kind that has images.
+    """
+    height, width = images.shape[2:]
+    frame = torch.tensor([width, height] * 2)
+    nothing, none = torch.zeros(0, 4), torch.zeros(0)
+    found = []
+    mosaics = find_mosaics(model, images, class_idx)
+    places = []
+    for m in mosaics.verified.any(1).nonzero()[:, 0].tolist()[:limit]:
+        cells = [(m + k) % SIDE**2 for k in range(SIDE**2)]
+        places.append((m, next(k for k in cells if mosaics.verified[m, k])))
+    if places:
+        which, cell = (list(part) for part in zip(*places, strict=True))
+        corners = cell_boxes((SIDE * height, SIDE * width))[cell]
+        shown = mosaics.photos[which, cell].tolist()
+        objects = [
+            torch.minimum(boxes[i].clamp(min=0), frame) + corner[:2].repeat(2)
+            for i, corner in zip(shown, corners, strict=True)
+        ]
+        called = [f"{names[i]}, cell {k}" for i, k in zip(shown, cell, strict=True)]
+        regions = list(corners[:, None])
+        found.append(
+            Evidence("mosaic", called, mosaics.images[which], mosaics.class_idx[which, cell], objects, regions, none)
+        )
+    pastes = find_pastes(model, images, class_idx, boxes)
+    first = [k for k, pair in enumerate(pastes.pairs.tolist()) if pair not in pastes.pairs[:k].tolist()][:limit]
+    if first:
+        called = [f"{names[j]} in {names[i]}" for i, j in pastes.photos[first].tolist()]
+        regions = [pastes.boxes[k] for k in first]
+        found.append(
+            Evidence(
+                "paste", called, pastes.images[first], pastes.class_idx[first], [nothing] * len(first), regions, none
+            )
+        )
+    right = [i for i in range(len(images)) if _is_right(model, images[i], class_idx[i])][:limit]
+    if right:
+        x, c = images[right], class_idx[right]
+        drops = torch.stack([cell_drops(model, x, c, side, BASELINES[fill], batch_size=16) for fill in FILLS])
+        found.append(Evidence("deletion", [names[i] for i in right], x, c, [boxes[i] for i in right], [], drops))
+    return found
+
+
+def truth_of(evidence: Evidence, saliency: Tensor) -> np.ndarray:
+    """How near each map is to the evidence, (B,); higher is better, and the order of the pixels alone matters.
+
+    For mosaics and pastes `pixel_auroc` of the region; for deletion Spearman's rank correlation of the cells of the map
+    with the drops, mean over the fills.
+    """
+    if evidence.regions:
+        return pixel_auroc(saliency, evidence.regions).cpu().numpy()
+    means = cell_means(saliency.cpu(), math.isqrt(evidence.drops.shape[2])).numpy()
+    return np.mean([spearman(means, drops, axis=1) for drops in evidence.drops.cpu().numpy()], 0)
+
+
+def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[str, Method]) -> pd.DataFrame:
+    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `target` and `truth`."""
+    tables = []
+    for one in evidence:
+        maps = audited_maps(model, one.images, one.class_idx, methods)
+        table = judge(model, one.images, one.class_idx, maps, one.objects)
+        table["truth"] = np.concatenate([truth_of(one, S) for S in maps.saliency.values()])
+        tables.append(table.assign(kind=one.kind, target=[f"{one.kind}: {one.names[i]}" for i in table["target"]]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _is_right(model: nn.Module, image: Tensor, label: Tensor) -> bool:
+    with frozen(model), torch.no_grad():
+        return bool(read(model, prepared(model, image[None])).logits[0].argmax() == label)
 
 
 def _changed(

@@ -20,6 +20,7 @@ from opticam.lab.known_evidence import (
     centred,
     choose_mosaics,
     class_contrast,
+    difference_over_groups,
     evidence_rows,
     evidence_scores,
     find_mosaics,
@@ -360,9 +361,13 @@ def test_rivals_and_controls_of_mosaics():
 
 
 def test_rows_of_methods_and_what_hangs_together():
-    rows = evidence_rows({"a": random_maps(), "b": random_maps(seed=3)}, REGIONS, (3, 4), {"a": [random_maps(seed=5)]})
+    maps, rivals = {"a": random_maps(), "b": random_maps(seed=3)}, {"a": [random_maps(seed=5)]}
+    rows = evidence_rows(maps, REGIONS, (3, 4), rivals, {"image": list("wxyz"), "group": [0, 0, 1, 1]})
     assert rows.method.tolist() == ["a"] * 4 + ["b"] * 4
-    assert rows["map"].tolist() == [0, 1, 2, 3] * 2
+    assert rows.image.tolist() == list("wxyz") * 2
+    more = difference_over_groups(rows, "energy", "a", "b")
+    gaps = rows.energy[:4].to_numpy() - rows.energy[4:].to_numpy()
+    assert more == pytest.approx((gaps.mean(), *interval(gaps.reshape(2, 2).mean(1))))
     assert rows.contrast.isna().tolist() == [False] * 4 + [True] * 4
     rows = pd.DataFrame(
         {"method": "a", "group": np.repeat(range(30), 4), "energy": np.random.default_rng(0).random(120)}
