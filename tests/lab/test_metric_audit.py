@@ -5,20 +5,32 @@ import references
 import torch
 
 from opticam import METHODS, wrap
-from opticam.lab.known_evidence import cell_boxes, evidence_scores
+from opticam.lab import metric_audit
+from opticam.lab.known_evidence import (
+    Mosaics,
+    Pastes,
+    cell_boxes,
+    cell_drops,
+    evidence_scores,
+    pixel_auroc,
+    to_mosaics,
+)
 from opticam.lab.metric_audit import (
     CHANGES,
     CONTROLS,
     GROUPS,
     agreement,
     audit,
+    audit_rows,
     audited_maps,
     audited_metrics,
     blurrier,
+    collect_evidence,
     judge,
+    truth_of,
 )
 from opticam.metrics import COLUMNS
-from opticam.saliency import min_max, upsample
+from opticam.saliency import blur, min_max, upsample
 
 
 def test_agreement_in_three_ways_equals_the_ranks_counted():
@@ -149,3 +161,47 @@ def test_blur_stays_in_range_and_loses_detail():
     assert blurred.amin() == 0
     assert blurred.amax() == 1
     assert blurred.diff(dim=3).abs().mean() < S.diff(dim=3).abs().mean()
+
+
+def test_evidence_is_collected_once_per_mosaic_and_pair(classifier, monkeypatch):
+    photos = torch.rand(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    class_idx = classifier(photos).argmax(1)
+    class_idx[5] = (class_idx[5] + 1) % 5  # the network is wrong there
+    boxes = [torch.tensor([[2.0, 3, 40, 20]]) + i for i in range(8)]
+    four = torch.arange(8).view(2, 4)
+    verified = torch.tensor([[True] * 4, [True, False, True, False]])
+    mosaics = Mosaics(to_mosaics(photos), class_idx[four], four, verified)
+    pairs, hosts = torch.tensor([0, 0, 3]), torch.tensor([[6, 7], [7, 6], [1, 2]])
+    regions = [torch.tensor([[1.0, 1, 9, 9]]) + k for k in range(3)]
+    pastes = Pastes(photos[:3], class_idx[:3], class_idx[3:6], regions, hosts, pairs, 8)
+    monkeypatch.setattr(metric_audit, "find_mosaics", lambda *arguments: mosaics)
+    monkeypatch.setattr(metric_audit, "find_pastes", lambda *arguments: pastes)
+    names = [f"photo {i}" for i in range(8)]
+    mosaic, paste, deletion = collect_evidence(classifier, photos, class_idx, boxes, names, side=4)
+    assert mosaic.names == ["photo 0, cell 0", "photo 6, cell 2"]  # cell 1 of the second is refused, so the next
+    assert mosaic.regions[1].tolist() == [[0, 32, 32, 64]]
+    assert mosaic.objects[0].tolist() == [[2, 3, 32, 20]]  # cut off at the border of its photo
+    assert mosaic.objects[1].tolist() == [[8, 41, 32, 58]]
+    assert torch.equal(mosaic.class_idx, class_idx[[0, 6]])
+    assert paste.names == ["photo 7 in photo 6", "photo 2 in photo 1"]
+    assert [some.tolist() for some in paste.regions] == [regions[0].tolist(), regions[2].tolist()]
+    assert deletion.names == [name for name in names if name != "photo 5"]
+    assert deletion.drops.shape == (2, 7, 16)
+    assert torch.equal(deletion.drops[1], cell_drops(classifier, deletion.images, deletion.class_idx, 4, blur))
+    S = torch.rand(7, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for i, value in enumerate(truth_of(deletion, S)):
+        means = np.array([S[i, 0, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].mean() for r in range(4) for c in range(4)])
+        expected = [references.rank_correlation(means, drops[i].numpy()) for drops in deletion.drops]
+        assert value == pytest.approx(np.mean(expected))
+    assert truth_of(paste, S[:2]).tolist() == pixel_auroc(S[:2], paste.regions).tolist()
+    one = [part._replace(**{"names": part.names[:2]}) for part in (mosaic, paste)]
+    rows = audit_rows(classifier, one, {"grad_cam": METHODS["grad_cam"]})
+    assert set(rows.target) == {f"{part.kind}: {name}" for part in one for name in part.names}
+    base = rows[(rows.kind == "mosaic") & (rows.method == "grad_cam")]
+    S = METHODS["grad_cam"](classifier, mosaic.images, mosaic.class_idx)
+    assert base.truth.tolist() == pytest.approx(pixel_auroc(S, mosaic.regions).tolist())
+    assert rows[rows.kind == "paste"].energy_pointing_game.isna().all()
+    assert rows[rows.kind == "mosaic"].energy_pointing_game.notna().all()
+    assert [
+        len(part.names) for part in collect_evidence(classifier, photos, class_idx, boxes, names, limit=1, side=4)
+    ] == [1] * 3
