@@ -62,6 +62,13 @@ class Colors(nn.Module):
         return self.gain * self.weight * nn.functional.avg_pool2d(own, 4).amax((2, 3))
 
 
+class Averages(Colors):
+    """The mean colour decides, which scrambled phases keep."""
+
+    def forward(self, images):
+        return 1000 * self.weight * (2 * images - images.sum(1, keepdim=True)).mean((2, 3))
+
+
 @pytest.fixture
 def network():
     torch.manual_seed(0)
@@ -262,6 +269,7 @@ def test_pastes_are_kept_where_the_network_decides_for_the_object_and_not_for_th
         assert not changed.any()
     of_pair = pd.Series([set(pair) for pair in found.photos.tolist()]).groupby(found.pairs.numpy())
     assert all(len(set().union(*sets)) == 2 for _, sets in of_pair)
+    assert len(find_pastes(Averages(), images, class_idx, boxes).images) == 0
     wrong = find_pastes(Colors(), images, (class_idx + 1) % 3, boxes)  # the network is right on none
     assert len(wrong.images) == wrong.tried == 0
     small = [torch.tensor([[0.0, 0, 40, 31]])] * 6

@@ -45,6 +45,8 @@ def test_agreement_in_three_ways_equals_the_ranks_counted():
     assert found["images"].value == pytest.approx(np.mean(by_kind))
     assert found["methods"].value == pytest.approx(references.rank_correlation(scores.mean(0), truth.mean(0)))
     assert all(estimate.low <= estimate.value <= estimate.high for estimate in found.values())
+    skewed = np.array([[0.0, 1], [0, 1], [9, 1]])  # means 3 and 1: the first is better
+    assert agreement(skewed, np.array([[1.0, 0]] * 3))["methods"].value == 1
     with pytest.raises(ValueError, match="scores: wanted"):
         agreement(scores[:, :1], truth[:, :1])
 
