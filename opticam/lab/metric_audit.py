@@ -235,13 +235,14 @@ def truth_of(evidence: Evidence, saliency: Tensor) -> np.ndarray:
 
 
 def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[str, Method]) -> pd.DataFrame:
-    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `target` and `truth`."""
+    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `image`, `target` and `truth`."""
     tables = []
     for one in evidence:
         maps = audited_maps(model, one.images, one.class_idx, methods)
         table = judge(model, one.images, one.class_idx, maps, one.objects)
         table["truth"] = np.concatenate([truth_of(one, S) for S in maps.saliency.values()])
-        tables.append(table.assign(kind=one.kind, target=[f"{one.kind}: {one.names[i]}" for i in table["target"]]))
+        called = [one.names[i] for i in table["target"]]
+        tables.append(table.assign(kind=one.kind, image=called, target=[f"{one.kind}: {name}" for name in called]))
     return pd.concat(tables, ignore_index=True)
 
 
