@@ -11,7 +11,7 @@ constructions are independent samples.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -237,10 +237,11 @@ class OneCell(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,C) of mosaics (B,3,2H,2W)."""
-        features = self.network.forward_features  # type: ignore[operator]
-        maps = self.maps(to_mosaics(features(to_cells(images))) if self.apart else features(images))
-        seen = to_cells(maps).unflatten(0, (-1, SIDE**2))[:, self.cell]
-        return self.network.forward_head(seen)  # type: ignore[operator]
+        network: Any = self.network
+        cells = to_cells(images)
+        maps = to_mosaics(network.forward_features(cells)) if self.apart else network.forward_features(images)
+        seen = to_cells(self.maps(maps)).unflatten(0, (-1, SIDE**2))
+        return network.forward_head(seen[:, self.cell])
 
 
 def see_one_cell(model: Classifier, cell: int, apart: bool = True) -> Classifier:
@@ -437,7 +438,7 @@ def best_map(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, grid: 
     Returns:
         (B,1,H,W) in [0,1].
     """
-    return upsample(F.adaptive_avg_pool2d(box_mask(boxes, size), grid), size)
+    return upsample(F.adaptive_avg_pool2d(box_mask(boxes, size), (grid[0], grid[1])), size)
 
 
 def evidence_scores(
@@ -460,7 +461,7 @@ def evidence_scores(
         and `scaled_contrast`. Higher is better.
     """
     uniform, best = torch.ones_like(saliency), best_map(boxes, saliency.shape[-2:], grid).to(saliency)
-    columns = {}
+    columns: dict[str, Tensor] = {}
     for name, metric in (("energy", energy_pointing_game), ("auroc", pixel_auroc)):
         value, low, high = (metric(maps, boxes) for maps in (saliency, uniform, best))
         columns |= {name: value, f"scaled_{name}": (value - low) / (high - low)}
@@ -568,7 +569,7 @@ def evidence_rows(
     boxes: Sequence[Tensor],
     grid: tuple[int, int] | torch.Size,
     rivals: Mapping[str, Sequence[Tensor]] | None = None,
-    columns: Mapping[str, Sequence[object]] | None = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """`evidence_scores` of the maps of several methods: one row per method and map, with the column `method`.
 
@@ -590,7 +591,7 @@ def evidence_rows(
 def _probabilities(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """(B,C) float64 in [0,1], of all classes."""
     check_images(model, images)
-    found = []
+    found: list[Tensor] = []
     with frozen(model), torch.no_grad():
         for part in images.split(batch_size):
             logits, head = read(model, prepared(model, part)) if found else examine(model, prepared(model, part))

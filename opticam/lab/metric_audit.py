@@ -367,8 +367,7 @@ def audit(
     wide = rows.pivot(index="target", columns="method")
     controls = [name for name in (*CONTROLS, "other") if name in wide[truth]]
     for metric, higher in metrics.items():
-        values = wide[metric] if higher else -wide[metric]
-        values = values[values[list(methods)].notna().all(axis=1)]
+        values = pd.DataFrame(wide[metric] if higher else -wide[metric]).dropna(subset=list(methods))
         if not len(values):
             continue
         scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide[truth]))
