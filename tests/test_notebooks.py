@@ -29,8 +29,8 @@ TINY = {
     "07": {"num_steps": 1, "limit": 2, "explained": ["classifier", "conv_stem"]},
     "08": {"limit": 2, "judges": ["efficientnet_lite1"], "methods": ["grad_cam"]},
     "09": {},
-    "11": {"methods": ["equal_weights", "grad_cam"]},
-    "12": {"methods": ["equal_weights", "grad_cam"]},
+    "11": {"methods": ["equal_weights", "grad_cam"], "shard": "1/3"},
+    "12": {"methods": ["equal_weights", "grad_cam"], "shard": "0/4"},
 }
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
 
