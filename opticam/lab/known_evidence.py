@@ -22,7 +22,7 @@ from opticam.checks import check_at_least, check_class_range, check_images, chec
 from opticam.classifier import Classifier, class_logit, own, probabilities, read, usable
 from opticam.features import prepared
 from opticam.folding import folded
-from opticam.lab.summary import Estimate, estimate, ratio_of_means
+from opticam.lab.summary import Estimate, estimate_and_p, ratio_of_means
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
@@ -525,15 +525,16 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = 
         group: the column that says what hangs together.
 
     Returns:
-        As `summary.summarize`: index `method`; `column`, `column_low`, `column_high`. NaN counts as no row.
+        Index `method`; `column`, `column_low`, `column_high` and `column_p`, the p value of its being 0, as those of
+        `summary.summarize_differences`. NaN counts as no row.
     """
     summary = {}
     for method, of_method in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
         for column, factor in factors(columns).items():
-            found = _over_groups(of_method[column], of_method[group])
+            found, p = _over_groups(of_method[column], of_method[group])
             names = (column, f"{column}_low", f"{column}_high")
-            cells |= {name: factor * value for name, value in zip(names, found, strict=True)}
+            cells |= {name: factor * value for name, value in zip(names, found, strict=True)} | {f"{column}_p": p}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
@@ -552,16 +553,16 @@ def difference_over_groups(
     """
     wide = rows.pivot(index=[group, "image"], columns="method", values=column)
     more = factors([column])[column] * (wide[method] - wide[reference])
-    return _over_groups(more, more.index.get_level_values(group).to_series(index=more.index))
+    return _over_groups(more, more.index.get_level_values(group).to_series(index=more.index))[0]
 
 
-def _over_groups(values: pd.Series, groups: pd.Series) -> Estimate:
-    """The mean over all values, NaN left out, with its interval over groups."""
+def _over_groups(values: pd.Series, groups: pd.Series) -> tuple[Estimate, float]:
+    """The mean over all values, NaN left out, with its interval over groups, and its p value."""
     by_group = values.dropna().groupby(groups)
     if not len(by_group):
-        return Estimate(math.nan, math.nan, math.nan)
+        return Estimate(math.nan, math.nan, math.nan), math.nan
     sums, counts = by_group.sum().to_numpy(float), by_group.count().to_numpy(float)
-    return estimate(sums, counts, statistic=ratio_of_means)
+    return estimate_and_p(sums, counts, statistic=ratio_of_means)
 
 
 def evidence_rows(

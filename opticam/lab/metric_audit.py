@@ -31,7 +31,7 @@ from opticam.lab.known_evidence import (
     pixel_auroc,
     uniform,
 )
-from opticam.lab.summary import Estimate, estimate, interval, ratio_of_means, spearman
+from opticam.lab.summary import Estimate, estimate, estimate_and_p, interval, ratio_of_means, spearman
 from opticam.methods import fake_cam
 from opticam.metrics import (
     COLUMNS,
@@ -361,7 +361,8 @@ def audit(
         Index `metric`; each with `_low` and `_high`: `maps`, `images`, `methods` of `agreement`; `uninformative`, how
         often a control scores better than the base method's map, equals counting one half, best 0; and for each of
         `CHANGES` what it adds to the base method's score, in standard deviations over the methods, best 0, positive
-        where the metric likes it. NaN where there is no such row. And `n`, the number of targets.
+        where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`, the p
+        value of `maps` being 0.
     """
     found = {}
     wide = rows.pivot(index="target", columns="method")
@@ -381,7 +382,8 @@ def audit(
             if change in values:
                 gained = values[change].to_numpy(float) - base
                 cells[change] = estimate(gained, spread, statistic=ratio_of_means)
-        found[metric] = {"n": len(values)} | {
+        _, p = estimate_and_p(spearman(scores, right, axis=1))
+        found[metric] = {"n": len(values), "maps_p": p} | {
             name + end: part
             for name, cell in cells.items()
             for end, part in zip(("", "_low", "_high"), cell, strict=True)
