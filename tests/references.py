@@ -786,3 +786,69 @@ def holm(p_values: list[float], level: float) -> list[bool]:
     while left and p_values[left[0]] <= level / len(left):
         passed[left.pop(0)] = True
     return passed
+
+
+def arcc(a: Array, b: Array, road_combined: float) -> float:
+    return 3 / (1 / coherency(a, b) + 1 / (1 - complexity(a)) + 1 / min(max(2 * road_combined, 0), 1))
+
+
+def pixel_auroc(grid: Array, boxes: Array) -> float:
+    """Every pixel of the boxes against every other pixel."""
+    inside = [grid[place] for place in np.ndindex(grid.shape) if any(in_box(box, *place) for box in boxes)]
+    outside = [grid[place] for place in np.ndindex(grid.shape) if not any(in_box(box, *place) for box in boxes)]
+    wins = sum((a > b) + 0.5 * (a == b) for a in inside for b in outside)
+    return wins / (len(inside) * len(outside))
+
+
+def best_map(boxes: Array, height: int, width: int, rows: int, columns: int) -> Array:
+    cells = np.zeros((rows, columns))
+    for i, j in np.ndindex(height, width):
+        if any(in_box(box, i, j) for box in boxes):
+            cells[i * rows // height, j * columns // width] += rows * columns / (height * width)
+    return upsample(cells, height, width)
+
+
+def scaled(metric: Callable, grid: Array, boxes: Array, rows: int, columns: int) -> float:
+    low = metric(np.ones_like(grid), boxes)
+    return (metric(grid, boxes) - low) / (metric(best_map(boxes, *grid.shape, rows, columns), boxes) - low)
+
+
+def class_contrast(own: Array, others: list[Array], boxes: Array) -> float:
+    return energy_pointing_game(own, boxes) - sum(energy_pointing_game(a, boxes) for a in others) / len(others)
+
+
+def cell_drops(network: Callable, image: Array, label: int, side: int, fill: Array) -> list[float]:
+    def logit(pixels: Array) -> float:
+        with torch.no_grad():
+            return network(torch.from_numpy(pixels)[None])[0, label].item()
+
+    drops = []
+    for cell in range(side**2):
+        without = image.copy()
+        for i, j in np.ndindex(image.shape[1:]):
+            if (i * side // image.shape[1]) * side + j * side // image.shape[2] == cell:
+                without[:, i, j] = fill[:, i, j]
+        drops.append(logit(image) - logit(without))
+    return drops
+
+
+def spectrum(channel: Array) -> Array:
+    """The discrete Fourier transform, term by term."""
+    height, width = channel.shape
+    out = np.zeros((height, width), dtype=complex)
+    for u, v in np.ndindex(height, width):
+        for i, j in np.ndindex(height, width):
+            out[u, v] += channel[i, j] * np.exp(-2j * math.pi * (u * i / height + v * j / width))
+    return out
+
+
+def phase_scrambled(channel: Array, noise: Array) -> Array:
+    frequencies, other = spectrum(channel), spectrum(noise)
+    height, width = channel.shape
+    out = np.zeros((height, width), dtype=complex)
+    for i, j in np.ndindex(height, width):
+        for u, v in np.ndindex(height, width):
+            turned = frequencies[u, v] * other[u, v] / abs(other[u, v])
+            out[i, j] += turned * np.exp(2j * math.pi * (u * i / height + v * j / width)) / (height * width)
+    assert abs(out.imag).max() < 1e-9
+    return out.real

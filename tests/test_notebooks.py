@@ -30,6 +30,8 @@ TINY = {
     "08": {"limit": 2, "judges": ["efficientnet_lite1"], "methods": ["grad_cam"]},
     "09": {},
     "10": {"limit": 2, "judges": ["efficientnet_lite1"], "methods": ["grad_cam", "opti_cam:robust"]},
+    "11": {"methods": ["equal_weights", "grad_cam"], "shard": "1/3"},
+    "12": {"methods": ["equal_weights", "grad_cam"], "shard": "0/4"},
 }
 pytestmark = pytest.mark.parametrize("path", list_notebooks(), ids=lambda path: path.stem)
 

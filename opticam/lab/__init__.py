@@ -14,6 +14,12 @@ _NAMES = {
     "explorer": "Explorer describe",
     "files": "REPOSITORY",
     "findings": "compare finding report",
+    "known_evidence": "Mosaics OneCell Pastes best_map cell_boxes cell_drops cell_means centred choose_mosaics"
+    " class_contrast difference_over_groups evidence_rows evidence_scores find_mosaics find_pastes maps_of_other_cells"
+    " maps_of_other_mosaics paste_object phase_scrambled pixel_auroc see_one_cell summarize_groups to_cells to_mosaics"
+    " uniform",
+    "metric_audit": "Audited CHANGES CONTROLS Evidence GROUPS agreement audit audit_rows audited_maps audited_metrics"
+    " blurrier brighter collect_evidence judge lifted sharper truth_of",
     "plotting": "condition_panels difference_dots explanation_figure gallery image_grid interval_table latex_table"
     " metric_bars metric_scatter metric_values objective_curve overlay overview probability_bars save_figure show_boxes"
     " show_table similarity_curves to_picture use_style",

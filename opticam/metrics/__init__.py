@@ -9,6 +9,7 @@ from collections.abc import Collection
 from opticam.classifier import class_logit
 from opticam.metrics.classification import (
     adcc,
+    arcc,
     average_drop,
     average_gain,
     average_increase,
@@ -68,6 +69,7 @@ COLUMNS: ChainMap[str, Metric] = ChainMap(
         "coherency": Metric(coherency, "coherency", True, needs=_PAIR),
         "complexity": Metric(complexity, "complexity", False, needs=_MAP),
         "adcc": Metric(adcc, "ADCC", True, needs=(*_PAIR, "drop")),
+        "arcc": Metric(arcc, "ARCC", True, needs=(*_PAIR, "road")),
         "localization_error": Metric(localization_error, "LE", False, proportion=True, needs=_BOXES),
         "official_metric": Metric(official_metric, "OM", False, proportion=True, needs=(*_BOXES, "correct")),
         "soft_f1": Metric(soft_f1, "F1", True, needs=_BOXES),
@@ -103,6 +105,7 @@ __all__ = [
     "METRICS",
     "Metric",
     "adcc",
+    "arcc",
     "average_drop",
     "average_gain",
     "average_increase",

@@ -431,15 +431,11 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     Reference:
         Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
     """
-    maps = _checked_maps(saliency, saliency_of_masked)
     if drop.shape != saliency.shape[:1]:
         raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
     if ((drop < 0) | (drop > 1)).any():
         raise ValueError("drop: wanted fractions in [0,1], not percent")
-    undefined = (_constant(maps[0]) | _constant(maps[1])) & ~torch.stack(maps).isnan().any(2).any(0)
-    coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
-    terms = torch.stack([coherent, 1 - complexity(saliency), 1 - drop.double()])
-    return 3 / (1 / terms).sum(0)
+    return _harmonic_mean(saliency, saliency_of_masked, 1 - drop.double())
 
 
 def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
@@ -448,6 +444,43 @@ def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
         y, head = with_absence(y), "sigmoid"
     y, c = as_softmax(y, class_idx, head)
     return class_logit(y, c) - y.scatter(1, c[:, None], -torch.inf).logsumexp(1)
+
+
+def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) -> Tensor:
+    """ARCC of each image, `3/(1/coh + 1/(1 - com) + 1/r)` with `r = clip(2 ROADCombined, 0, 1)`: the successor of ADCC.
+
+    ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Higher is
+    better: the harmonic mean is small where one of the three is.
+
+    Args:
+        saliency: (B,1,H,W) S in [0,1] of the image x.
+        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
+        road_combined: (B,) from `road`, in [-1/2, 1/2].
+
+    Returns:
+        (B,) float64 in [0,1]; 0 where a term is 0, or undefined since a map is constant; NaN where an argument is.
+
+    Raises:
+        ValueError: wrong shapes, or a ROAD outside [-1/2, 1/2].
+
+    Reference:
+        Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
+    """
+    if road_combined.shape != saliency.shape[:1]:
+        raise ValueError(f"road_combined: wanted shape ({len(saliency)},), got {tuple(road_combined.shape)}")
+    if (road_combined.abs() > 0.5).any():
+        raise ValueError("road_combined: wanted values in [-1/2, 1/2], as road gives them")
+    removed = (2 * road_combined.double()).clamp(0, 1)
+    return _harmonic_mean(saliency, saliency_of_masked, removed)
+
+
+def _harmonic_mean(saliency: Tensor, saliency_of_masked: Tensor, third: Tensor) -> Tensor:
+    """Of coherency, 1 - complexity and a third term; 0 where coherency is undefined since a map is constant."""
+    maps = _checked_maps(saliency, saliency_of_masked)
+    undefined = (_constant(maps[0]) | _constant(maps[1])) & ~torch.stack(maps).isnan().any(2).any(0)
+    coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
+    terms = torch.stack([coherent, 1 - complexity(saliency), third])
+    return 3 / (1 / terms).sum(0)
 
 
 def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, batch_size: int) -> None:

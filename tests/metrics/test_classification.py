@@ -10,6 +10,7 @@ from torch import nn
 from opticam.classifier import Classifier
 from opticam.metrics import (
     adcc,
+    arcc,
     average_drop,
     average_gain,
     average_increase,
@@ -498,3 +499,37 @@ def test_maps_that_do_not_fit_are_refused(saliency):
         adcc(saliency, saliency, torch.zeros(1))
     with pytest.raises(ValueError, match=r"drop: wanted fractions in \[0,1\], not percent"):
         adcc(saliency, saliency, torch.full((5,), 12.0))
+
+
+def test_arcc_equals_the_formula(saliency):
+    a, b = saliency.rot90(2, (2, 3)), saliency.roll(1, 3) + 0.1 * saliency
+    a[2], b[2] = a[0], b[1]
+    combined = torch.tensor([0.05, 0.4, 0.5, 0.123, 0.3], dtype=torch.float64)
+    found = arcc(a, b / b.amax(), combined)
+    for i in range(5):
+        expected = references.arcc(a[i, 0].numpy(), (b / b.amax())[i, 0].numpy(), combined[i].item())
+        assert found[i].item() == pytest.approx(expected, abs=1e-12)
+    assert (
+        arcc(a, b / b.amax(), torch.tensor([0.0, -0.2, -0.5, 0, 0])) == 0
+    ).all()  # no worse than the other way round
+    constant = torch.full_like(a, 0.25)
+    assert (arcc(constant, a, combined) == 0).all()
+    assert arcc(a, a, torch.full((5,), math.nan)).isnan().all()
+    with pytest.raises(ValueError, match=r"road_combined: wanted shape \(5,\), got \(1,\)"):
+        arcc(a, a, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"road_combined: wanted values in \[-1/2, 1/2\]"):
+        arcc(a, a, torch.full((5,), 0.9))
+
+
+def test_arcc_equals_the_library_grad_cam(saliency):
+    """The library adds 1e-8 to every denominator. Its own ROAD and its own second map are replaced by given ones."""
+    peer = pytest.importorskip("pytorch_grad_cam.metrics.arcc")
+    combined = torch.tensor([-0.1, 0.4, 0.5, 0.123, 0.3], dtype=torch.float64)
+    saliency = torch.rand(5, 1, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    again = saliency.flip(3)
+    theirs = object.__new__(peer.ARCC)
+    theirs.complexity, theirs.coherency = peer.Complexity(), peer.Coherency()
+    theirs.road = lambda *arguments: combined.numpy()
+    theirs.base_method = lambda **arguments: again[:, 0].numpy()
+    found = theirs(torch.rand(5, 3, *saliency.shape[2:]), saliency[:, 0].numpy(), [], None)
+    np.testing.assert_allclose(arcc(saliency, again, combined).numpy(), found, atol=1e-6)

@@ -1,0 +1,396 @@
+"""Metrics judged by evidence that is known: does a better score mean a map that is nearer the truth?
+
+Many maps of one image, good and bad ones, are scored by every metric, and by how they agree with where the evidence is.
+A metric that can be believed puts the maps in the order of the truth, is not won by maps that know nothing of the
+image, and does not change when a map is only made sharper, blurrier or brighter.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import functional as TF
+
+from opticam.classifier import read
+from opticam.features import prepared
+from opticam.lab.evaluation import Method, saliency_maps, score
+from opticam.lab.known_evidence import (
+    FILLS,
+    SIDE,
+    cell_boxes,
+    cell_drops,
+    cell_means,
+    centred,
+    find_mosaics,
+    find_pastes,
+    pixel_auroc,
+    uniform,
+)
+from opticam.lab.summary import Estimate, estimate, estimate_and_p, interval, ratio_of_means, spearman
+from opticam.methods import fake_cam
+from opticam.metrics import (
+    COLUMNS,
+    adcc,
+    arcc,
+    coherency,
+    complexity,
+    energy_pointing_game,
+    insertion_deletion,
+    localization_error,
+    pointing_game,
+    road,
+    soft_f1,
+)
+from opticam.saliency import BASELINES, apply_mask, min_max
+from opticam.state import frozen
+
+STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD: less than half of the passes, since many maps are scored
+BASE = "grad_cam"  # whose maps are changed, and which uninformative maps are compared with
+
+
+def sharper(saliency: Tensor) -> Tensor:
+    """The map squared: the order of the pixels stays, the map covers less."""
+    return saliency**2
+
+
+def brighter(saliency: Tensor) -> Tensor:
+    """The square root of the map: the order of the pixels stays, the map covers more."""
+    return saliency.sqrt()
+
+
+def lifted(saliency: Tensor) -> Tensor:
+    """`(1 + S)/2`: the order of the pixels stays, and nothing is darker than one half."""
+    return (1 + saliency) / 2
+
+
+def blurrier(saliency: Tensor) -> Tensor:
+    """The map after a Gaussian of a sixteenth of its side as sigma, again in [0,1]: detail is lost."""
+    sigma = min(saliency.shape[2:]) / 16
+    width = 2 * round(2 * sigma) + 1
+    return min_max(TF.gaussian_blur(saliency, [width, width], [sigma, sigma]))
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {f.__name__: f for f in (sharper, blurrier, brighter, lifted)}
+"""Changes of a map that add no information."""
+
+CONTROLS: dict[str, Method] = {"fake_cam": fake_cam, "uniform": uniform, "centred": centred}
+"""Maps that know nothing of the image; beside them `other`, the base method's map of another image."""
+
+GROUPS = {
+    "masking": ("average_drop", "average_gain", "average_increase", "gain_minus_drop", "log_odds"),
+    "order of pixels": ("insertion", "deletion", "road"),
+    "composed": ("adcc", "arcc"),
+    "boxes": ("energy_pointing_game", "soft_f1", "pointing_game", "localization_error"),
+}
+"""The metrics that are audited, all of them columns of `judge`."""
+
+
+class Evidence(NamedTuple):
+    """Images of one kind whose evidence is known.
+
+    Attributes:
+        kind: "mosaic", "paste" or "deletion".
+        names: of the B images; the photos in them are in no other image of the kind.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        objects: B tensors (n,4), what a person would call the object; without rows for pastes, where it would be the
+            truth itself.
+        regions: B tensors (1,4), where the evidence is; empty for the kind "deletion".
+        drops: (F,B,side*side) what the class logit loses with each cell, by F fills; empty for the other kinds.
+    """
+
+    kind: str
+    names: list[str]
+    images: Tensor
+    class_idx: Tensor
+    objects: list[Tensor]
+    regions: list[Tensor]
+    drops: Tensor
+
+
+class Audited(NamedTuple):
+    """Maps to be judged.
+
+    Attributes:
+        saliency: name -> (B,1,H,W) in [0,1].
+        again: name -> the map that the same method makes of the image masked by the first.
+    """
+
+    saliency: dict[str, Tensor]
+    again: dict[str, Tensor]
+
+
+def audited_maps(
+    model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method], batch_size: int = 4
+) -> Audited:
+    """The maps of methods, of `CHANGES` of the base method's map, and of the controls.
+
+    Args:
+        model: that the methods explain.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        methods: name -> method, `grad_cam` among them.
+        batch_size: images in flight.
+
+    Raises:
+        ValueError: no `grad_cam`.
+    """
+    if BASE not in methods:
+        raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
+    made = {name: method for name, method in methods.items() if name not in CONTROLS}
+    made |= {name: partial(_changed, methods[BASE], change) for name, change in CHANGES.items()}
+    saliency = saliency_maps(model, images, class_idx, made, batch_size)
+    again = {
+        name: saliency_maps(model, apply_mask(images, saliency[name]), class_idx, {name: method}, batch_size)[name]
+        for name, method in made.items()
+    }
+    fixed = {name: control(model, images, class_idx) for name, control in CONTROLS.items()}
+    if len(images) > 1:
+        fixed["other"] = saliency[BASE].roll(1, 0)
+    return Audited(saliency | fixed, again | fixed)
+
+
+def collect_evidence(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    boxes: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    side: int = 7,
+) -> list[Evidence]:
+    """Mosaics, pastes and photos whose evidence is known; see `lab.known_evidence`.
+
+    Of each mosaic one verified cell is explained, in turn the first, second, ..., so that images are independent. Of
+    the photos those count that the network gets right.
+
+    Args:
+        model: that decides, and that is explained.
+        images: (N,3,H,W) in [0,1].
+        class_idx: (N,) int64.
+        boxes: N tensors (n,4).
+        names: N of them.
+        limit: at most so many of each kind; None for all.
+        side: cells across and down whose deletion is tried.
+
+    Returns:
+        One entry for each kind that has images.
+    """
+    height, width = images.shape[2:]
+    frame = torch.tensor([width, height] * 2)
+    nothing, none = torch.zeros(0, 4), torch.zeros(0)
+    found = []
+    mosaics = find_mosaics(model, images, class_idx)
+    places = []
+    for m in mosaics.verified.any(1).nonzero()[:, 0].tolist()[:limit]:
+        cells = [(m + k) % SIDE**2 for k in range(SIDE**2)]
+        places.append((m, next(k for k in cells if mosaics.verified[m, k])))
+    if places:
+        which, cell = (list(part) for part in zip(*places, strict=True))
+        corners = cell_boxes((SIDE * height, SIDE * width))[cell]
+        shown = mosaics.photos[which, cell].tolist()
+        objects = [
+            torch.minimum(boxes[i].clamp(min=0), frame) + corner[:2].repeat(2)
+            for i, corner in zip(shown, corners, strict=True)
+        ]
+        called = [f"{names[i]}, cell {k}" for i, k in zip(shown, cell, strict=True)]
+        regions = list(corners[:, None])
+        found.append(
+            Evidence("mosaic", called, mosaics.images[which], mosaics.class_idx[which, cell], objects, regions, none)
+        )
+    pastes = find_pastes(model, images, class_idx, boxes)
+    first = [k for k, pair in enumerate(pastes.pairs.tolist()) if pair not in pastes.pairs[:k].tolist()][:limit]
+    if first:
+        called = [f"{names[j]} in {names[i]}" for i, j in pastes.photos[first].tolist()]
+        regions = [pastes.boxes[k] for k in first]
+        found.append(
+            Evidence(
+                "paste", called, pastes.images[first], pastes.class_idx[first], [nothing] * len(first), regions, none
+            )
+        )
+    right = [i for i in range(len(images)) if _is_right(model, images[i], class_idx[i])][:limit]
+    if right:
+        x, c = images[right], class_idx[right]
+        drops = torch.stack([cell_drops(model, x, c, side, BASELINES[fill], batch_size=16) for fill in FILLS])
+        found.append(Evidence("deletion", [names[i] for i in right], x, c, [boxes[i] for i in right], [], drops))
+    return found
+
+
+def truth_of(evidence: Evidence, saliency: Tensor) -> np.ndarray:
+    """How near each map is to the evidence, (B,); higher is better, and the order of the pixels alone matters.
+
+    For mosaics and pastes `pixel_auroc` of the region; for deletion Spearman's rank correlation of the cells of the map
+    with the drops, mean over the fills.
+    """
+    if evidence.regions:
+        return pixel_auroc(saliency, evidence.regions).cpu().numpy()
+    means = cell_means(saliency.cpu(), math.isqrt(evidence.drops.shape[2])).numpy()
+    return np.mean([spearman(means, drops, axis=1) for drops in evidence.drops.cpu().numpy()], 0)
+
+
+def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[str, Method]) -> pd.DataFrame:
+    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `image`, `target` and `truth`."""
+    tables = []
+    for one in evidence:
+        maps = audited_maps(model, one.images, one.class_idx, methods)
+        table = judge(model, one.images, one.class_idx, maps, one.objects)
+        table["truth"] = np.concatenate([truth_of(one, S) for S in maps.saliency.values()])
+        called = [one.names[i] for i in table["target"]]
+        tables.append(table.assign(kind=one.kind, image=called, target=[f"{one.kind}: {name}" for name in called]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _is_right(model: nn.Module, image: Tensor, label: Tensor) -> bool:
+    with frozen(model), torch.no_grad():
+        return bool(read(model, prepared(model, image[None])).logits[0].argmax() == label)
+
+
+def _changed(
+    method: Method, change: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, class_idx: Tensor
+) -> Tensor:
+    return change(method(model, images, class_idx))
+
+
+def judge(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    maps: Audited,
+    boxes: Sequence[Tensor],
+    *,
+    steps: int = STEPS,
+    fractions: Sequence[float] = FRACTIONS,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Every metric for every map: one row per image and map, with the columns `target` (0 to B-1) and `method`.
+
+    Args:
+        model: takes `images`. Left as found.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        maps: from `audited_maps`.
+        boxes: B tensors (n,4), what a person would call the object; without rows where none are known.
+        steps: of insertion and deletion; the paper's are 28 for 224 pixels.
+        fractions: of ROAD; those of `road` itself are 0.2, 0.4, 0.6 and 0.8.
+        batch_size: masked images in flight.
+
+    Returns:
+        The columns of `evaluation.score` and of `GROUPS`, and the terms `coherency` and `complexity`.
+    """
+    per_step = images[0, 0].numel() // steps
+    tables = []
+    for name, S in maps.saliency.items():
+        table = score(model, images, class_idx, S)
+        arguments = model, images, class_idx, S
+        inserted, deleted = insertion_deletion(*arguments, pixels_per_step=per_step, batch_size=batch_size)
+        removed = road(*arguments, fractions=fractions, batch_size=batch_size)
+        drop = torch.tensor(table["average_drop"].to_numpy())
+        columns = {
+            "insertion": inserted[0],
+            "deletion": deleted[0],
+            "road": removed,
+            "coherency": coherency(S, maps.again[name]),
+            "complexity": complexity(S),
+            "adcc": adcc(S, maps.again[name], drop.to(S.device)),
+            "arcc": arcc(S, maps.again[name], removed),
+            **{
+                metric.__name__: metric(S.cpu(), boxes)
+                for metric in (energy_pointing_game, soft_f1, pointing_game, localization_error)
+            },
+        }
+        table = table.assign(**{column: values.cpu().numpy() for column, values in columns.items()})
+        tables.append(table.rename_axis("target").reset_index().assign(method=name))
+    return pd.concat(tables, ignore_index=True)
+
+
+def agreement(scores: np.ndarray, truth: np.ndarray) -> dict[str, Estimate]:
+    """Spearman rank correlation of a metric with the truth, in three ways.
+
+    Args:
+        scores: (n,M) of n images and M maps of each, higher is better.
+        truth: (n,M) likewise.
+
+    Returns:
+        `maps`: over the maps of one image, mean over the images: which of these maps is better? `images`: over the
+        images for one kind of map, mean over the kinds: on which image is the method right? `methods`: over the kinds
+        of maps, of means over the images: which method is better? Each in [-1,1] with its 95 % interval over the
+        images; 0 where one side is constant.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than two maps.
+    """
+    if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores: wanted (n,M) as truth, M of 2 or more, got {scores.shape} and {truth.shape}")
+    columns = *scores.T, *truth.T
+    found = {"maps": estimate(spearman(scores, truth, axis=1))}
+    for name, statistic in (("images", _over_images), ("methods", _over_methods)):
+        value = float(statistic(*columns, axis=-1))
+        found[name] = Estimate(value, *interval(*columns, statistic=statistic, num_resamples=2000))
+    return found
+
+
+def _over_images(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+    scores, truth = columns[: len(columns) // 2], columns[len(columns) // 2 :]
+    return np.mean([spearman(a, b, axis) for a, b in zip(scores, truth, strict=True)], 0)
+
+
+def _over_methods(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+    means = np.stack([values.mean(axis) for values in columns], -1)
+    return spearman(means[..., : len(columns) // 2], means[..., len(columns) // 2 :], axis=-1)
+
+
+def audit(
+    rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[str], truth: str = "truth"
+) -> pd.DataFrame:
+    """What each metric is worth, by known evidence: one row per metric.
+
+    Args:
+        rows: one row per target and map, with the columns `target` (unique over all kinds of evidence), `method`, those
+            of the metrics, and the truth. A target without the metric for one of its maps does not count for it.
+        metrics: column -> whether higher is better.
+        methods: the maps that the truth orders; the base method among them.
+        truth: the column of the truth, higher is better.
+
+    Returns:
+        Index `metric`; each with `_low` and `_high`: `maps`, `images`, `methods` of `agreement`; `uninformative`, how
+        often a control scores better than the base method's map, equals counting one half, best 0; and for each of
+        `CHANGES` what it adds to the base method's score, in standard deviations over the methods, best 0, positive
+        where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`, the p
+        value of `maps` being 0.
+    """
+    found = {}
+    wide = rows.pivot(index="target", columns="method")
+    controls = [name for name in (*CONTROLS, "other") if name in wide[truth]]
+    for metric, higher in metrics.items():
+        values = pd.DataFrame(wide[metric] if higher else -wide[metric]).dropna(subset=list(methods))
+        if not len(values):
+            continue
+        scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide[truth]))
+        cells = agreement(scores, right)
+        base = values[BASE].to_numpy(float)
+        wins = [(values[name] > base) + (values[name] == base) / 2 for name in controls]
+        if wins:
+            cells["uninformative"] = estimate(np.mean(wins, 0))
+        spread = scores.std(axis=1, ddof=1)
+        for change in CHANGES:
+            if change in values:
+                gained = values[change].to_numpy(float) - base
+                cells[change] = estimate(gained, spread, statistic=ratio_of_means)
+        _, p = estimate_and_p(spearman(scores, right, axis=1))
+        found[metric] = {"n": len(values), "maps_p": p} | {
+            name + end: part
+            for name, cell in cells.items()
+            for end, part in zip(("", "_low", "_high"), cell, strict=True)
+        }
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("metric")
+
+
+def audited_metrics() -> dict[str, bool]:
+    """The metrics of `GROUPS`, in their order, and whether higher is better."""
+    return {name: COLUMNS[name].higher for names in GROUPS.values() for name in names}
