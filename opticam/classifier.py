@@ -172,7 +172,7 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         TypeError: no such logits, or several tensors that might be.
         ValueError: the logits are not (B,C).
     """
-    logits = usable(find_logits(returned, num_images))
+    logits = for_autograd(find_logits(returned, num_images))
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
@@ -217,7 +217,7 @@ def _further_inputs(network: nn.Module) -> list[str]:
     return [p.name for place, p in enumerate(needed) if place or p.kind is p.KEYWORD_ONLY]
 
 
-def usable(tensor: Tensor) -> Tensor:
+def for_autograd(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy if it was made under `inference_mode`, since such tensors cannot enter a graph."""
     return tensor.clone() if tensor.is_inference() else tensor
 

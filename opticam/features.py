@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_network, examine
-from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, own, read, unwrapped, usable
+from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, for_autograd, own, read, unwrapped
 from opticam.layouts import (
     Tokens,
     channels_first,
@@ -45,7 +45,9 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
     """
     classifier = own(model)
     last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
-    return usable(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return (
+        for_autograd(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    )
 
 
 def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
@@ -131,7 +133,7 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
         for name, place in zip(layers, captured, strict=True):
             hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
         logits = examine(unwrapped(model), prepared(model, images)).logits
-    outputs = [usable(_reached(place, model, images)) for place in captured]
+    outputs = [for_autograd(_reached(place, model, images)) for place in captured]
     for name, output in zip(layers, outputs, strict=True):
         _check_first_axis(model, images, name, output)
     return outputs, logits
@@ -190,7 +192,7 @@ def features_and_gradients(
         logits, head = examine(unwrapped(model), prepared(model, images))
         check_class_range(class_idx, logits.shape[1])
         features = _reached(captured, model, images)
-        scores = score(*as_softmax(logits, usable(class_idx), head))
+        scores = score(*as_softmax(logits, for_autograd(class_idx), head))
         gradients = None
         if scores.requires_grad:
             (gradients,) = torch.autograd.grad(scores.sum(), features, allow_unused=True)
@@ -240,7 +242,7 @@ def attention_maps(
         _check_attention(model, captured, grid, len(images))
         gradients: Sequence[Tensor] = ()
         if with_gradients:
-            class_logits = class_logit(logits, usable(class_idx))
+            class_logits = class_logit(logits, for_autograd(class_idx))
             gradients = torch.autograd.grad(class_logits.sum(), captured, allow_unused=True, materialize_grads=True)
     return [maps.detach() for maps in captured], list(gradients), logits.detach()
 
@@ -287,7 +289,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
-        total = sum(class_logit(score, usable(class_idx)).sum() for score in scores)
+        total = sum(class_logit(score, for_autograd(class_idx)).sum() for score in scores)
         gradients = torch.autograd.grad(total, captured)  # type: ignore[arg-type]
     return list(gradients), grid
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.features import usable
+from opticam.features import for_autograd
 
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | 
     if not isinstance(found, Tensor):
         raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {found!r}")
     try:
-        return usable(found).to(images).expand(images.shape)
+        return for_autograd(found).to(images).expand(images.shape)
     except RuntimeError as error:
         raise ValueError(
             f"baseline: wanted a shape that broadcasts to {tuple(images.shape)}, got {tuple(found.shape)}"

@@ -145,7 +145,7 @@ def test_values_of_tables_of_boxes(photos, row, column, word):
     (photos / "boxes.csv").write_text(HEADER + table(rows), encoding="utf-8")
     found = outcome("boxes.csv: ", imagefolder, photos, boxes_csv=photos / "boxes.csv")
     assert (found is None) == ("," in word), "a decimal comma is one field more"
-    for photo in found.photos if found else []:
+    for photo in found.records if found else []:
         own = [row[1:] for row in rows if row[0] in (photo.name, photo.path.name)]
         try:
             boxes = [tuple(map(float, box)) for box in own]
@@ -163,7 +163,7 @@ def test_values_of_tables_of_boxes(photos, row, column, word):
 def test_bytes_of_tables_of_boxes(photos, change):
     (photos / "boxes.csv").write_bytes(change((HEADER + table(ROWS)).encode()))
     found = outcome("boxes.csv: ", imagefolder, photos, boxes_csv=photos / "boxes.csv")
-    assert found is None or [photo.name for photo in found.photos] == ["c/a.png", "c/b.png"]
+    assert found is None or [photo.name for photo in found.records] == ["c/a.png", "c/b.png"]
 
 
 OBJECT = "<object><name>n01440764</name><bndbox>{}</bndbox></object>"
@@ -190,7 +190,7 @@ def test_bytes_of_annotations_of_imagenet(name, change, tmp_path):
     found = outcome(
         r"LOC_val_solution\.csv: |root: no ImageNet", imagenet, tmp_path, errors=(ValueError, FileNotFoundError)
     )
-    for photo in found.photos if found else []:
+    for photo in found.records if found else []:
         assert re.match("annotation: |label: |$", photo.fault)
         assert photo.fault == "" or photo.boxes == () or photo.label == -1
         if name.endswith("csv") and not photo.fault:

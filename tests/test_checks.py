@@ -13,7 +13,7 @@ from opticam.checks import check_at_least, check_inputs, check_network, examine
 from opticam.classifier import logits_of_sigmoid, logits_of_softmax
 from opticam.features import count_passes, feature_maps
 from opticam.lab.datasets import Sample
-from opticam.lab.explorer import explain
+from opticam.lab.explorer import explanation_of
 from opticam.state import frozen
 
 
@@ -343,7 +343,7 @@ def test_every_door_refuses_foreign_networks(tiny, images, kind):
     refused(error, message, lambda: check_layout(model, images, layer="features"))
     refused(error, message, lambda: default_layer(model, 32))
     refused(error, message, lambda: evaluate(model, data, {"fake_cam": METHODS["fake_cam"]}))
-    refused(error, message, lambda: explain(model, images[0], 0, "rise"))
+    refused(error, message, lambda: explanation_of(model, images[0], 0, "rise"))
 
 
 class Counting(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from opticam import METHODS, evaluate, find_method, metrics, opti_cam, score, wrap
 from opticam.lab.datasets import Sample
-from opticam.lab.evaluation import SCORES
+from opticam.lab.evaluation import COLUMN_GROUPS
 from opticam.methods import OBJECTIVES, perturbation
 
 C = 3  # the class explained
@@ -170,7 +170,8 @@ def test_tables(network, pair, one, images):
     several = wrap(network, "features.0", head="sigmoid")
     single = wrap(one, "inner.features.0", class_names=["ill"])
     tables = [
-        evaluate(model, samples(c), methods, scores=list(SCORES)) for model, c in ((pair, 0), (several, C), (single, 0))
+        evaluate(model, samples(c), methods, scores=list(COLUMN_GROUPS))
+        for model, c in ((pair, 0), (several, C), (single, 0))
     ]
     numbers = [
         table.select_dtypes("number").drop(columns=["label", "class_idx", "predicted", "seconds"]) for table in tables

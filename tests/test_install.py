@@ -135,7 +135,7 @@ def test_a_photo_is_explained_without_a_clone(from_wheel):
     assert "bald eagle" in done.stdout
     assert (from_wheel / "deep" / "eagle.png").stat().st_size > 10_000
     done = run("from opticam.lab.datasets import demo\nprint(sum(len(sample.boxes) for sample in demo()))", from_wheel)
-    assert int(done.stdout) == sum(len(photo.boxes) for photo in demo().photos)
+    assert int(done.stdout) == sum(len(photo.boxes) for photo in demo().records)
 
 
 @pytest.mark.parametrize(

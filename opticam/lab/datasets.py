@@ -95,7 +95,7 @@ class Photos(Dataset):
     """Photos on disk, decoded when asked for.
 
     Attributes:
-        photos: their records.
+        records: a `Photo` of each.
         class_names: one name per label.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
@@ -103,7 +103,7 @@ class Photos(Dataset):
         window: of pixels of more than 8 bits; see `read_image`.
     """
 
-    photos: Sequence[Photo]
+    records: Sequence[Photo]
     class_names: Sequence[str]
     input_size: int = 224
     resize: int = 256
@@ -116,20 +116,20 @@ class Photos(Dataset):
     @property
     def paths(self) -> list[Path]:
         """Image files."""
-        return [photo.path for photo in self.photos]
+        return [photo.path for photo in self.records]
 
     @property
     def names(self) -> list[str]:
         """Unique name of each."""
-        return [photo.name for photo in self.photos]
+        return [photo.name for photo in self.records]
 
     @property
     def labels(self) -> list[int]:
         """Class index of each."""
-        return [photo.label for photo in self.photos]
+        return [photo.label for photo in self.records]
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         """The photo as the network sees it.
@@ -141,7 +141,7 @@ class Photos(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
-        path, name, label, boxes, fault = self.photos[index]
+        path, name, label, boxes, fault = self.records[index]
         if fault:
             raise ValueError(fault)
         image = read_image(path, upright=self.upright, window=self.window)
@@ -157,7 +157,7 @@ class Photos(Dataset):
         try:
             return self[index]
         except (OSError, ValueError) as error:
-            path, name, label, *_ = self.photos[index]
+            path, name, label, *_ = self.records[index]
             return Skipped(name, label, str(error).replace(str(path), name))
 
     def readable(self, limit: int | None = None) -> list[Sample]:
@@ -182,34 +182,34 @@ def select(
     items: Sequence[Item],
     *,
     limit: int | None = None,
-    sample: int | None = None,
+    draw: int | None = None,
     shard: tuple[int, int] | str | None = None,
     seed: int = 0,
 ) -> list[Item]:
-    """Some of the items, in their order: first `sample`, of that `limit`, of that `shard`.
+    """Some of the items, in their order: first `draw`, of that `limit`, of that `shard`.
 
-    So `sample` and `limit` say what is worked on, and the n shards share it without overlap, whatever it is.
+    So `draw` and `limit` say what is worked on, and the n shards share it without overlap, whatever it is.
 
     Args:
         items: of any kind; only counted.
         limit: the first so many; None for all.
-        sample: a random subset of so many, without replacement; a smaller one of the same seed lies within a larger.
+        draw: a random subset of so many, without replacement; a smaller one of the same seed lies within a larger.
         shard: (k, n) or "k/n" with k in 0..n-1: every n-th, from the k-th on, so that each shard sees all classes of a
             sorted list. A shard is empty where there are too few items.
-        seed: of the sample.
+        seed: of the draw.
 
     Raises:
         ValueError: a number out of range, or a shard that is none.
     """
     chosen = list(items)
-    for name, number in (("sample", sample), ("limit", limit)):
+    for name, number in (("draw", draw), ("limit", limit)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: wanted at least 1 photo, got {number!r}")
-    if sample is not None:
-        if sample > len(chosen):
-            raise ValueError(f"sample: wanted at most the {len(chosen)} photos there are, got {sample}")
+    if draw is not None:
+        if draw > len(chosen):
+            raise ValueError(f"draw: wanted at most the {len(chosen)} photos there are, got {draw}")
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
-        chosen = [chosen[index] for index in sorted(order[:sample].tolist())]
+        chosen = [chosen[index] for index in sorted(order[:draw].tolist())]
     chosen = chosen[:limit]
     if shard is not None:
         words = "/".join(map(str, shard)) if isinstance(shard, tuple | list) else str(shard)
@@ -401,7 +401,7 @@ def load_dataset(
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
         window: see `imagefolder`; the photos of other datasets have 8 bits and no window.
-        options: `sample`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
+        options: `draw`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
 
     Raises:
         ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
@@ -425,7 +425,7 @@ def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **s
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
-        selection: `sample`, `shard`, `seed`; see `select`.
+        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: the photos or their boxes are not there.
@@ -480,7 +480,7 @@ def imagenet(
         limit: see `select`.
         annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
             `Annotations/CLS-LOC/val` in the root, or beside the image.
-        selection: `sample`, `shard`, `seed`; see `select`. XML is read of selected images only.
+        selection: `draw`, `shard`, `seed`; see `select`. XML is read of selected images only.
 
     Raises:
         FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
@@ -560,7 +560,7 @@ def imagefolder(
             a photo with a malformed row is listed with its fault. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
-        selection: `sample`, `shard`, `seed`; see `select`.
+        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: no root, no images in it, or no table.
@@ -606,7 +606,7 @@ def imagenette(
         size: "full", "320px" or "160px", the shorter side of the photos.
         split: "val" or "train".
         download: fetch it by torchvision if it is not there.
-        selection: `sample`, `shard`, `seed`; see `select`.
+        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: it is not there and `download` is off.

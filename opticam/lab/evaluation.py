@@ -25,7 +25,7 @@ from opticam.classifier import Output, as_output, class_logit, own, probs_of_cla
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.files import library_versions
-from opticam.lab.identity import describe, digest_of
+from opticam.lab.identity import digest_of, key_of
 from opticam.lab.results import is_done, write_rows
 from opticam.methods import method_label
 from opticam.metrics import (
@@ -53,7 +53,7 @@ Method = Callable[..., Tensor]
 Samples = Photos | Sequence[Sample | Skipped]
 
 
-class Explained(NamedTuple):
+class BatchWithMaps(NamedTuple):
     """A batch and its maps: what the metrics beyond masking are computed from.
 
     Attributes:
@@ -186,18 +186,18 @@ def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"one half everywhere": torch.full_like(next(iter(saliency.values())), 0.5), **moved}
 
 
-def _curves(batch: Explained) -> dict[str, Any]:
+def _curves(batch: BatchWithMaps) -> dict[str, Any]:
     in_flight = 8 if batch.images.device.type == "cpu" else 64  # what caches hold
     arguments = batch.model, batch.images, batch.class_idx, batch.saliency
     insertion, deletion = insertion_deletion(*arguments, batch_size=in_flight)
     return {"insertion": insertion[0], "deletion": deletion[0]}
 
 
-def _road(batch: Explained) -> dict[str, Any]:
+def _road(batch: BatchWithMaps) -> dict[str, Any]:
     return {"road": road(batch.model, batch.images, batch.class_idx, batch.saliency)}
 
 
-def _adcc(batch: Explained) -> dict[str, Any]:
+def _adcc(batch: BatchWithMaps) -> dict[str, Any]:
     again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx)
     drop = torch.tensor(batch.scores["average_drop"], device=again.device)
     return {
@@ -207,7 +207,7 @@ def _adcc(batch: Explained) -> dict[str, Any]:
     }
 
 
-def _localization(batch: Explained) -> dict[str, Any]:
+def _localization(batch: BatchWithMaps) -> dict[str, Any]:
     logits, head = batch.output
     right = logits.argmax(1) == batch.class_idx if head == "softmax" else class_logit(logits, batch.class_idx) > 0
     correct = right.cpu()
@@ -224,7 +224,7 @@ def _localization(batch: Explained) -> dict[str, Any]:
     }
 
 
-def _box_experiment(batch: Explained) -> dict[str, Any]:
+def _box_experiment(batch: BatchWithMaps) -> dict[str, Any]:
     masks = box_experiment_masks(batch.saliency, batch.boxes)
     with_box = np.array([len(boxes) > 0 for boxes in batch.boxes])
     columns = {}
@@ -235,7 +235,7 @@ def _box_experiment(batch: Explained) -> dict[str, Any]:
     return columns
 
 
-def _saliency(batch: Explained) -> dict[str, Any]:
+def _saliency(batch: BatchWithMaps) -> dict[str, Any]:
     return {"saliency": [maps.mul(255).round().byte().cpu().numpy().tobytes() for maps in batch.saliency]}
 
 
@@ -259,7 +259,7 @@ def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(stacked).float() / 255
 
 
-SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
+COLUMN_GROUPS: dict[str, Callable[[BatchWithMaps], dict[str, Any]]] = {
     "curves": _curves,
     "road": _road,
     "adcc": _adcc,
@@ -271,12 +271,12 @@ SCORES: dict[str, Callable[[Explained], dict[str, Any]]] = {
 
 def _is_single(name: str) -> bool:
     """Whether a metric is a score of its own: all that it needs is known of an explained batch."""
-    return set(COLUMNS[name].needs) <= set(Explained._fields)
+    return set(COLUMNS[name].needs) <= set(BatchWithMaps._fields)
 
 
-def _score_columns(kind: str, batch: Explained) -> dict[str, Any]:
-    if kind in SCORES:
-        return SCORES[kind](batch)
+def _score_columns(kind: str, batch: BatchWithMaps) -> dict[str, Any]:
+    if kind in COLUMN_GROUPS:
+        return COLUMN_GROUPS[kind](batch)
     metric = COLUMNS[kind]
     values = metric(*(getattr(batch, need) for need in metric.needs))
     return {kind: values[0] if isinstance(values, tuple) else values}  # of a curve, its area
@@ -298,7 +298,7 @@ def evaluate(
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
         dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
-        scores: what to compute beside the columns of `score`: names in `SCORES`, or of other metrics in
+        scores: what to compute beside the columns of `score`: names in `COLUMN_GROUPS`, or of other metrics in
             `metrics.COLUMNS`.
         batch_size: images in flight, halved with a warning where a device runs out of memory; in exact arithmetic
             the result does not depend on it.
@@ -341,7 +341,7 @@ def stream(
 
     Interrupted in whatever way and started again, it resumes after the last whole file, and ends with the rows of an
     undisturbed run. Runs with other parameters, images, methods, layer, weights, device or versions of libraries have
-    folders of their own inside `folder`; see `identity.describe` for how methods and networks are recognised. A file
+    folders of their own inside `folder`; see `identity.key_of` for how methods and networks are recognised. A file
     counts as done if neither the code of this package nor an image of it nor its boxes have changed since.
 
         rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
@@ -365,10 +365,10 @@ def stream(
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: see `evaluate`; a method or network without a key that `identity.describe` cannot recognise.
+        ValueError: see `evaluate`; a method or network without a key that `identity.key_of` cannot recognise.
     """
     _check_work(model, dataset, methods, scores)
-    if not hasattr(dataset, "photos"):
+    if not hasattr(dataset, "records"):
         raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
     check_at_least(1, shard_size=shard_size)
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
@@ -380,12 +380,12 @@ def stream(
             )
 
     def described(name: str, value: Any) -> Any:
-        return describe(value, model, name, keys.get(name, ""))
+        return key_of(value, model, name, keys.get(name, ""))
 
     computed = {
         "methods": {name: described(name, method) for name, method in methods.items()},
         "layer": _layer_name(model, None),
-        "scores": [name if name in SCORES else [name, described(name, COLUMNS[name])] for name in scores],
+        "scores": [name if name in COLUMN_GROUPS else [name, described(name, COLUMNS[name])] for name in scores],
         "metrics": {name: described(name, metric) for name, metric in probability_metrics().items()},
         "batch_size": batch_size,
         "weights": described("model", model),
@@ -428,7 +428,7 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
         raise ValueError("dataset: wanted at least one image")
     if not methods:
         raise ValueError("methods: wanted at least one")
-    known = [*SCORES, *(name for name in COLUMNS if _is_single(name))]
+    known = [*COLUMN_GROUPS, *(name for name in COLUMNS if _is_single(name))]
     for name in scores:
         if name not in known:
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
@@ -578,7 +578,7 @@ def _scored(
     saliency = saliency.nan_to_num(0, 0, 0)
     table = score(model, images, class_idx, saliency, output)
     table.insert(0, "predicted", output.logits.argmax(1).cpu().numpy())
-    batch = Explained(model, images, class_idx, output, boxes, saliency, method, table)
+    batch = BatchWithMaps(model, images, class_idx, output, boxes, saliency, method, table)
     for kind in scores:
         for column, values in _score_columns(kind, batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
@@ -631,7 +631,7 @@ def _layer_name(model: nn.Module, layer: Layer) -> str:
 
 def _files(dataset: Photos, indices: range) -> str:
     """Tells whether something behind the names of these photos has changed."""
-    photos = [dataset.photos[i] for i in indices]
+    photos = [dataset.records[i] for i in indices]
     contents = []
     for photo in photos:
         with photo.path.open("rb") if photo.path.is_file() else io.BytesIO() as file:

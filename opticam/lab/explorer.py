@@ -1,6 +1,6 @@
 """A page to explore one decision in a notebook: photo, network, method and class chosen by hand.
 
-`explain` computes, and needs no page. `Explorer` is the page: its work runs in a thread, so that the kernel
+`explanation_of` computes, and needs no page. `Explorer` is the page: its work runs in a thread, so that the kernel
 answers, and ends between two modules of the network when someone presses Stop.
 """
 
@@ -83,7 +83,7 @@ class Explanation(NamedTuple):
         return probabilities(self.masked_logits[None].double(), self.head)[0]
 
 
-def explain(
+def explanation_of(
     model: nn.Module,
     image: Tensor,
     class_idx: int,
@@ -251,7 +251,7 @@ class Explorer:
         self._reached = ""
         self._stop = threading.Event()
         self._thread = threading.Thread()
-        self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.photos)])
+        self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.records)])
         self.model_choice.options = list(dict.fromkeys([*MODELS, model]))
         self.photo_choice.index, self.model_choice.value = photo, model
         self.method_choice.value, self.steps.value, self.compared.value = method, num_steps, tuple(compared)
@@ -395,7 +395,7 @@ class Explorer:
         words = self.class_search.value.strip()
         return class_index(words, self.model.class_names) if words else self.class_choice.value
 
-    def _explain(self, method: str, class_idx: int) -> Explanation:
+    def _explanation_of(self, method: str, class_idx: int) -> Explanation:
         num_steps, label = self.steps.value, method_label(method)
 
         def progress(passes: int) -> None:
@@ -407,13 +407,13 @@ class Explorer:
             self._say(f"{label}: {self._reached}")
 
         self._reached, self.progress.value = "0 passes of the network", 0
-        told = partial(explain, stopped=self._stop.is_set, progress=progress)
+        told = partial(explanation_of, stopped=self._stop.is_set, progress=progress)
         return told(self.model, self.image, class_idx, method, num_steps=num_steps)
 
     def explain(self) -> None:
         """Explain the chosen class by the chosen method and show it."""
         class_idx = self._chosen_class()
-        found = self._explain(self.method_choice.value, class_idx)
+        found = self._explanation_of(self.method_choice.value, class_idx)
         self.explanation = found
         bars = probability_bars(found.probs.cpu(), found.masked_probs.cpu(), self.model.class_names, class_idx)
         self.bars.value = _png(bars)
@@ -435,7 +435,7 @@ class Explorer:
         for method in self.compared.value:
             label, picture = method_label(method), _picture(156)
             try:
-                found = self.comparison[method] = self._explain(method, class_idx)
+                found = self.comparison[method] = self._explanation_of(method, class_idx)
                 label = f"{label}: {100 * found.masked_prob[found.step]:.1f} %"
                 picture.value = _png(overlay(found.image, found.saliency))
             except REFUSALS as error:  # the others may well apply

@@ -18,7 +18,7 @@ _KNOWN = {"opticam", "torch", "torchvision", "timm", "transformers", "numpy", "b
 _OF_ALL = {*vars(nn.Module())}
 
 
-def describe(value: Any, model: nn.Module, name: str = "model", key: str = "") -> Any:
+def key_of(value: Any, model: nn.Module, name: str = "model", key: str = "") -> Any:
     """A method, a network or a part of one as JSON: what has a name is recognised, anything else is refused.
 
     Numbers, text, tensors and containers of these count by their content. Functions, classes and constants of this
@@ -39,7 +39,7 @@ def describe(value: Any, model: nn.Module, name: str = "model", key: str = "") -
     Raises:
         ValueError: something has no name, and there is no key.
     """
-    inner = partial(describe, model=model, name=name, key=key)
+    inner = partial(key_of, model=model, name=name, key=key)
     if isinstance(value, nn.Module):
         layer = None if value is model else layer_name(model, value)
         return {"network": _network(value, name, key)} if layer is None else {"layer": layer}
@@ -81,7 +81,7 @@ def _name(value: Any, home: str) -> str:
 
 
 def _network(network: nn.Module, name: str, key: str) -> str:
-    inner = partial(describe, model=network, name=name, key=key)
+    inner = partial(key_of, model=network, name=name, key=key)
     parts: list[Any] = [*network.named_parameters(), *network.named_buffers()]
     for place, module in network.named_modules():
         settings = {word: item for word, item in vars(module).items() if word not in _OF_ALL}

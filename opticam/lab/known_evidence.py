@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticam.checks import check_at_least, check_class_range, check_images, check_inputs, examine
-from opticam.classifier import Classifier, class_logit, own, probabilities, read, usable
+from opticam.classifier import Classifier, class_logit, for_autograd, own, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.lab.summary import Estimate, estimate_and_p, ratio_of_means
@@ -190,7 +190,7 @@ def cell_drops(
     cells = torch.eye(side**2, dtype=images.dtype, device=images.device).view(-1, 1, side, side)
     kept = 1 - F.interpolate(cells, size=images.shape[2:], mode="nearest")
     with frozen(model), torch.no_grad():
-        x, c = prepared(model, images), usable(class_idx)
+        x, c = prepared(model, images), for_autograd(class_idx)
         logits = examine(model, x).logits
         check_class_range(c, logits.shape[1])
         shown = baseline_of(x, baseline)

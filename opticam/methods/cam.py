@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_at_least, check_class_range, check_inputs
-from opticam.classifier import class_logit, read, usable
+from opticam.classifier import class_logit, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, feature_maps, features_and_gradients, prepared
 from opticam.folding import folded
 from opticam.head import split_head
@@ -119,7 +119,7 @@ def ablation_cam(
         localization, WACV 2020, eq. 1 and 2.
     """
     check_inputs(model, images, class_idx)
-    x, c = prepared(model, images), usable(class_idx)
+    x, c = prepared(model, images), for_autograd(class_idx)
     head, output, logits = split_head(model, x, layer)
     check_class_range(class_idx, logits.shape[1])
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision overflow
@@ -155,7 +155,7 @@ def score_cam(
         2020, arXiv 1910.01279, eq. 6 to 9.
     """
     check_inputs(model, images, class_idx)
-    x, c = prepared(model, images), usable(class_idx)
+    x, c = prepared(model, images), for_autograd(class_idx)
     (features,), logits = feature_maps(model, x, layer)
     check_class_range(class_idx, logits.shape[1])
     features = features.to(torch.promote_types(features.dtype, torch.float32))

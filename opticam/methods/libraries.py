@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
-from opticam.classifier import bare, read, usable
+from opticam.classifier import bare, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
 from opticam.folding import twin_of
 from opticam.saliency import saliency_map
@@ -84,7 +84,7 @@ def library_map(
 
         x = prepared(model, images).clone().requires_grad_()
         try:
-            maps = run(kind, _Logits(twins[model]).eval(), x, usable(class_idx), places, grid, options)
+            maps = run(kind, _Logits(twins[model]).eval(), x, for_autograd(class_idx), places, grid, options)
         except torch.OutOfMemoryError:
             raise
         except REFUSALS as error:

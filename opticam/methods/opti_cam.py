@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
-from opticam.classifier import Output, as_softmax, read, usable
+from opticam.classifier import Output, as_softmax, for_autograd, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
 from opticam.methods.ascent import Optimizer, Progress, Space, adam, keep_rows, weight_space
@@ -247,7 +247,7 @@ def opti_cam(
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
-    def explain(part: slice) -> OptiCAMResult:
+    def climb(part: slice) -> OptiCAMResult:
         baselines = [_part(b, part) for b in shown]
         network, batch = _prepare(model, images[part], class_idx[part], layer, baselines, _part(anchor, part))
         features, size = batch.features, images.shape[-2:]
@@ -286,7 +286,7 @@ def opti_cam(
             return OptiCAMResult(S, space.weights(progress.best, features), progress.history, steps)
 
     with frozen(model):
-        return OptiCAMResult(*map(torch.cat, zip(*_in_parts(explain, len(images), batch_size), strict=True)))
+        return OptiCAMResult(*map(torch.cat, zip(*_in_parts(climb, len(images), batch_size), strict=True)))
 
 
 def _prepare(
@@ -298,7 +298,7 @@ def _prepare(
     anchor: Tensor | Callable[..., Tensor] | None,
 ) -> tuple[nn.Module, _Batch]:
     """The network that the loop asks, and what it works on: one forward pass, and those of the anchor."""
-    x, c = prepared(model, images), usable(class_idx)
+    x, c = prepared(model, images), for_autograd(class_idx)
     features, y = feature_maps(model, x, layer)
     check_class_range(c, y.shape[1])
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
@@ -306,7 +306,7 @@ def _prepare(
     if callable(anchor):
         anchor = anchor(model, x, c, layer=as_layers(layer)[-1])
         check_saliency(x, anchor, "anchor")
-    S_0 = None if anchor is None else usable(anchor).detach().to(A[0])
+    S_0 = None if anchor is None else for_autograd(anchor).detach().to(A[0])
     return folded(model, x, y), _Batch(x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
 
 
@@ -317,7 +317,7 @@ def _start(u: Tensor | None, batch: _Batch) -> Tensor:
         return batch.features[0].new_zeros(wanted)
     if u.shape != wanted:
         raise ValueError(f"u: wanted shape ({wanted[0]},{wanted[1]}), got {tuple(u.shape)} for {wanted[0]} images")
-    return usable(u).detach().to(batch.features[0])
+    return for_autograd(u).detach().to(batch.features[0])
 
 
 def _part(given: Any, part: slice) -> Any:
@@ -347,14 +347,14 @@ def _keep(batch: _Batch, working: Tensor, model: nn.Module) -> _Batch:
     return _Batch(prepared(model, x[working]), c[working], y[working], shown, S_0, tuple(maps[working] for maps in A))
 
 
-def _in_parts(explain: Callable[[slice], OptiCAMResult], number: int, batch_size: int | None) -> list[OptiCAMResult]:
-    """`explain` of `batch_size` images at a time, or of as many as fit into the memory of the device."""
+def _in_parts(climb: Callable[[slice], OptiCAMResult], number: int, batch_size: int | None) -> list[OptiCAMResult]:
+    """`climb` of `batch_size` images at a time, or of as many as fit into the memory of the device."""
     asked = in_flight = min(batch_size or number, number)
     parts: list[OptiCAMResult] = []
     first = 0
     while first < number:
         try:
-            parts.append(explain(slice(first, first + in_flight)))
+            parts.append(climb(slice(first, first + in_flight)))
             first += in_flight
         except torch.OutOfMemoryError:
             if in_flight == 1:

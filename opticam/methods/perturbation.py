@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_class_range, check_inputs, examine
-from opticam.classifier import class_logit, probabilities, read, usable
+from opticam.classifier import class_logit, for_autograd, probabilities, read
 from opticam.features import Layer, prepared
 from opticam.folding import folded
 from opticam.methods.record import Method
@@ -53,7 +53,7 @@ def rise(
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     per_image = max(1, batch_size // len(images))
     with frozen(model), torch.no_grad():
-        x, c = prepared(model, images), usable(class_idx)
+        x, c = prepared(model, images), for_autograd(class_idx)
         total = torch.zeros_like(x[:, :1], dtype=dtype)
         logits = examine(model, x[:1]).logits
         check_class_range(c, logits.shape[1])
@@ -129,7 +129,7 @@ def extremal_perturbation(
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     masks = []
     with frozen(model):
-        given = usable(images).detach().contiguous(), usable(class_idx)
+        given = for_autograd(images).detach().contiguous(), for_autograd(class_idx)
         for x, c in zip(*(tensor.split(batch_size or len(images)) for tensor in given), strict=True):
             pyramid = blur_pyramid(x.to(dtype))  # half precision convolves at a crawl on some processors
             coarse = torch.ones(len(x), 1, *(math.ceil(side / STEP) for side in size), device=x.device, dtype=dtype)

@@ -20,10 +20,10 @@ from opticam.classifier import (
     Head,
     as_softmax,
     class_logit,
+    for_autograd,
     own,
     probs_of_class,
     read,
-    usable,
     with_absence,
 )
 from opticam.features import prepared
@@ -549,7 +549,7 @@ def _probabilities(
 ) -> Tensor:
     """(B,n) class probabilities of n masked images an image, all images' in one row of batches; NaN for a NaN map."""
     probs: list[Tensor] = []
-    network, class_idx = model, usable(class_idx)
+    network, class_idx = model, for_autograd(class_idx)
     with frozen(model), torch.no_grad():
         for masked, rows in batches:
             masked = prepared(model, masked)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opticam.checks import check_at_least, check_class_range, check_inputs, examine
-from opticam.classifier import as_softmax, class_logit, usable
+from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
 from opticam.state import frozen
@@ -164,12 +164,12 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
     crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height]))
     resized = [
         F.interpolate(image[None, :, y0:y1, x0:x1], (height, width), mode="bilinear", align_corners=False)
-        for image, (x0, y0, x1, y1) in zip(usable(images).detach(), crops.tolist(), strict=True)
+        for image, (x0, y0, x1, y1) in zip(for_autograd(images).detach(), crops.tolist(), strict=True)
     ]
     with frozen(model), torch.no_grad():
         logits, head = examine(model, prepared(model, torch.cat(resized)))
     check_class_range(class_idx, logits.shape[1])
-    two, c = as_softmax(logits.double(), usable(class_idx), head)
+    two, c = as_softmax(logits.double(), for_autograd(class_idx), head)
     log_prob = class_logit(two.log_softmax(1), c)
     area = _areas(crops).to(log_prob) / (height * width)
     return (area.clamp(min=0.05).log() - log_prob).masked_fill(_has_nan(saliency), torch.nan)

@@ -16,7 +16,7 @@ class Metric:
         higher: whether higher is better.
         factor: to multiply with for people, 100 for a percentage.
         proportion: whether the mean over images counts hits. The pointing game also gives parts of a hit.
-        needs: the names of what the function takes: for `evaluate`, attributes of `Explained`.
+        needs: the names of what the function takes: for `evaluate`, attributes of `BatchWithMaps`.
     """
 
     function: Callable[..., Any]

@@ -161,14 +161,14 @@ def test_class_folders_in_an_order_that_is_not_clear(tmp_path, folders, sentence
         with pytest.raises(ValueError, match=f"root: {sentence}"):
             imagefolder(tmp_path, class_names=names)
     said = imagefolder(tmp_path, class_names=folders)
-    assert {photo.name.split("/")[0]: photo.label for photo in said.photos} == {f: i for i, f in enumerate(folders)}
+    assert {photo.name.split("/")[0]: photo.label for photo in said.records} == {f: i for i, f in enumerate(folders)}
 
 
 def test_boxes_in_fractions_of_the_photo_are_refused(tmp_path):
     write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
     write(tmp_path / "c" / "b.png", Image.new("RGB", (8, 8)))
     (tmp_path / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\na.png,0.1,0.2,0.9,1\nb.png,0,0,1,1\n")
-    first, second = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").photos
+    first, second = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").records
     assert first.fault == "annotation: cannot read that of a.png (wanted pixels, got fractions 0.1 0.2 0.9 1)"
     assert second.boxes == ((0, 0, 1, 1),)
 
@@ -373,20 +373,20 @@ def slow_select(items, limit, sample, shard, seed):
 @pytest.mark.parametrize("shard", [None, (0, 1), (1, 3), (2, 3), (8, 30)])
 def test_select_is_sample_then_limit_then_shard(limit, sample, shard):
     items = list("abcdefghijklmnopqrst")
-    chosen = select(items, limit=limit, sample=sample, shard=shard, seed=3)
+    chosen = select(items, limit=limit, draw=sample, shard=shard, seed=3)
     assert chosen == slow_select(items, limit, sample, shard, 3)
     if shard is not None:
-        assert chosen == select(items, limit=limit, sample=sample, shard=f"{shard[0]}/{shard[1]}", seed=3)
+        assert chosen == select(items, limit=limit, draw=sample, shard=f"{shard[0]}/{shard[1]}", seed=3)
 
 
 def test_sample_is_seeded_stable_and_nested():
     items = list(range(1000))
-    drawn = select(items, sample=50, seed=1)
-    assert drawn == sorted(drawn) == select(items, sample=50, seed=1) != select(items, sample=50, seed=2)
-    assert set(select(items, sample=10, seed=1)) < set(drawn)
-    assert select(items, sample=3) == [37, 44, 675]  # a sample once reported stays the same
+    drawn = select(items, draw=50, seed=1)
+    assert drawn == sorted(drawn) == select(items, draw=50, seed=1) != select(items, draw=50, seed=2)
+    assert set(select(items, draw=10, seed=1)) < set(drawn)
+    assert select(items, draw=3) == [37, 44, 675]  # a sample once reported stays the same
     before = torch.get_rng_state()
-    select(items, sample=3)
+    select(items, draw=3)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -407,10 +407,10 @@ def test_select_refuses_other_wrong_values():
     for limit in (0, -1, 2.5, "3"):
         with pytest.raises(ValueError, match="limit: wanted at least 1 photo, got"):
             select(range(5), limit=limit)
-    with pytest.raises(ValueError, match="sample: wanted at least 1 photo, got 0"):
-        select(range(5), sample=0)
-    with pytest.raises(ValueError, match="sample: wanted at most the 5 photos there are, got 6"):
-        select(range(5), sample=6)
+    with pytest.raises(ValueError, match="draw: wanted at least 1 photo, got 0"):
+        select(range(5), draw=0)
+    with pytest.raises(ValueError, match="draw: wanted at most the 5 photos there are, got 6"):
+        select(range(5), draw=6)
 
 
 # ----------------------------------------------------------------------------------------------------- ImageNet
@@ -435,7 +435,7 @@ def write(path, content=NOISE, **options):
 
 
 def listed(photos):
-    return [(photo.name, photo.label, photo.boxes) for photo in photos.photos]
+    return [(photo.name, photo.label, photo.boxes) for photo in photos.records]
 
 
 @pytest.fixture(autouse=True)
@@ -503,9 +503,9 @@ def test_class_folders(folders):
     # the XML elsewhere, in class folders or flat, goes first
     write(folders / "Annotations" / "CLS-LOC" / "val" / EAGLE / "b.xml", xml((EAGLE, 5, 6, 7, 8)))
     write(folders / "given" / "b.xml", xml((EAGLE, 3, 3, 4, 4)))
-    assert imagenet(folders).photos[2].boxes == ((5, 6, 7, 8),)
-    assert imagenet(folders, annotations=folders / "given").photos[2].boxes == ((3, 3, 4, 4),)
-    assert imagenet(folders, annotations=folders / "given").photos[0].boxes == ()  # of another class
+    assert imagenet(folders).records[2].boxes == ((5, 6, 7, 8),)
+    assert imagenet(folders, annotations=folders / "given").records[2].boxes == ((3, 3, 4, 4),)
+    assert imagenet(folders, annotations=folders / "given").records[0].boxes == ()  # of another class
     # and an image without XML, where others have theirs, is skipped
     photo = imagenet(folders, annotations=folders / "given").get(1)
     assert photo == Skipped(f"{EAGLE}/a.jpeg", 22, "annotation: cannot read that of a (there is none)")
@@ -563,7 +563,7 @@ def test_classes_that_are_none_of_imagenets(kaggle, tmp_path):
     rows = ["first,n99999999 1 2 3 4", f"second,{EAGLE} 1 2 3", "third,", f"fourth,{EAGLE} 1 2 3 4"]
     (kaggle / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
     photos = imagenet(kaggle)
-    reasons = [photo.fault for photo in photos.photos]
+    reasons = [photo.fault for photo in photos.records]
     assert reasons == [
         "label: wanted one of the 1000 classes of ImageNet, got 'n99999999'",
         "annotation: cannot read that of second (wanted xmin ymin xmax ymax, got 1 2 3)",
@@ -631,7 +631,7 @@ def test_boxes_follow_the_pixels_whatever_the_exif_orientation(tmp_path, size):
         (imagenet(tmp_path, 64, 64), (left, top, right, bottom)),
         (imagefolder(tmp_path, 64, 64, boxes_csv=table), turned),
     ):
-        assert photos.photos[0].boxes == (box,)
+        assert photos.records[0].boxes == (box,)
         _, image, _, boxes = photos[0]
         rows, columns = (torch.nonzero(image[0].amax(dim) > 0.5).flatten() for dim in (1, 0))
         bright = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -655,7 +655,7 @@ def test_damaged_photos_are_skipped_and_the_rest_goes_on_in_worker_processes(fol
             return photos.get(index)
 
     rows = [row for batch in DataLoader(Tolerant(), 3, num_workers=2, collate_fn=list) for row in batch]
-    assert [row.name for row in rows] == [photo.name for photo in photos.photos]
+    assert [row.name for row in rows] == [photo.name for photo in photos.records]
     assert [type(row) for row in rows] == [Sample] + 5 * [Skipped] + 2 * [Sample]
     reasons = ["not an image", "damaged", "not an image", "is a folder", "floating-point"]
     for row, reason in zip(rows[1:6], reasons, strict=True):
@@ -670,7 +670,7 @@ def test_damaged_photos_are_skipped_and_the_rest_goes_on_in_worker_processes(fol
 def test_readable_photos_make_a_batch(folders):
     write(folders / "val" / TENCH / "c.JPEG", "no image")
     photos = imagenet(folders, 64, 64)
-    names = [photo.name for photo in photos.photos if not photo.name.endswith("c.JPEG")]
+    names = [photo.name for photo in photos.records if not photo.name.endswith("c.JPEG")]
     assert [sample.name for sample in photos.readable()] == names
     assert [sample.name for sample in photos.readable(2)] == names[:1]  # the second photo of all is the damaged one
     samples = photos.readable()
@@ -754,7 +754,7 @@ def labels_of(root, *folders, **options):
     for folder in folders:
         write(root / folder / "a.png")
     photos = imagefolder(root, **options)
-    return {photo.name.split("/")[0]: photo.label for photo in photos.photos}, photos.class_names
+    return {photo.name.split("/")[0]: photo.label for photo in photos.records}, photos.class_names
 
 
 def test_folders_named_by_whole_numbers_are_the_labels(tmp_path):
@@ -807,7 +807,7 @@ def test_what_systems_and_notebooks_leave_is_passed_over_at_any_depth(tmp_path):
     assert imagefolder(tmp_path).class_names == ["cat", "dog"]
     (tmp_path / "cat").rename(tmp_path / TENCH)
     (tmp_path / "dog").rename(tmp_path / EAGLE)
-    assert [photo.label for photo in imagenet(tmp_path).photos] == [0, 0, 22]
+    assert [photo.label for photo in imagenet(tmp_path).records] == [0, 0, 22]
 
 
 def test_own_checkpoint_on_an_own_folder(lungs, tmp_path):
@@ -859,9 +859,9 @@ def test_imagenette(tmp_path, monkeypatch):
 
 def test_load_dataset(kaggle, lungs):
     assert set(DATASETS) == {"demo", "imagenet", "imagefolder", "imagenette"}
-    photos = load_dataset("demo", "", 96, 112, 8, sample=10, shard="1/2", seed=4)
+    photos = load_dataset("demo", "", 96, 112, 8, draw=10, shard="1/2", seed=4)
     assert isinstance(photos, Photos)
-    assert photos.photos == demo(96, 112, 8, sample=10, shard=(1, 2), seed=4).photos
+    assert photos.records == demo(96, 112, 8, draw=10, shard=(1, 2), seed=4).records
     assert (len(photos), photos.input_size, photos.resize) == (4, 96, 112)
     assert load_dataset("imagenet", kaggle, limit=1).labels == [22]
     assert load_dataset("imagefolder", lungs, class_names=["a", "b"]).class_names == ["a", "b"]
@@ -876,7 +876,7 @@ def test_load_dataset(kaggle, lungs):
 
 @pytest.mark.parametrize("make", [imagenet, imagefolder])
 def test_names_are_unique_and_every_file_once(folders, make):
-    names = [photo.name for photo in make(folders / "val").photos]
+    names = [photo.name for photo in make(folders / "val").records]
     assert len(set(names)) == len(names) == 3
 
 
@@ -893,23 +893,23 @@ def test_real_imagenet_images():
     sample = photos[0]
     assert (sample.name, imagenet_classes()[sample.label]) == ("ILSVRC2012_val_00000347.JPEG", "canoe")
     assert sample.boxes.shape == (8, 4)
-    assert not any(photo.fault for photo in photos.photos)
+    assert not any(photo.fault for photo in photos.records)
     wnids = sorted(line.split()[0] for line in (MINI / "LOC_synset_mapping.txt").read_text().splitlines())
     assert wnids == datasets.ImageNetInfo().label_names()  # so the labels are torchvision's
 
 
 @real
 def test_real_tables_xml_and_class_folders_agree(tmp_path):
-    by_table = imagenet(MINI).photos
+    by_table = imagenet(MINI).records
     flat, classes = tmp_path / "flat", tmp_path / "classes"
     flat.mkdir()
     (flat / "ILSVRC").symlink_to(MINI / "ILSVRC")  # without the table
-    assert {photo[1:] for photo in imagenet(flat).photos} == {photo[1:] for photo in by_table}
+    assert {photo[1:] for photo in imagenet(flat).records} == {photo[1:] for photo in by_table}
     wnids = datasets.ImageNetInfo().label_names()
     for photo in by_table:
         (classes / "val" / wnids[photo.label]).mkdir(parents=True, exist_ok=True)
         (classes / "val" / wnids[photo.label] / photo.name).symlink_to(photo.path)
-    in_folders = imagenet(classes, annotations=MINI / "ILSVRC" / "Annotations" / "CLS-LOC" / "val").photos
+    in_folders = imagenet(classes, annotations=MINI / "ILSVRC" / "Annotations" / "CLS-LOC" / "val").records
     expected = {(photo.name, photo.label, photo.boxes, "") for photo in by_table}
     assert {(photo.path.name, *photo[2:]) for photo in in_folders} == expected
     assert len(in_folders) == 300
@@ -917,16 +917,16 @@ def test_real_tables_xml_and_class_folders_agree(tmp_path):
 
 @real
 def test_real_shards_and_samples():
-    everything = imagenet(MINI).photos
-    shards = [imagenet(MINI, shard=(k, 7)).photos for k in range(7)]
+    everything = imagenet(MINI).records
+    shards = [imagenet(MINI, shard=(k, 7)).records for k in range(7)]
     assert sorted(photo for shard in shards for photo in shard) == sorted(everything)
-    drawn = imagenet(MINI, sample=20, seed=5).photos
-    assert drawn == imagenet(MINI, sample=20, seed=5).photos == [photo for photo in everything if photo in drawn]
+    drawn = imagenet(MINI, draw=20, seed=5).records
+    assert drawn == imagenet(MINI, draw=20, seed=5).records == [photo for photo in everything if photo in drawn]
 
 
 def test_a_box_of_the_demo_ends_behind_its_last_pixel():
     table = pd.read_csv(PACKAGE / "lab" / "demo_boxes.csv")
-    first = demo(limit=1).photos[0]
+    first = demo(limit=1).records[0]
     (row,) = table[table["image"] == first.name][datasets.BOX_COLUMNS].to_numpy()
     assert first.boxes == ((row[0], row[1], row[2] + 1, row[3] + 1),)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from opticam import METHODS, METRICS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
 from opticam.lab import results
 from opticam.lab.datasets import Photo, Sample, Skipped, demo
-from opticam.lab.evaluation import SCORES, saliency_maps, score_maps, stored_saliency, stream
+from opticam.lab.evaluation import COLUMN_GROUPS, saliency_maps, score_maps, stored_saliency, stream
 from opticam.lab.results import read_shards
 from opticam.lab.summary import summarize
 from opticam.saliency import BASELINES
@@ -150,7 +150,7 @@ class Numbered(torch.utils.data.Dataset):
     def __init__(self, samples, paths=None):
         self.samples = samples
         self.names, self.labels = [s.name for s in samples], [s.label for s in samples]
-        self.photos = [
+        self.records = [
             Photo(path, s.name, s.label)
             for s, path in zip(samples, paths or [Path(n) for n in self.names], strict=True)
         ]
@@ -259,7 +259,7 @@ def test_a_corrupt_photo_costs_its_rows_only(tmp_path):
     photos = demo(limit=3)
     torn = tmp_path / photos.paths[1].name
     torn.write_bytes(photos.paths[1].read_bytes()[:5000])
-    photos = replace(photos, photos=[photos.photos[0], photos.photos[1]._replace(path=torn), photos.photos[2]])
+    photos = replace(photos, records=[photos.records[0], photos.records[1]._replace(path=torn), photos.records[2]])
     rows = evaluate(load_model("efficientnet_lite0"), photos, {"grad_cam": METHODS["grad_cam"]}, num_workers=1)
     assert rows["status"].tolist() == ["ok", "skipped", "ok"]
     assert "is damaged or cannot be decoded" in rows["reason"][1]
@@ -285,7 +285,7 @@ def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
     method = partial(METHODS["opti_cam"], num_steps=2, layer="features.0")
     boxes = [torch.tensor([[b, 2.0, 20.0, 9.0 + b]]) for b in range(5)]
     samples = [sample._replace(boxes=box) for sample, box in zip(samples, boxes, strict=True)]
-    rows = evaluate(tiny, samples, {"opti_cam": method}, scores=list(SCORES), batch_size=5)
+    rows = evaluate(tiny, samples, {"opti_cam": method}, scores=list(COLUMN_GROUPS), batch_size=5)
     saliency = method(tiny, images, class_idx)
     correct = tiny(images).argmax(1) == class_idx
     assert not correct.all()
@@ -437,7 +437,7 @@ def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp
     assert [after[path] == before[path] for path in sorted(before)] == [True, False]
     assert len(read_shards(folder)[0]) == 5
     with_boxes = Numbered(samples, paths)
-    with_boxes.photos[0] = with_boxes.photos[0]._replace(boxes=((1.0, 1.0, 4.0, 4.0),))
+    with_boxes.records[0] = with_boxes.records[0]._replace(boxes=((1.0, 1.0, 4.0, 4.0),))
     assert start(dataset=with_boxes, methods=ones) == folder
     assert [written(tmp_path)[path] == after[path] for path in sorted(before)] == [False, True]
 

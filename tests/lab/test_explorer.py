@@ -12,7 +12,7 @@ pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extr
 
 from opticam import METHODS, opti_cam, wrap
 from opticam.lab.datasets import demo, to_input
-from opticam.lab.explorer import KEPT, Explanation, Explorer, Stopped, describe, explain, read_upload
+from opticam.lab.explorer import KEPT, Explanation, Explorer, Stopped, describe, explanation_of, read_upload
 from opticam.lab.plotting import to_picture
 
 mpl.use("agg")
@@ -32,7 +32,7 @@ def state(model):
 
 def test_following_opti_cam_does_not_change_it(model, images):
     before = state(model)
-    found = explain(model, images[1], 3, num_steps=7)
+    found = explanation_of(model, images[1], 3, num_steps=7)
     result = opti_cam(model, images[1:2], torch.tensor([3]), num_steps=7)
     assert torch.equal(found.saliency, result.saliency[0])
     assert torch.equal(found.objective, result.objective[0])
@@ -43,7 +43,7 @@ def test_following_opti_cam_does_not_change_it(model, images):
 
 
 def test_every_kept_map_has_the_logit_and_probability_told(model, images):
-    found = explain(model, images[0], 2, num_steps=5)
+    found = explanation_of(model, images[0], 2, num_steps=5)
     model.eval()
     with torch.no_grad():
         assert torch.allclose(found.logits, model(images[:1])[0], rtol=1e-12)
@@ -56,7 +56,7 @@ def test_every_kept_map_has_the_logit_and_probability_told(model, images):
 
 
 def test_of_many_steps_some_are_kept_the_first_and_the_best_among_them(model, images):
-    found = explain(model, images[0], 2, num_steps=120)
+    found = explanation_of(model, images[0], 2, num_steps=120)
     assert len(found.objective) == 121
     assert len(found.maps) <= KEPT + 2
     assert {0, found.step} <= set(found.maps)
@@ -65,7 +65,7 @@ def test_of_many_steps_some_are_kept_the_first_and_the_best_among_them(model, im
 
 @pytest.mark.parametrize("method", ["fake_cam", "grad_cam", "ablation_cam", "score_cam"])
 def test_other_methods_have_one_map_and_no_steps(model, images, method):
-    found = explain(model, images[2], 1, method)
+    found = explanation_of(model, images[2], 1, method)
     assert torch.equal(found.saliency, METHODS[method](model, images[2:3], torch.tensor([1]))[0])
     assert (found.step, len(found.objective)) == (0, 1)
     assert list(found.maps) == [0]
@@ -81,14 +81,14 @@ def test_a_stop_ends_the_work_at_once_and_leaves_the_model_as_found(model, image
         return len(questions) == asked
 
     with pytest.raises(Stopped):
-        explain(model, images[0], 2, method, num_steps=50, stopped=stopped)
+        explanation_of(model, images[0], 2, method, num_steps=50, stopped=stopped)
     assert len(questions) == asked
     assert state(model) == before
 
 
 def test_progress_counts_the_images_that_pass(model, images):
     told = []
-    explain(model, images[0], 2, num_steps=4, progress=told.append)
+    explanation_of(model, images[0], 2, num_steps=4, progress=told.append)
     assert told == list(range(1, 4 + 5))  # features, five evaluations, two in the end
 
 
@@ -115,12 +115,12 @@ def test_description_by_a_worked_example():
 @pytest.mark.parametrize("method", ["opti_cam", "grad_cam"])
 def test_networks_of_other_heads_are_explained(tiny, images, method):
     several, y = wrap(tiny, "features", head="sigmoid"), tiny(images[:1])[0].detach()
-    found = explain(several, images[0], 3, method, num_steps=2)
+    found = explanation_of(several, images[0], 3, method, num_steps=2)
     assert found.probs.tolist() == pytest.approx((1 / (1 + (-y).exp())).tolist())
     masked = tiny(images[:1] * found.saliency)[0, 3].item()
     assert found.masked_prob[found.step].item() == pytest.approx(1 / (1 + np.exp(-masked)))
     single = wrap(torch.nn.Sequential(tiny, torch.nn.Linear(5, 1).double()), "0.features", class_names=["ill"])
-    both = [explain(single, images[0], c, method, num_steps=2) for c in (0, 1)]
+    both = [explanation_of(single, images[0], c, method, num_steps=2) for c in (0, 1)]
     assert [both[0].probs.sum().item(), both[1].masked_probs.sum().item()] == pytest.approx([1, 1])
     assert describe(both[1], single.class_names).split(":")[0].endswith("for not ill")
 

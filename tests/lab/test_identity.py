@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from opticam import METHODS, SCHEDULES, find_method, wrap
-from opticam.lab.identity import describe
+from opticam.lab.identity import key_of
 from opticam.methods import OBJECTIVES
 from opticam.methods.ascent import map_space, weight_space
 from opticam.methods.opti_cam import squared_distance
@@ -86,7 +86,7 @@ DIFFERENT = {
 
 
 def key(value, **keys):
-    return json.dumps(describe(value, nn.Identity(), **keys))
+    return json.dumps(key_of(value, nn.Identity(), **keys))
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
@@ -197,7 +197,7 @@ def test_what_has_no_name_is_refused_without_a_key(value):
 def test_layers_are_known_by_the_name_that_finds_them(tiny):
     for model in (tiny, wrap(tiny, "features")):
         layers = [partial(METHODS["grad_cam"], layer=layer) for layer in (tiny.features[0], tiny.features[2])]
-        found = [describe(method, model)["partial"][2]["table"] for method in layers]
+        found = [key_of(method, model)["partial"][2]["table"] for method in layers]
         assert found == [[["layer", {"layer": "features.0"}]], [["layer", {"layer": "features.2"}]]]
 
 
@@ -218,7 +218,7 @@ PROGRAM = """
 import sys
 from functools import partial
 from opticam import METHODS, SCHEDULES, wrap
-from opticam.lab.identity import describe
+from opticam.lab.identity import key_of
 import torch
 from torch import nn
 from torchvision.models import resnet18
@@ -226,7 +226,7 @@ torch.manual_seed(0)
 net = wrap(resnet18(), "layer4")
 net.network.both = {"a", "b", "c", "d"}
 for value in net, partial(METHODS["opti_cam"], **SCHEDULES["fast"], layer={"a", "b", "c", "d"}):
-    print(describe(value, nn.Identity()))
+    print(key_of(value, nn.Identity()))
 """
 
 
