@@ -6,7 +6,7 @@ arXiv 2301.07002.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +234,7 @@ def opti_cam(
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
         got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
         raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")
-    several = baseline if isinstance(baseline, list | tuple) else [baseline]
+    several = cast(Sequence[Baseline], baseline if isinstance(baseline, list | tuple) else [baseline])
     if not several:
         raise ValueError("baseline: wanted at least one")
     shown = [b if callable(b) else baseline_of(images, b) for b in several]
