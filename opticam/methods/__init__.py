@@ -51,8 +51,6 @@ def method_label(name: str) -> str:
 
 def method_color(name: str) -> str:
     """The colour of a method's bars and points, "#rrggbb"; gray for a name that `find_method` does not know."""
-    if str(name).startswith("opti_cam:"):
-        return "#f0a875"  # Opti-CAM's, lighter
     of_schedule = {"opti_cam:fast": "#e69f00", "opti_cam:robust": "#7f2704"}
     return of_schedule.get(name) or getattr(METHODS.get(name), "color", "#949494")
 
