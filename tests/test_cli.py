@@ -148,7 +148,7 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--output", "text.jpg/out.png"], "output: cannot write in 'text.jpg'"),
         ([PHOTO, "--output", "folder.png"], "output: 'folder.png' is a folder"),
         ([PHOTO, "--output", ""], "output: wanted a name ending in"),
-        ([PHOTO, "--schedule", "slow"], "schedule: wanted one of paper, fast, got 'slow'"),
+        ([PHOTO, "--schedule", "slow"], "schedule: wanted one of paper, fast, robust, got 'slow'"),
         ([PHOTO, "--schedule", "fast", "--method", "rise"], "schedule: only the method opti_cam has one, got rise"),
         (["photo.png", "--output", "photo.png"], "output: photo.png is the photo itself"),
         ([PHOTO, "--method", "grad_cam", "--layer", ""], "layer: no '' in EfficientNet; wanted a dotted name such as"),

@@ -344,7 +344,7 @@ def test_a_dry_run_prints_the_runs_and_writes_nothing(folder, capsys):
 def test_the_ready_files_are_without_fault(path, monkeypatch):
     monkeypatch.setenv("OPTICAM_IMAGENET", "images")
     parts = read_batches(path.stem)
-    on_imagenet = path.stem == "evidence" or "imagenet" in path.stem
+    on_imagenet = "evidence" in path.stem or "imagenet" in path.stem or path.stem == "preregistered"
     for run in [run for part in parts for run in part.runs]:
         assert on_imagenet == (run.parameters.get("dataset") == "imagenet")
         assert not on_imagenet or run.parameters["root"].endswith("/images")

@@ -47,11 +47,11 @@ def outputs(path):
 
 def test_the_numbered_notebooks_are_found_by_number_name_and_path():
     paths = list_notebooks()
-    assert [path.stem[:2] for path in paths] == [f"{number:02d}" for number in range(10)]
+    assert [path.stem[:2] for path in paths] == [f"{number:02d}" for number in range(len(paths))]
     for path in paths:
         assert (
             find_notebook(path.stem[:2])
-            == find_notebook(path.stem[1])
+            == find_notebook(str(int(path.stem[:2])))
             == find_notebook(path.stem)
             == find_notebook(path)
             == path
