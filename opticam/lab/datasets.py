@@ -114,6 +114,11 @@ class Photos(Dataset):
         _check_frame(self.input_size, self.resize)
 
     @property
+    def photos(self) -> Sequence[Photo]:
+        """The records, by the name that they had before 0.2."""
+        return self.records
+
+    @property
     def paths(self) -> list[Path]:
         """Image files."""
         return [photo.path for photo in self.records]
