@@ -52,7 +52,7 @@ def method_label(name: str) -> str:
 def method_color(name: str) -> str:
     """The colour of a method's bars and points, "#rrggbb"; gray for a name that `find_method` does not know."""
     of_schedule = {"opti_cam:fast": "#e69f00", "opti_cam:robust": "#7f2704"}
-    return of_schedule.get(name) or getattr(METHODS.get(name), "color", "#949494")
+    return of_schedule.get(name, getattr(METHODS.get(name), "color", "#949494"))
 
 
 def one_per_map(
