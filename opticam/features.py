@@ -347,7 +347,7 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
         images: (B,C,H,W) float.
 
     Returns:
-        Name, as `resolve_layer` takes it; the last output, None where it is no tensor; and the gradient of the sum of
+        Name, as `resolve_layer` takes it; the last output, None where that is not a tensor; the gradient of the sum of
         logits with respect to it, None where they do not depend on it. Some heads have zero weights before training:
         there the gradient is that of a sum of the head's input.
     """

@@ -143,7 +143,7 @@ def find_mosaics(
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
-    photos = choose_mosaics(_probabilities(model, images, batch_size), class_idx, seed=seed).to(class_idx.device)
+    photos = choose_mosaics(all_probabilities(model, images, batch_size), class_idx, seed=seed).to(class_idx.device)
     mosaics = to_mosaics(images[photos.flatten()])
     if len(photos) == 0:
         return Mosaics(images.new_zeros(0, 3, *(SIDE * n for n in images.shape[2:])), photos, photos, photos.bool())
@@ -346,7 +346,7 @@ def find_pastes(
         ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
-    right = (_probabilities(model, images, batch_size).argmax(1) == class_idx).cpu()
+    right = (all_probabilities(model, images, batch_size).argmax(1) == class_idx).cpu()
     low, high = torch.zeros(2), torch.tensor([images.shape[3], images.shape[2]])
     for i, some in enumerate(boxes):
         sides = torch.minimum(some[:, 2:], high) - torch.maximum(some[:, :2], low)
@@ -367,7 +367,7 @@ def find_pastes(
     made = [paste_object(images[i], images[j], boxes[j], seed=seed + k) for k, (i, j) in enumerate(pairs)]
     pasted, scrambled = (torch.stack(part) for part in list(zip(*made, strict=True))[:2])
     hosts, sources = (class_idx[list(photos)] for photos in zip(*pairs, strict=True))
-    seen, covered = (_probabilities(model, some, batch_size).argmax(1) for some in (pasted, scrambled))
+    seen, covered = (all_probabilities(model, some, batch_size).argmax(1) for some in (pasted, scrambled))
     kept = ((seen == sources) & (covered == hosts)).nonzero()[:, 0]
     return Pastes(
         pasted[kept],
@@ -589,8 +589,8 @@ def evidence_rows(
     return pd.concat(tables, ignore_index=True)
 
 
-def _probabilities(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """(B,C) float64 in [0,1], of all classes."""
+def all_probabilities(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+    """What the network gives each class, (B,C) float64 in [0,1]; errors as `checks.check_images`."""
     check_images(model, images)
     found: list[Tensor] = []
     with frozen(model), torch.no_grad():

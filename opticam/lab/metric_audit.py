@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from opticam.classifier import read
-from opticam.features import prepared
 from opticam.lab.evaluation import Method, saliency_maps, score
 from opticam.lab.known_evidence import (
     FILLS,
     SIDE,
+    all_probabilities,
     cell_boxes,
     cell_drops,
     cell_means,
@@ -47,7 +46,6 @@ from opticam.metrics import (
     soft_f1,
 )
 from opticam.saliency import BASELINES, apply_mask, min_max
-from opticam.state import frozen
 
 STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD: less than half of the passes, since many maps are scored
 BASE = "grad_cam"  # whose maps are changed, and which uninformative maps are compared with
@@ -214,7 +212,7 @@ def collect_evidence(
                 "paste", called, pastes.images[first], pastes.class_idx[first], [nothing] * len(first), regions, none
             )
         )
-    right = [i for i in range(len(images)) if _is_right(model, images[i], class_idx[i])][:limit]
+    right = (all_probabilities(model, images).argmax(1) == class_idx).nonzero()[:, 0].tolist()[:limit]
     if right:
         x, c = images[right], class_idx[right]
         drops = torch.stack([cell_drops(model, x, c, side, BASELINES[fill], batch_size=16) for fill in FILLS])
@@ -244,11 +242,6 @@ def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[
         called = [one.names[i] for i in table["target"]]
         tables.append(table.assign(kind=one.kind, image=called, target=[f"{one.kind}: {name}" for name in called]))
     return pd.concat(tables, ignore_index=True)
-
-
-def _is_right(model: nn.Module, image: Tensor, label: Tensor) -> bool:
-    with frozen(model), torch.no_grad():
-        return bool(read(model, prepared(model, image[None])).logits[0].argmax() == label)
 
 
 def _changed(

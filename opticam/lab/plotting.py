@@ -529,7 +529,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             color = _BLUE if holds else "0.45"
             ax.plot([low, high], [place, place], color=color, lw=1)
             ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 12) if len(columns) > 2 else title)  # narrow panels
         ax.tick_params(axis="y", length=0)
         ax.patch.set_visible(False)  # the names of groups run on into it
     axes[0, 0].set_yticks(places, variants)
@@ -547,7 +547,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
 
-    Bands: 95 % intervals. Each method has a marker too, so that no curve is told by its colour alone.
+    Bands: 95 % intervals. Each method has a marker too, so that curves differ by more than their colour.
 
     Args:
         curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.

@@ -181,7 +181,7 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     rows: pd.DataFrame = pd.concat(tables, ignore_index=True)
     twice = rows[rows.duplicated(["image", "method"])]
     if len(twice):
-        raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row an image and method")
+        raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row per image and method")
     return rows, provenances[0]
 
 

@@ -116,7 +116,7 @@ def estimate_and_p(
 
     Returns:
         The estimate; and p in [2 / num_resamples, 1], for of less so many samples know nothing. It is exact to a
-        thousandth of itself, and NaN for a single image.
+        thousandth of itself. NaN, which is no test, for a single image and for values that are all the same but not 0.
 
     Raises:
         ValueError: as `interval`.
@@ -129,7 +129,8 @@ def estimate_and_p(
         middle = np.sqrt(least * most)
         low, high = ends(1 - middle)
         least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
-    return found, np.nan if len(values[0]) == 1 else float(most)
+    untested = len(values[0]) == 1 or (found.low == found.high != 0)
+    return found, np.nan if untested else float(most)
 
 
 def holm(p_values: Collection[float]) -> np.ndarray:

@@ -435,6 +435,7 @@ def write(path, content=NOISE, **options):
 
 
 def listed(photos):
+    assert photos.photos is photos.records  # the name before 0.2
     return [(photo.name, photo.label, photo.boxes) for photo in photos.records]
 
 
