@@ -21,7 +21,7 @@ from opticam import METHODS, SCHEDULES, load_model
 from opticam.features import count_passes, features_and_gradients
 from opticam.lab import Photos, interval, load_dataset, maps_to_input, read_image, score, stack
 from opticam.lab.files import replacing
-from opticam.lab.identity import describe, digest_of
+from opticam.lab.identity import digest_of, key_of
 from opticam.methods.ascent import adam_cosine, map_space
 from opticam.methods.cam import equal_weights, grad_cam, layer_cam
 from opticam.methods.opti_cam import OBJECTIVES, squared_distance
@@ -115,6 +115,16 @@ VARIANTS = {
     "log p, beta 15, signed CAM": variant(15.0, objective=LOG_P, anchor=signed_cam),
     "log p, beta 15, low x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=15.0, low=3.0)),
     **{f"log p, beta {beta}": variant(float(beta), objective=LOG_P) for beta in (10, 15, 20, 30, 60)},
+    "log p, beta 20, 12 steps": variant(20.0, objective=LOG_P, num_steps=12),
+    "log p, beta 15, lr 0.15": variant(15.0, objective=LOG_P, lr=0.15),
+    "log p, beta 15, Layer-CAM": variant(15.0, objective=LOG_P, anchor=layer_cam),
+    "log p, beta 15, equal weights": variant(15.0, objective=LOG_P, anchor=equal_weights),
+    "log p, beta 15, Grad-CAM^1.5": variant(15.0, objective=LOG_P, anchor=partial(power, exponent=1.5)),
+    "log p, beta 15, complement 0.3": variant(15.0, objective=LOG_P, complement=0.3, num_steps=9),
+    **{f"log-odds, beta {beta}": variant(float(beta), objective=log_odds) for beta in (15, 30, 60)},
+    "log-odds, beta 30, Grad-CAM^1.5": variant(30.0, objective=log_odds, anchor=partial(power, exponent=1.5)),
+    "log-odds, beta 30, low x 3": variant(objective=log_odds, penalty=partial(weighted, beta=30.0, low=3.0)),
+    "class logit, beta 30": variant(30.0),
     **{f"9 steps, {name}": short(**changed) for name, changed in COARSE.items()},
 }
 
@@ -185,7 +195,7 @@ def main() -> None:
     views = Views("imagenet" if options.root else "demo", options.root, shard, options.limit)
     table = pd.read_parquet(ROWS) if ROWS.exists() else pd.DataFrame({"variant": [], "image": [], "key": []})
     for name in options.only:
-        key = digest_of(str(describe(VARIANTS[name], views.model, name, "benchmarks/robust.py")))
+        key = digest_of(key_of(VARIANTS[name], views.model, name, "benchmarks/robust.py"))
         done = set(table[(table.variant == name) & (table.key == key)].image)
         missing = [i for i, image in enumerate(views.names) if image not in done]
         for first in range(0, len(missing), options.batch_size):
