@@ -96,6 +96,12 @@ def log_probability(masked: Array, original: Array, c: int) -> float:
     return math.log(softmax(masked)[c])
 
 
+def odds_gain(masked: Array, original: Array, c: int) -> float:
+    odds = [p / (1 - p) for p in (softmax(masked)[c], softmax(original)[c])]
+    ratio = odds[0] / odds[1] / math.e
+    return math.log(ratio / (1 + ratio))
+
+
 def by_max(grid: Array) -> Array:
     return grid / max(grid.flat) if max(grid.flat) > 0 else np.zeros_like(grid)
 

@@ -82,7 +82,7 @@ def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
     u, saliency = references.opti_cam(tiny, features, images[0].numpy(), 3, 3, 0.3, *slow)
     widths = np.cumsum([len(maps) for maps in features])[:-1]
     weights = np.concatenate([references.softmax(part) for part in np.split(u, widths)])
-    np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.weights[0], weights, rtol=0, atol=5e-6)  # its gradients are differences
     np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("seen", VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize("objective", ["class_logit", "log_probability"])
+@pytest.mark.parametrize("objective", ["class_logit", "odds_gain"])
 @pytest.mark.parametrize("space", ["weights", "map"])
 def test_views_of_one_mask_agree_with_the_loop_version(tiny, space, objective, seen):
     """`mean_b g(f(x * S + b * (1 - S)))_c - lambda mean_b g(f(x * (1 - S) + b * S))_c - beta mean((S - S_0)^2)`."""
@@ -546,6 +546,7 @@ def test_objectives_of_a_sigmoid_are_those_of_a_class_against_its_absence(tiny, 
         "logit_margin": o,
         "probability": 1 / (1 + (-o).exp()),
         "log_probability": -(1 + (-o).exp()).log(),
+        "odds_gain": -(1 + (y - o + 1).exp()).log(),
     }
     torch.testing.assert_close(result.objective.amax(1), expected[name], rtol=0, atol=1e-12)
 
