@@ -58,12 +58,6 @@ def log_odds(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor
     return masked_logits.gather(1, class_idx[:, None])[:, 0] - others
 
 
-def relative_odds(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
-    """The change of log-odds from the image to the masked image, log-sigmoid of it: rises ever less beyond `enough`."""
-    change = log_odds(masked_logits, logits, class_idx) - log_odds(logits, logits, class_idx)
-    return torch.nn.functional.logsigmoid(change - enough)
-
-
 def weighted(saliency: Tensor, anchor: Tensor, beta: float, above: float = 1.0, low: float = 1.0) -> Tensor:
     """The squared distance, `above` times as dear above the anchor, `low` times as dear where the anchor is 0."""
     apart = saliency - anchor
@@ -131,16 +125,20 @@ VARIANTS = {
     "log-odds, beta 30, Grad-CAM^1.5": variant(30.0, objective=log_odds, anchor=partial(power, exponent=1.5)),
     "log-odds, beta 30, low x 3": variant(objective=log_odds, penalty=partial(weighted, beta=30.0, low=3.0)),
     "class logit, beta 30": variant(30.0),
-    **{f"relative odds, beta {beta}": variant(float(beta), objective=relative_odds) for beta in (8, 15, 30)},
+    **{f"odds gain, beta {beta}": variant(float(beta), objective=OBJECTIVES["odds_gain"]) for beta in (8, 15, 30)},
     **{
-        f"relative odds, beta {beta}, Grad-CAM^1.5": variant(
-            float(beta), objective=relative_odds, anchor=partial(power, exponent=1.5)
+        f"odds gain, beta {beta}, Grad-CAM^1.5": variant(
+            float(beta), objective=OBJECTIVES["odds_gain"], anchor=partial(power, exponent=1.5)
         )
         for beta in (15, 25)
     },
-    "relative odds, beta 15, low x 3": variant(objective=relative_odds, penalty=partial(weighted, beta=15.0, low=3.0)),
-    "relative odds, beta 8, low x 3": variant(objective=relative_odds, penalty=partial(weighted, beta=8.0, low=3.0)),
-    "relative odds + 2, beta 15": variant(15.0, objective=partial(relative_odds, enough=2.0)),
+    **{
+        f"odds gain, beta {beta}, low x {low}": variant(
+            objective=OBJECTIVES["odds_gain"], penalty=partial(weighted, beta=float(beta), low=float(low))
+        )
+        for beta, low in ((15, 3), (8, 3), (8, 6), (4, 10))
+    },
+    "odds gain + 2, beta 15": variant(15.0, objective=partial(OBJECTIVES["odds_gain"], enough=2.0)),
     "log-odds, beta 60, low x 0.3": variant(objective=log_odds, penalty=partial(weighted, beta=60.0, low=0.3)),
     **{f"9 steps, {name}": short(**changed) for name, changed in COARSE.items()},
 }

@@ -121,6 +121,7 @@ def views(
     complement: float = 0.0,
     anchor: Array | None = None,
     beta: float = 0.0,
+    low: float = 1.0,
 ) -> float:
     """What Opti-CAM maximises of one mask seen over several baselines, less its complement and a pull to an anchor."""
     total = 0.0
@@ -136,7 +137,8 @@ def views(
             total -= complement * objective(logits(hidden), original, label) / len(baselines)
     if anchor is not None:
         for place in np.ndindex(saliency.shape):
-            total -= beta * (saliency[place] - anchor[place]) ** 2 / saliency.size
+            price = anchor[place] + (1 - anchor[place]) * low
+            total -= beta * price * (saliency[place] - anchor[place]) ** 2 / saliency.size
     return total
 
 

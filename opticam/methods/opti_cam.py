@@ -150,18 +150,20 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
-    """The penalty `beta mean((S - S_0)^2)` of a map that leaves its anchor.
+def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0, low: float = 1.0) -> Tensor:
+    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)` of a map that leaves its anchor.
 
     Args:
         saliency: (B,1,H,W) S in [0,1].
         anchor: (B,1,H,W) S_0 in [0,1].
         beta: how much it counts, in the unit of the objective.
+        low: how much more a place counts where the anchor is 0 than where it is 1.
 
     Returns:
-        (B,), from 0 to beta.
+        (B,), at least 0.
     """
-    return beta * (saliency - anchor).square().mean((1, 2, 3))
+    price = low + (1 - low) * anchor
+    return beta * (price * (saliency - anchor).square()).mean((1, 2, 3))
 
 
 def opti_cam(

@@ -105,7 +105,7 @@ VIEWS = {
     "two baselines": {"baselines": 2},
     "complement": {"baselines": 1, "complement": 0.7},
     "anchor": {"baselines": 1, "beta": 5.0},
-    "all": {"baselines": 3, "complement": 0.3, "beta": 2.0},
+    "all": {"baselines": 3, "complement": 0.3, "beta": 2.0, "low": 3.0},
 }
 
 
@@ -120,13 +120,14 @@ def test_views_of_one_mask_agree_with_the_loop_version(tiny, space, objective, s
     shown = [None, mean_color, own][: seen["baselines"]]
     options = {"complement": seen.get("complement", 0.0), "num_steps": 3, "lr": 0.3}
     if beta := seen.get("beta", 0.0):
-        options |= {"anchor": S_0, "penalty": partial(squared_distance, beta=beta)}
+        options |= {"anchor": S_0, "penalty": partial(squared_distance, beta=beta, low=seen.get("low", 1.0))}
     if space == "map":
         options |= {name: SCHEDULES["fast"][name] for name in ("space", "optimizer")}
     rising = _rising(OBJECTIVES[objective])
     result = opti_cam(tiny, images, torch.tensor([3]), layer="features", objective=rising, baseline=shown, **options)
     features = [maps[0].numpy() for maps in feature_maps(tiny, images, "features")[0]]
     slow = {"objective": getattr(references, objective), "complement": options["complement"], "beta": beta}
+    slow["low"] = seen.get("low", 1.0)
     slow["baselines"] = [0.0, images.mean((2, 3), keepdim=True)[0].numpy(), own[0].numpy()][: seen["baselines"]]
     slow["anchor"] = S_0[0, 0].numpy()
     given = tiny, features, images[0].numpy(), 3, 3, 0.3
