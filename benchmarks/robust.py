@@ -110,6 +110,7 @@ COARSE = {  # half of the steps, for a first look at what each option does
 }
 VARIANTS = {
     **CONTROLS,
+    "robust": partial(METHODS["opti_cam"], **SCHEDULES["robust"]),
     "3 baselines": variant(None),
     "beta 100": variant(100.0),
     "log p, beta 15, signed CAM": variant(15.0, objective=LOG_P, anchor=signed_cam),
@@ -136,7 +137,7 @@ VARIANTS = {
         f"odds gain, beta {beta}, low x {low}": variant(
             objective=OBJECTIVES["odds_gain"], penalty=partial(weighted, beta=float(beta), low=float(low))
         )
-        for beta, low in ((15, 3), (8, 3), (8, 6), (4, 10))
+        for beta, low in ((15, 3), (8, 3), (8, 6), (5, 10))
     },
     "odds gain + 2, beta 15": variant(15.0, objective=partial(OBJECTIVES["odds_gain"], enough=2.0)),
     "log-odds, beta 60, low x 0.3": variant(objective=log_odds, penalty=partial(weighted, beta=60.0, low=0.3)),
