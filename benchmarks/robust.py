@@ -21,7 +21,7 @@ from opticam import METHODS, SCHEDULES, load_model
 from opticam.features import count_passes, features_and_gradients
 from opticam.lab import Photos, interval, load_dataset, maps_to_input, read_image, score, stack
 from opticam.lab.files import replacing
-from opticam.lab.identity import describe, digest_of
+from opticam.lab.identity import digest_of, key_of
 from opticam.methods.ascent import adam_cosine, map_space
 from opticam.methods.cam import equal_weights, grad_cam, layer_cam
 from opticam.methods.opti_cam import OBJECTIVES, squared_distance
@@ -82,7 +82,8 @@ CONTROLS = {
     "Opti-CAM, paper": partial(METHODS["opti_cam"], **SCHEDULES["paper"]),
     "Opti-CAM, fast": partial(METHODS["opti_cam"], **SCHEDULES["fast"]),
 }
-LOG_P = OBJECTIVES["log_probability"]
+CHOSEN = "odds gain, beta 5, low x 10"
+LOG_P, ODDS = OBJECTIVES["log_probability"], OBJECTIVES["odds_gain"]
 short = partial(variant, objective=LOG_P, num_steps=9)
 COARSE = {  # half of the steps, for a first look at what each option does
     "beta 30": {"beta": 30.0},
@@ -115,6 +116,32 @@ VARIANTS = {
     "log p, beta 15, signed CAM": variant(15.0, objective=LOG_P, anchor=signed_cam),
     "log p, beta 15, low x 3": variant(objective=LOG_P, penalty=partial(weighted, beta=15.0, low=3.0)),
     **{f"log p, beta {beta}": variant(float(beta), objective=LOG_P) for beta in (10, 15, 20, 30, 60)},
+    "log p, beta 20, 12 steps": variant(20.0, objective=LOG_P, num_steps=12),
+    "log p, beta 15, lr 0.15": variant(15.0, objective=LOG_P, lr=0.15),
+    "log p, beta 15, Layer-CAM": variant(15.0, objective=LOG_P, anchor=layer_cam),
+    "log p, beta 15, equal weights": variant(15.0, objective=LOG_P, anchor=equal_weights),
+    "log p, beta 15, Grad-CAM^1.5": variant(15.0, objective=LOG_P, anchor=partial(power, exponent=1.5)),
+    "log p, beta 15, complement 0.3": variant(15.0, objective=LOG_P, complement=0.3, num_steps=9),
+    **{f"log-odds, beta {beta}": variant(float(beta), objective=log_odds) for beta in (15, 30, 60)},
+    "log-odds, beta 30, Grad-CAM^1.5": variant(30.0, objective=log_odds, anchor=partial(power, exponent=1.5)),
+    "log-odds, beta 30, low x 3": variant(objective=log_odds, penalty=partial(weighted, beta=30.0, low=3.0)),
+    "class logit, beta 30": variant(30.0),
+    **{f"odds gain, beta {beta}": variant(float(beta), objective=ODDS) for beta in (8, 15, 30)},
+    **{
+        f"odds gain, beta {beta}, Grad-CAM^1.5": variant(
+            float(beta), objective=ODDS, anchor=partial(power, exponent=1.5)
+        )
+        for beta in (15, 25)
+    },
+    **{
+        f"odds gain, beta {beta}, low x {low}": variant(
+            objective=ODDS, penalty=partial(weighted, beta=float(beta), low=float(low))
+        )
+        for beta, low in ((15, 3), (8, 3), (8, 6))
+    },
+    CHOSEN: partial(METHODS["opti_cam"], **SCHEDULES["robust"]),
+    "odds gain + 2, beta 15": variant(15.0, objective=partial(ODDS, enough=2.0)),
+    "log-odds, beta 60, low x 0.3": variant(objective=log_odds, penalty=partial(weighted, beta=60.0, low=0.3)),
     **{f"9 steps, {name}": short(**changed) for name, changed in COARSE.items()},
 }
 
@@ -185,7 +212,7 @@ def main() -> None:
     views = Views("imagenet" if options.root else "demo", options.root, shard, options.limit)
     table = pd.read_parquet(ROWS) if ROWS.exists() else pd.DataFrame({"variant": [], "image": [], "key": []})
     for name in options.only:
-        key = digest_of(str(describe(VARIANTS[name], views.model, name, "benchmarks/robust.py")))
+        key = digest_of(key_of(VARIANTS[name], views.model, name, "benchmarks/robust.py"))
         done = set(table[(table.variant == name) & (table.key == key)].image)
         missing = [i for i, image in enumerate(views.names) if image not in done]
         for first in range(0, len(missing), options.batch_size):
@@ -197,7 +224,12 @@ def main() -> None:
                 table.to_parquet(temporary)
         if missing:  # a sign of life
             print(name, table[table.variant == name].mean(numeric_only=True).round(3).to_dict(), flush=True)
-    of_all = {"network": views.model.name, "judge": views.judge.name, "tried": len(set(table.variant) - {*CONTROLS})}
+    of_all = {
+        "network": views.model.name,
+        "judge": views.judge.name,
+        "chosen": CHOSEN,
+        "tried": len(set(table.variant) - {*CONTROLS}),
+    }
     report("robust", [summary(table, name) for name in VARIANTS if name in set(table.variant)], **of_all)
 
 

@@ -96,6 +96,12 @@ def log_probability(masked: Array, original: Array, c: int) -> float:
     return math.log(softmax(masked)[c])
 
 
+def odds_gain(masked: Array, original: Array, c: int) -> float:
+    odds = [p / (1 - p) for p in (softmax(masked)[c], softmax(original)[c])]
+    ratio = odds[0] / odds[1] / math.e
+    return math.log(ratio / (1 + ratio))
+
+
 def by_max(grid: Array) -> Array:
     return grid / max(grid.flat) if max(grid.flat) > 0 else np.zeros_like(grid)
 
@@ -115,6 +121,7 @@ def views(
     complement: float = 0.0,
     anchor: Array | None = None,
     beta: float = 0.0,
+    low: float = 1.0,
 ) -> float:
     """What Opti-CAM maximises of one mask seen over several baselines, less its complement and a pull to an anchor."""
     total = 0.0
@@ -130,7 +137,8 @@ def views(
             total -= complement * objective(logits(hidden), original, label) / len(baselines)
     if anchor is not None:
         for place in np.ndindex(saliency.shape):
-            total -= beta * (saliency[place] - anchor[place]) ** 2 / saliency.size
+            price = anchor[place] + (1 - anchor[place]) * low
+            total -= beta * price * (saliency[place] - anchor[place]) ** 2 / saliency.size
     return total
 
 

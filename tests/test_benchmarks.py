@@ -20,6 +20,12 @@ def run(command, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
 
 
+def test_every_benchmark_finds_what_it_imports():
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    done = run([sys.executable, "-c", f"import {', '.join(names)}"], PYTHONPATH=f"{BENCHMARKS}{os.pathsep}{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_published_way_has_the_maps_of_opti_cam(monkeypatch, images, class_idx):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from published import published_loop

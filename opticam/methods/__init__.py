@@ -11,7 +11,7 @@ from opticam.methods.ascent import adam, adam_cosine, map_space, weight_space
 from opticam.methods.cam import RECORDS as _CAM
 from opticam.methods.cam import fake_cam, grad_cam
 from opticam.methods.libraries import LIBRARIES, class_of, library_map
-from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, log_probability, opti_cam, squared_distance
+from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, odds_gain, opti_cam, squared_distance
 from opticam.methods.opti_cam import RECORDS as _OPTI_CAM
 from opticam.methods.record import Method
 from opticam.saliency import blur, mean_color
@@ -27,10 +27,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "optimizer": adam_cosine,
         "num_steps": 18,
         "lr": 0.3,
-        "objective": log_probability,
+        "objective": odds_gain,
         "baseline": (None, mean_color, blur),
         "anchor": grad_cam,
-        "penalty": partial(squared_distance, beta=15.0),
+        "penalty": partial(squared_distance, beta=5.0, low=10.0),
     },
 }
 """Options of `opti_cam` by name. "paper": as published. "fast": fewer steps. "robust": for other judges too (ours)."""

@@ -122,27 +122,48 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
     return class_logit(masked_logits.log_softmax(1), logits, class_idx)
 
 
+def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
+    """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
+
+    Where the masked image has lower log-odds than the image, they count one by one; where it has `enough` more, hardly
+    any more. What an image has gained then leaves the choice of the map to a penalty.
+
+    Returns:
+        (B,), below 0; higher is better.
+    """
+    gain = _log_odds(masked_logits, class_idx) - _log_odds(logits, class_idx)
+    return torch.nn.functional.logsigmoid(gain - enough)
+
+
+def _log_odds(logits: Tensor, class_idx: Tensor) -> Tensor:
+    others = logits.scatter(1, class_idx[:, None], -torch.inf).logsumexp(1)
+    return class_logit(logits, logits, class_idx) - others
+
+
 OBJECTIVES: dict[str, Objective] = {
     "class_logit": class_logit,
     "logit_difference": logit_difference,
     "logit_margin": logit_margin,
     "probability": probability,
     "log_probability": log_probability,
+    "odds_gain": odds_gain,
 }
 
 
-def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
-    """The penalty `beta mean((S - S_0)^2)` of a map that leaves its anchor.
+def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0, low: float = 1.0) -> Tensor:
+    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)` of a map that leaves its anchor.
 
     Args:
         saliency: (B,1,H,W) S in [0,1].
         anchor: (B,1,H,W) S_0 in [0,1].
         beta: how much it counts, in the unit of the objective.
+        low: how much more a place counts where the anchor is 0 than where it is 1.
 
     Returns:
-        (B,), from 0 to beta.
+        (B,), at least 0.
     """
-    return beta * (saliency - anchor).square().mean((1, 2, 3))
+    price = low + (1 - low) * anchor
+    return beta * (price * (saliency - anchor).square()).mean((1, 2, 3))
 
 
 def opti_cam(
