@@ -117,22 +117,3 @@ def find_methods(names: Collection[str], **options: Mapping[str, Any]) -> dict[s
     for name in options:
         find_method(name)
     return {name: partial(find_method(name), **options.get(name, {})) for name in names}
-
-
-__all__ = [
-    "METHODS",
-    "OBJECTIVES",
-    "SCHEDULES",
-    "Method",
-    "OptiCAMResult",
-    "class_logit",
-    "fake_cam",
-    "find_method",
-    "find_methods",
-    "grad_cam",
-    "light_methods",
-    "method_color",
-    "method_label",
-    "one_per_map",
-    "opti_cam",
-]

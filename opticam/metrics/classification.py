@@ -16,16 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
-from opticam.classifier import (
-    Head,
-    as_softmax,
-    class_logit,
-    for_autograd,
-    own,
-    probs_of_class,
-    read,
-    with_absence,
-)
+from opticam.classifier import Head, as_softmax, class_logit, for_autograd, own, probs_of_class, read, with_absence
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
@@ -68,7 +59,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
     Kept: the pixels the map calls salient; removed: the rest. Lower is better: an ideal map loses nothing.
 
     Args:
-        probs: (B,) p in (0,1].
+        probs: (B,) p in [0,1].
         masked_probs: (B,) o in [0,1].
 
     Returns:
@@ -88,19 +79,10 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Increase of each image, `1[o > p]`, strict.
 
     Kept: the pixels the map calls salient; removed: the rest. Higher is better. It counts wins and ignores their size.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Arguments, errors and reference as `average_drop`.
 
     Returns:
         (B,) float64, 0 or 1; NaN where a probability is NaN.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
-
-    Reference:
-        Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
     return torch.where(p.isnan() | o.isnan(), torch.nan, (o > p).double())
@@ -110,16 +92,10 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Gain of each image, `max(0, o - p)/(1 - p)`: the mirror image of Average Drop.
 
     Kept: the pixels the map calls salient; removed: the rest. Higher is better: the share of the possible gain made.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Arguments and errors as `average_drop`.
 
     Returns:
         (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted; NaN where a probability is.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
 
     Reference:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002, where it is given in percent.
@@ -131,17 +107,11 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
 def gain_minus_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Gain minus Average Drop of each image: gains count for the map and losses against it.
 
-    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes. Arguments and
+    errors as `average_drop`.
 
     Returns:
         (B,) float64 in [-1,1]; NaN where a probability is NaN.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
     """
     return average_gain(probs, masked_probs) - average_drop(probs, masked_probs)
 
@@ -284,21 +254,14 @@ def road(
     code: one field of noise for all images, fractions and both orders, so that an image's value does not depend on its
     batch and that of a constant map is 0; the noise is added to images in [0,1], before mean/std, and not clipped.
 
+    Arguments and errors as `insertion`, and:
+
     Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
-        saliency: (B,1,H,W) in [0,1].
         fractions: of the pixels, each in (0,1).
         seed: of the noise, the same on every device.
-        batch_size: imputed images in flight; the result does not depend on it.
 
     Returns:
         (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022,
@@ -371,7 +334,7 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
     Higher is better.
 
     Args:
-        saliency: (B,1,H,W) S of the image x.
+        saliency: (B,1,H,W) S in [0,1] of the image x.
         saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
 
     Returns:
@@ -415,11 +378,9 @@ def complexity(saliency: Tensor) -> Tensor:
 def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     """ADCC of each image, `3/(1/coh + 1/(1 - com) + 1/(1 - AD))`: one number from `coherency`, `complexity` and drop.
 
-    Higher is better: the harmonic mean is small where one of the three is.
+    Higher is better: the harmonic mean is small where one of the three is. Maps as `coherency` takes them, and:
 
     Args:
-        saliency: (B,1,H,W) S in [0,1] of the image x.
-        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
         drop: (B,) from `average_drop`.
 
     Returns:
@@ -449,16 +410,11 @@ def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
 def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) -> Tensor:
     """ARCC of each image, `3/(1/coh + 1/(1 - com) + 1/r)` with `r = clip(2 ROADCombined, 0, 1)`: the successor of ADCC.
 
-    ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Higher is
-    better: the harmonic mean is small where one of the three is.
+    ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Maps and
+    result as for `adcc`, and:
 
     Args:
-        saliency: (B,1,H,W) S in [0,1] of the image x.
-        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
         road_combined: (B,) from `road`, in [-1/2, 1/2].
-
-    Returns:
-        (B,) float64 in [0,1]; 0 where a term is 0, or undefined since a map is constant; NaN where an argument is.
 
     Raises:
         ValueError: wrong shapes, or a ROAD outside [-1/2, 1/2].

@@ -60,7 +60,7 @@ def predicted_box(saliency: Tensor) -> Tensor:
 def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """LE of each image, `1 - max_box 1[IoU(predicted box, box) > 0.5]`, strict. Lower is better.
 
-    Areas are counted in pixels; the predicted box includes its end, as `predicted_box` says.
+    Areas are counted in pixels; the predicted box includes its end, as `predicted_box` says, where the reference is.
 
     Args:
         saliency: (B,1,H,W) in [0,1].
@@ -72,9 +72,6 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
-
-    Reference:
-        Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
     """
     _check(saliency, boxes)
     predicted = predicted_box(saliency).cpu()
@@ -90,16 +87,13 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
 
     The localization error of the ImageNet challenge: box and class have to be right.
 
-    Arguments and errors as `localization_error`, and:
+    Arguments, errors and reference as `localization_error`, and:
 
     Args:
         correct: (B,) bool, whether the network's first guess is the image's class.
 
     Returns:
         (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
-
-    Reference:
-        Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
     """
     if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
         raise TypeError(f"correct: wanted a bool tensor, got {getattr(correct, 'dtype', type(correct).__name__)}")
@@ -271,7 +265,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
 
 def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
-    """MaxBoxAcc and MaxBoxAccV2 of a data set: the share of images right at the best threshold. Higher is better.
+    """MaxBoxAcc and MaxBoxAccV2, see `box_hits`: the share of images right at the best threshold. Higher is better.
 
     Args:
         hits_sum: (4,T), the sum of `box_hits` over images, shards added up.
@@ -283,9 +277,6 @@ def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
 
     Raises:
         ValueError: wrong shape; fewer images than hits.
-
-    Reference:
-        see `box_hits`.
     """
     if hits_sum.ndim != 2 or hits_sum.shape[0] != 4 or hits_sum.shape[1] < 1:
         raise ValueError(f"hits_sum: wanted shape (4,T), got {tuple(hits_sum.shape)}")
