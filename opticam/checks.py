@@ -22,9 +22,6 @@ from opticam.state import aside
 def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be explained.
 
-    Args:
-        model: any network.
-
     Raises:
         TypeError: not a module, TorchScript, or quantised.
         ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
@@ -120,15 +117,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_class_range(class_idx: Tensor, num_classes: int) -> None:
-    """Refuse class indices outside the classes of the network.
-
-    Args:
-        class_idx: (B,) int64.
-        num_classes: number C of logits; 2 for a network with one.
-
-    Raises:
-        ValueError: an index is not in 0..C-1.
-    """
+    """Refuse, by a ValueError, class indices outside 0..C-1, C being the number of logits; 2 for a network with one."""
     low, high = (int(value) for value in class_idx.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
@@ -141,11 +130,7 @@ def check_window(window: Sequence[float] | None) -> None:
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse numbers below the least that makes sense; None, where it stands for a default, passes.
-
-    Raises:
-        ValueError: a number is smaller, or not whole.
-    """
+    """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int):
             raise ValueError(f"{name}: wanted a whole number, got {number!r}")

@@ -15,18 +15,8 @@ Head = Literal["softmax", "sigmoid"]
 class Classifier(nn.Module):
     """A network that takes images in [0,1], with mean/std inside, and knows its layer, head, sizes and classes.
 
-    Attributes:
-        network: the bare network.
-        name: what it is called; a key of `MODELS` for those.
-        layer: dotted name of its target layer, as `network` names it.
-        head: "softmax", one class per image, or "sigmoid", each class for itself.
-        to_logits: from what `network` returns to what this returns; None where that is the same.
-        input_size: side of the square input, in pixels.
-        resize: shorter side before the centre crop, in pixels.
-        class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
-            for and of its absence.
-        layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
-        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
+    Its attributes are what `networks.wrap` was given, by the same names. `class_names` are in the order of the logits;
+    for one logit they name the class that it stands for and its absence.
     """
 
     mean: Tensor
@@ -136,10 +126,8 @@ def read(model: nn.Module, images: Tensor) -> Output:
         returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
-            raise TypeError(
-                f"model: {name} wants {', '.join(wanted)} beside the images; "
-                "wanted a module that takes the images alone and gives it the rest"
-            ) from error
+            told = f"model: {name} wants {', '.join(wanted)} beside the images"
+            raise TypeError(f"{told}; wanted a module that takes the images alone and gives it the rest") from error
         raise
     except (RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
@@ -266,13 +254,8 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     Under a sigmoid the only rival of a class is its absence, whose logit is 0: `sigmoid(y) = softmax((y, 0))_0`. So
     whatever is written for a softmax is right for both.
 
-    Args:
-        logits: (B,C).
-        class_idx: (B,) int64.
-        head: of the network.
-
     Returns:
-        Logits (B,C) and class_idx as given, or, of a sigmoid, logits (B,2) and zeros.
+        Logits (B,C) and class_idx (B,) as given, or, of a sigmoid, logits (B,2) and zeros.
     """
     check_head(head)
     if head == "softmax":

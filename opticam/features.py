@@ -35,10 +35,6 @@ Layer = nn.Module | str | None
 def prepared(model: nn.Module, images: Tensor) -> Tensor:
     """The images as the network takes them, out of any graph.
 
-    Args:
-        model: any network.
-        images: (B,C,H,W).
-
     Returns:
         The same values: in the memory format channels_last for a `Classifier` with such weights, as `load_model` makes
         them, else contiguous, since a foreign network may rely on that.
@@ -223,7 +219,7 @@ def attention_maps(
     Args:
         model: one plain sequence headed by a class token; see `opticam.layouts.class_token_grid`.
         images: (B,C,H,W) float.
-        class_idx: (B,) int64, the class c of each image.
+        class_idx: (B,) int64.
         with_gradients: else the second list is empty and nothing goes backward.
 
     Returns:
@@ -380,9 +376,8 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
 def count_passes(model: nn.Module) -> Iterator[list[int]]:
     """Counts, while it is open, the images that go through the whole network: [forward, backward].
 
-    Args:
-        model: any network. Passes of other threads are not counted, nor those by which `examine` looks closer, nor
-            passes of its parts, such as a split-off head.
+    Passes of other threads are not counted, nor those by which `examine` looks closer, nor passes of parts of the
+    network, such as a split-off head.
     """
     passes = [0, 0]
 
@@ -405,10 +400,8 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
 def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
     """Calls `call(module)`, while it is open, whenever a module of the network has run; what it raises ends the pass.
 
-    Args:
-        model: any network. Its modules are reported one by one, itself last, also in passes of its parts; convolutions
-            and batch norms are not, since hooks on them would keep them from being folded.
-        call: what to do; its result is not used.
+    Modules are reported one by one, the network itself last, also in passes of its parts. Convolutions and batch norms
+    are not, since hooks on them would keep them from being folded.
     """
     with ExitStack() as hooks:
         for module in model.modules():
@@ -461,11 +454,8 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
     Args:
         output: of the layer, for any number of images.
         model: any network.
-        images: (B,C,H,W), or any tensor with the same H and W.
-        layer: see `resolve_layer`.
-
-    Raises:
-        ValueError: the layout of the output is not known; see `opticam.layouts`.
+        images: any tensor with H and W of the images as its last sides.
+        layer: see `resolve_layer`. ValueError: the layout of its output is not known; see `opticam.layouts`.
     """
     return _grids([output], model, images, layer, len(output))[0]
 

@@ -92,19 +92,9 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 def write_arrays(
     arrays: Mapping[str, np.ndarray], path: str | Path, parameters: Mapping[str, Any], device: str = "cpu"
 ) -> Path:
-    """Write arrays, such as photos and maps, with its provenance; see `write_rows`.
-
-    Args:
-        arrays: name -> array of numbers or text.
-        path: where, `.npz`; folders are made.
-        parameters: what the arrays were computed with; JSON.
-        device: where they were computed.
-
-    Returns:
-        The path written.
+    """Write arrays of numbers or text by name, such as photos and maps, to an `.npz`; all else as `write_rows`.
 
     Raises:
-        OSError: the place cannot be written.
         ValueError: an array of objects, which would be read by running code.
     """
     for name, array in arrays.items():
@@ -118,18 +108,7 @@ def write_arrays(
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays that `write_arrays` wrote, and their provenance.
-
-    Args:
-        path: the `.npz` file.
-
-    Returns:
-        Name -> array, and the provenance as in `read_rows`.
-
-    Raises:
-        OSError: no such file.
-        ValueError: a file without provenance of this package, or one that is no archive of plain arrays.
-    """
+    """The arrays by name that `write_arrays` wrote, and their provenance; result and errors as `read_rows`."""
     path = _existing(Path(path))
     try:
         with np.load(path, allow_pickle=False) as file:
