@@ -36,13 +36,10 @@ class ModelSpec:
     Attributes:
         build: from `pretrained` and `num_classes`, by default 1000, to the bare network, which takes normalised images.
         layer: dotted name of the target layer inside the network; "" for `default_layer`.
-        mean: of the normalisation, per channel, for images in [0,1].
-        std: of the normalisation.
-        input_size: side of the square the network was trained for, in pixels; images are cropped to it.
-        resize: shorter side before the centre crop, in pixels.
         source: where architecture and weights come from.
         class_names: of the published weights, one name per class.
-        head: of the published weights; see `wrap`.
+
+    The others are arguments of `wrap`; `head` is that of the published weights.
     """
 
     build: Callable[..., nn.Module]

@@ -305,13 +305,7 @@ def paste_object(
 
 
 def find_pastes(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    boxes: Sequence[Tensor],
-    *,
-    seed: int = 0,
-    batch_size: int = 16,
+    model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor], *, seed: int = 0, batch_size: int = 16
 ) -> Pastes:
     """Pastes for whose object the network decides, and that it does not mistake for the object when scrambled.
 
@@ -390,14 +384,11 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
 
     Args:
         saliency: (B,1,H,W) in [0,1], of the class whose evidence the boxes hold.
-        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; at least one.
+        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
         boxes: B tensors (n,4).
 
     Returns:
         (B,) float64 in [-1,1]; higher is better.
-
-    Raises:
-        ValueError: no rival, or wrong shapes.
     """
     if not rivals:
         raise ValueError("rivals: wanted at least one map of another class")

@@ -175,14 +175,7 @@ def image_grid(
 
 
 def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
-    """One decision explained: image, overlay and masked image side by side.
-
-    Args:
-        image: (3,H,W) in [0,1].
-        saliency: (1,H,W) in [0,1].
-        masked: (3,H,W) in [0,1].
-        titles: three.
-    """
+    """One decision explained: image (3,H,W), overlay of the map (1,H,W) and masked image side by side; three titles."""
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
@@ -204,10 +197,7 @@ def probability_bars(
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
     figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
     ax = figure.subplots()
-    for shift, color, label, values in (
-        (-0.2, "0.65", "photo", probs),
-        (0.2, _BLUE, "masked photo", masked_probs),
-    ):
+    for shift, color, label, values in ((-0.2, "0.65", "photo", probs), (0.2, _BLUE, "masked photo", masked_probs)):
         percent = [100 * values[index].item() for index in shown]
         places = [place + shift for place in range(len(shown))]
         ax.barh(places, percent, height=0.38, color=color, label=label)
@@ -598,10 +588,7 @@ def interval_table(
 def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
     """Show a table in a notebook, below a title in Markdown. Rows that are only numbered are shown without numbers.
 
-    Args:
-        table: any.
-        title: one paragraph; empty for none.
-        options: of `DataFrame.to_markdown`.
+    The title is one paragraph, or empty for none. Options are those of `DataFrame.to_markdown`.
     """
     import pandas as pd
     from IPython.display import Markdown, display
@@ -611,14 +598,7 @@ def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
 
 
 def latex_table(table: "pd.DataFrame") -> str:
-    r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
-
-    Args:
-        table: from `interval_table`.
-
-    Returns:
-        A `tabular`, ending in a newline.
-    """
+    r"""The table of `interval_table` as a `tabular` for LaTeX with booktabs; intervals smaller than means."""
     text = str(table.to_markdown(tablefmt="latex_booktabs", disable_numparse=True))
     text = re.sub(r" (\[[^][]+, [^][]+\])", r" {\\scriptsize \1}", text)
     return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"

@@ -116,16 +116,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
-    """The penalty `beta mean((S - S_0)^2)` of a map that leaves its anchor.
-
-    Args:
-        saliency: (B,1,H,W) S in [0,1].
-        anchor: (B,1,H,W) S_0 in [0,1].
-        beta: how much it counts, in the unit of the objective.
-
-    Returns:
-        (B,), from 0 to beta.
-    """
+    """The penalty `beta mean((S - S_0)^2)`, (B,), of maps S that leave their anchors S_0, both (B,1,H,W)."""
     return beta * (saliency - anchor).square().mean((1, 2, 3))
 
 

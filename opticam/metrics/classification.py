@@ -355,21 +355,12 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
 
 
 def complexity(saliency: Tensor) -> Tensor:
-    """Complexity of each map, `mean(S)`: the share of the image that it keeps.
+    """Complexity of each map, `mean(S)`: the share of the image that it keeps. Lower is better.
 
-    Lower is better.
-
-    Args:
-        saliency: (B,1,H,W) in [0,1].
+    Maps, errors and reference as for `coherency`.
 
     Returns:
         (B,) float64 in [0,1]; NaN where the map has a NaN.
-
-    Raises:
-        ValueError: wrong shape.
-
-    Reference:
-        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
     """
     (maps,) = _checked_maps(saliency)
     return maps.mean(1)
@@ -378,7 +369,7 @@ def complexity(saliency: Tensor) -> Tensor:
 def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     """ADCC of each image, `3/(1/coh + 1/(1 - com) + 1/(1 - AD))`: one number from `coherency`, `complexity` and drop.
 
-    Higher is better: the harmonic mean is small where one of the three is. Maps as `coherency` takes them, and:
+    Higher is better: the harmonic mean is small where one of the three is. Maps and reference as for `coherency`, and:
 
     Args:
         drop: (B,) from `average_drop`.
@@ -388,9 +379,6 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
 
     Raises:
         ValueError: wrong shapes, or a drop outside [0,1].
-
-    Reference:
-        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
     """
     if drop.shape != saliency.shape[:1]:
         raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
