@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Classifier, Head, Output, bare, find_logits, own, read, unwrapped
+from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
 from opticam.state import aside
 
@@ -29,7 +29,7 @@ def check_network(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     for module in model.modules():
         kind = type(module)
@@ -107,7 +107,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError("images: tensors on the meta device have no values; wanted pixels")
     if parameter is not None and parameter.dtype != images.dtype:
         raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     if classifier is not None:
         if classifier.mean.numel() not in (1, images.shape[1]):
             raise ValueError(f"images: wanted {classifier.mean.numel()} channels, got {images.shape[1]}")
@@ -117,7 +117,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_class_range(class_idx: Tensor, num_classes: int) -> None:
-    """Refuse, by a ValueError, class indices outside 0..C-1, C being the number of logits; 2 for a network with one."""
+    """Refuse, by a ValueError, class indices outside 0..num_classes - 1. A network with one logit has two classes."""
     low, high = (int(value) for value in class_idx.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
@@ -138,7 +138,7 @@ def check_at_least(least: int, **numbers: int | None) -> None:
             raise ValueError(f"{name}: wanted at least {least}, got {number}")
 
 
-def examine(model: nn.Module, images: Tensor) -> Output:
+def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
     There are further passes of a few images, which no hook of a method hears: two of two images, one with its gradient,
@@ -148,11 +148,12 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     Args:
         model: any network, inside `frozen`.
         images: (B,C,H,W) float.
+        class_idx: int64, to be checked by `check_class_range`.
 
     Raises:
         TypeError: see `read`.
         ValueError: see `read`; outputs that are probabilities; two passes that differ; logits that depend on other
-            images of the batch; class names that are not one per class.
+            images of the batch; class names that are not one per class; a class index out of range.
     """
     if model not in _independent:
         with aside(), torch.enable_grad():
@@ -160,7 +161,7 @@ def examine(model: nn.Module, images: Tensor) -> Output:
         _independent.add(model)
     before = _state(model, images)
     output = read(model, images)
-    classifier = own(model)
+    classifier = as_classifier(model)
     num_names, num_classes = len(classifier.class_names) if classifier is not None else 0, output.logits.shape[1]
     if num_names not in (0, num_classes):
         raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
@@ -184,6 +185,8 @@ def examine(model: nn.Module, images: Tensor) -> Output:
                 f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
                 f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
             )
+    if class_idx is not None:
+        check_class_range(class_idx, num_classes)
     return output
 
 

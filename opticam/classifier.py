@@ -79,7 +79,7 @@ class Output(NamedTuple):
     head: Head
 
 
-def own(model: nn.Module) -> Classifier | None:
+def as_classifier(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
     inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
@@ -102,7 +102,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a `Classifier`; any other network itself, whatever its attributes are called, as written."""
-    classifier = own(model)
+    classifier = as_classifier(model)
     return unwrapped(model if classifier is None else classifier.network)
 
 
@@ -119,7 +119,7 @@ def read(model: nn.Module, images: Tensor) -> Output:
         ValueError: the network cannot take images of that shape or dtype; the logits are not (B,C) of the images;
             images in a graph lead to logits outside of it.
     """
-    if images.is_leaf and own(model) is None:  # mean/std of a classifier make a copy of their own
+    if images.is_leaf and as_classifier(model) is None:  # mean/std of a classifier make a copy of their own
         images = images.clone()
     name = type(bare(model)).__name__
     try:
@@ -167,7 +167,7 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
     if not logits.is_floating_point():
         raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
     return Output(logits, "softmax" if classifier is None else classifier.head)

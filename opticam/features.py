@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_class_range, check_network, examine
-from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, for_autograd, own, read, unwrapped
+from opticam.checks import check_network, examine
+from opticam.classifier import (
+    as_classifier,
+    as_output,
+    as_softmax,
+    bare,
+    class_logit,
+    find_logits,
+    for_autograd,
+    read,
+    unwrapped,
+)
 from opticam.layouts import (
     Tokens,
     channels_first,
@@ -39,7 +49,7 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
         The same values: in the memory format channels_last for a `Classifier` with such weights, as `load_model` makes
         them, else contiguous, since a foreign network may rely on that.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
     return (
         for_autograd(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -57,7 +67,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     Raises:
         ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     if layer is None:
         if classifier is None:
             raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
@@ -185,8 +195,7 @@ def features_and_gradients(
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
-        logits, head = examine(unwrapped(model), prepared(model, images))
-        check_class_range(class_idx, logits.shape[1])
+        logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
         gradients = None
@@ -233,8 +242,7 @@ def attention_maps(
     with frozen(model), _attention_shown(model, captured.append):
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
-            logits = examine(unwrapped(model), x).logits
-        check_class_range(class_idx, logits.shape[1])
+            logits = examine(unwrapped(model), x, class_idx).logits
         _check_attention(model, captured, grid, len(images))
         gradients: Sequence[Tensor] = ()
         if with_gradients:
@@ -279,8 +287,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
     with frozen(model), _attention_shown(model, restart_at_attention), ExitStack() as hooks:
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
-        logits = examine(unwrapped(model), prepared(model, images)).logits
-        check_class_range(class_idx, logits.shape[1])
+        logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
         _check_attention(model, captured, grid, len(images))
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
@@ -443,7 +450,7 @@ def _check_first_axis(model: nn.Module, images: Tensor, layer: Layer, output: Te
 
 
 def _has_own_layout(model: nn.Module) -> bool:
-    classifier = own(model)
+    classifier = as_classifier(model)
     layout = None if classifier is None else classifier.layout
     return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
 

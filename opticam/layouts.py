@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from opticam.classifier import bare
-from opticam.classifier import own as own_classifier
+from opticam.classifier import as_classifier, bare
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -69,7 +68,7 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
     Raises:
         ValueError: the layout is not known.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
         return classifier.layout
     if output.ndim not in (3, 4):
@@ -93,7 +92,7 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
             they have a prefix.
         size: (H,W) of the images.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
         return classifier.layout if isinstance(classifier.layout, Tokens) and classifier.layout.prefix else None
     transformer = plain_transformer(model)

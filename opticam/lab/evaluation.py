@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from opticam import metrics
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
-from opticam.classifier import Output, as_output, class_logit, own, probs_of_class, read
+from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped
 from opticam.lab.files import library_versions
@@ -400,7 +400,7 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     for name in scores:
         if name not in known:
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     names = [] if classifier is None else classifier.class_names
     others = list(getattr(dataset, "class_names", None) or [])
     if names and others and len(names) != len(others):
@@ -566,7 +566,7 @@ def _now(device: torch.device) -> float:
 
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:
-    classifier = own(model)
+    classifier = as_classifier(model)
     layer = classifier.layer if layer is None and classifier is not None else layer
     return str((layer_name(model, layer) if isinstance(layer, nn.Module) else layer) or "")
 

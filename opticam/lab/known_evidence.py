@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_class_range, check_images, check_inputs, examine
-from opticam.classifier import Classifier, class_logit, for_autograd, own, probabilities, read
+from opticam.checks import check_at_least, check_images, check_inputs, examine
+from opticam.classifier import Classifier, as_classifier, class_logit, for_autograd, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.lab.summary import Estimate, entries, estimate_and_p, ratio_of_means
@@ -183,8 +183,7 @@ def cell_drops(
     kept = 1 - F.interpolate(cells, size=images.shape[2:], mode="nearest")
     with frozen(model), torch.no_grad():
         x, c = prepared(model, images), for_autograd(class_idx)
-        logits = examine(model, x).logits
-        check_class_range(c, logits.shape[1])
+        logits = examine(model, x, c).logits
         shown = baseline_of(x, baseline)
         network, y = folded(model, x, logits), class_logit(logits.double(), c)
         drops = []
@@ -241,7 +240,7 @@ def see_one_cell(model: Classifier, cell: int, apart: bool = True) -> Classifier
 
     It shares the weights of the model.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     if classifier is None or classifier.to_logits is not None:
         raise ValueError("model: wanted a Classifier whose network returns logits, as load_model gives it")
     return wrap(

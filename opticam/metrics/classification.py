@@ -16,7 +16,16 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
-from opticam.classifier import Head, as_softmax, class_logit, for_autograd, own, probs_of_class, read, with_absence
+from opticam.classifier import (
+    Head,
+    as_classifier,
+    as_softmax,
+    class_logit,
+    for_autograd,
+    probs_of_class,
+    read,
+    with_absence,
+)
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
@@ -447,7 +456,7 @@ def _prepared(
     *_, channels, height, width = images.shape
     step = 8 * width if pixels_per_step is None else pixels_per_step
     check_at_least(1, pixels_per_step=step)
-    classifier = own(model)
+    classifier = as_classifier(model)
     mean = classifier.mean if mean is None and classifier is not None else mean
     if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
         got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
@@ -497,9 +506,8 @@ def _probabilities(
     with frozen(model), torch.no_grad():
         for masked, rows in batches:
             masked = prepared(model, masked)
-            logits, head = read(network, masked) if probs else examine(model, masked)
+            logits, head = read(network, masked) if probs else examine(model, masked, class_idx)
             if not probs:
-                check_class_range(class_idx, logits.shape[1])
                 network = folded(model, masked, logits)
             probs.append(probs_of_class(logits, class_idx[rows], head))
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)

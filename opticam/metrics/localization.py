@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_inputs, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -161,8 +161,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
         for image, (x0, y0, x1, y1) in zip(for_autograd(images).detach(), crops.tolist(), strict=True)
     ]
     with frozen(model), torch.no_grad():
-        logits, head = examine(model, prepared(model, torch.cat(resized)))
-    check_class_range(class_idx, logits.shape[1])
+        logits, head = examine(model, prepared(model, torch.cat(resized)), class_idx)
     two, c = as_softmax(logits.double(), for_autograd(class_idx), head)
     log_prob = class_logit(two.log_softmax(1), c)
     area = _areas(crops).to(log_prob) / (height * width)
