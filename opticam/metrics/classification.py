@@ -135,16 +135,13 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
     q has to be clipped near 0 or 1.
 
     Args:
-        logits: (B,C) of the image; or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
+        logits: of the image, as `class_probability` takes them, like `class_idx` and `head`.
         masked_logits: of the masked image, of the same shape.
         class_idx: (B,) int64.
-        head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
+        head: of the network.
 
     Returns:
-        (B,) float64, unbounded; NaN where logits are.
-
-    Raises:
-        ValueError: shapes differ, or an unknown head.
+        (B,) float64, unbounded; NaN where logits are. ValueError: shapes differ, or an unknown head.
     """
     if masked_logits.shape != logits.shape:
         raise ValueError(

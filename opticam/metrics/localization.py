@@ -133,20 +133,10 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
 
     The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame,
     p is by the head of the network. One batched forward pass. Where no box is predicted (see `predicted_box`) the whole
-    image is taken, a = 1: **ours**.
-
-    Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
-        saliency: (B,1,H,W) in [0,1].
+    image is taken, a = 1: **ours**. Arguments and errors as `insertion`.
 
     Returns:
         (B,) float64, at least log 0.05 = -3.0, unbounded above; NaN for a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Dabkowski, Gal, Real time image saliency for black box classifiers, NeurIPS 2017, arXiv 1705.07857.
