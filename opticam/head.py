@@ -82,7 +82,7 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         known: dict[fx.Node, object] = dict.fromkeys(node for node in graph.nodes if node not in after)
         for node, value in values.items():
             per_image = isinstance(value, Tensor) and node in of_images
-            known[node] = value[rows] if per_image else value  # type: ignore[index]
+            known[node] = value[rows] if per_image else value
         known[place] = changed.clone()
         with frozen(model), torch.no_grad():
             return as_output(model, fx.Interpreter(network).run(initial_env=known), len(rows)).logits
