@@ -124,7 +124,7 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
 
 
 def check_window(window: Sequence[float] | None) -> None:
-    """Refuse what are no two numbers (low, high) with low < high; None passes."""
+    """Refuse what is not two numbers (low, high) with low < high; None passes."""
     if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 

@@ -94,7 +94,7 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
 
 
 def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:
-    """Refuse, in one sentence, what is no map of the images. NaN passes: results of such a map are NaN.
+    """Refuse, in one sentence, what is not a map of the images. NaN passes: results of such a map are NaN.
 
     Args:
         images: (B,3,H,W); None where a metric takes maps alone.

@@ -288,7 +288,7 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
 
     `evidence: {NAME: TABLE}` makes `NAME.parquet` of the tables `TABLE.parquet` of the runs. Images come in the order
     of their names. Only numbers and words are shipped: columns of bytes are left out but for `box_hits`, and numbers
-    that are no probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
+    that are not probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
     how many `images` and `runs` there are: a part of a batch may be shipped before the rest is done.
 
     Returns:

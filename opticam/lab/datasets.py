@@ -204,7 +204,7 @@ def select(
         seed: of the draw.
 
     Raises:
-        ValueError: a number out of range, or a shard that is none.
+        ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
     for name, number in (("draw", draw), ("limit", limit)):
@@ -242,7 +242,7 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is none, or the pixels have 8 bits; the image has more pixels than Pillow opens.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens.
     """
     path = Path(path)
     check_window(window)

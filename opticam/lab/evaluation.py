@@ -144,7 +144,7 @@ def saliency_maps(
 
 
 def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps that know nothing of the photo that they mask: what a score is worth shows beside theirs.
+    """Maps that know nothing of the photo that they mask: a score tells something where it is better than theirs.
 
     Args:
         saliency: method -> maps (B,1,H,W) of B photos, at least two.
@@ -322,7 +322,7 @@ def stream(
     Args:
         folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
         dataset: as `datasets.load_dataset` gives it.
-        parameters: stored with the rows, by names that `stream` has not itself; JSON.
+        parameters: stored with the rows, under names that `stream` does not store itself; JSON.
         keys: for a method or metric of your own by its name, and for a network with code of your own by "model": a word
             that you change whenever that code changes.
         shard_size: images a file.

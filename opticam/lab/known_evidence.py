@@ -142,7 +142,7 @@ def find_mosaics(
     photos = choose_mosaics(all_probabilities(model, images, batch_size), class_idx, seed=seed).to(class_idx.device)
     mosaics = to_mosaics(images[photos.flatten()])
     if len(photos) == 0:
-        return Mosaics(images.new_zeros(0, 3, *(SIDE * n for n in images.shape[2:])), photos, photos, photos.bool())
+        return Mosaics(mosaics, photos, photos, photos.bool())
     many, classes = mosaics.repeat_interleave(SIDE**2, 0), class_idx[photos].flatten()
     cell = torch.arange(SIDE**2, device=photos.device).repeat(len(photos))
     verified = torch.ones_like(cell, dtype=torch.bool)

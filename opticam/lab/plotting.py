@@ -3,10 +3,12 @@
 What returns a figure does not show it. Photos and maps are tensors in [0,1].
 """
 
+import io
 import itertools
 import math
 import re
 import textwrap
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,12 +61,23 @@ def _printed(figure: Figure, kind: str) -> str | None:
 
     if kind != ("jpeg" if _has_pictures(figure) else "png"):
         return None
-    options = {"pil_kwargs": {"quality": 80}} if kind == "jpeg" else {}
-    return print_figure(figure, fmt=kind, base64=True, **options)
+    if kind == "jpeg":
+        return print_figure(figure, fmt=kind, base64=True, pil_kwargs={"quality": 80})
+    drawn = print_figure(figure, fmt=kind)
+    return drawn and b64encode(_with_palette(drawn)).decode()
 
 
 def _has_pictures(figure: Figure) -> bool:
     return any(ax.images for ax in figure.axes)
+
+
+def _with_palette(chart: bytes) -> bytes:
+    """A PNG with 256 colours, a third as heavy, which eyes cannot tell from all colours; photos would show bands."""
+    lighter = io.BytesIO()
+    with Image.open(io.BytesIO(chart)) as image:
+        palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        palette.save(lighter, format="png", dpi=image.info["dpi"], optimize=True)
+    return lighter.getvalue()
 
 
 def use_plain_style() -> None:
@@ -617,8 +630,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
     It has the size in inches that it was made with, and twice the dots of a notebook's. A PNG without pictures in it
-    has a palette of 256 colours, which cannot be told from all its colours and is a third as heavy. Photos are a
-    quarter as heavy with the suffix `.jpg`.
+    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`.
 
     Args:
         figure: what to write.
@@ -637,8 +649,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     with replacing(path) as temporary:
         options = {"metadata": stamps[kind]} if kind in stamps else {"pil_kwargs": {"quality": 85}}
         figure.savefig(temporary, format=kind, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02, **options)
-        if kind == "png" and not _has_pictures(figure):  # photos would show bands
-            with Image.open(temporary) as written:
-                opaque, dpi = written.convert("RGB"), written.info["dpi"]
-            opaque.quantize(256, dither=Image.Dither.NONE).save(temporary, format=kind, dpi=dpi, optimize=True)
+        if kind == "png" and not _has_pictures(figure):
+            temporary.write_bytes(_with_palette(temporary.read_bytes()))
     return path

@@ -110,8 +110,9 @@ def estimate_and_p(
     excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
     Returns:
-        The estimate; and p in [2 / num_resamples, 1], for of less so many samples know nothing. It is exact to a
-        thousandth of itself. NaN, which is no test, for a single image and for values that are all the same but not 0.
+        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
+        thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
+        0.
     """
     ends = _intervals(values, statistic, num_resamples)
     value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
@@ -132,7 +133,7 @@ def holm(p_values: Collection[float]) -> np.ndarray:
     m, the next by m - 1, and so on; none may fall below one before it.
 
     Args:
-        p_values: of all tests that are looked at together. NaN is no test.
+        p_values: of all tests that are looked at together. NaN is not a test.
 
     Returns:
         In [0,1], in the order given; NaN where there was no test.

@@ -81,7 +81,7 @@ def _identity(maps: Tensor) -> Tensor:
 
 
 def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """The map of the first row of (B,N,N), without the tokens that are no part of the image."""
+    """The map of the first row of (B,N,N), without the tokens that stand for no part of the image."""
     grid = class_token_grid(model, images.shape[-2:])
     assert grid is not None  # noqa: S101  (or there was no attention)
     return saliency_map(grid(rollout[:, 0, :, None]), images.shape[-2:])
