@@ -248,11 +248,8 @@ def write_summary(batch: Batch) -> Path | None:
         pa.csv.CSVWriter(plain, flat) as lines,
     ):
         for run in done:
-            table = _with_varied(pq.read_table(run.table), run)
-            missing = [field for field in schema if field.name not in table.column_names]
-            for field in missing:
-                table = table.append_column(field.name, pa.nulls(len(table), field.type))
-            table = table.select(schema.names).cast(schema)
+            own = _with_varied(pq.read_table(run.table), run)
+            table = pa.concat_tables([schema.empty_table(), own], promote_options="permissive")
             rows.write_table(table)
             lines.write_table(table.select(flat.names))
     return path
