@@ -164,9 +164,9 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
-        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
     if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_HINT}")
     classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
@@ -185,12 +185,12 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
-            f"that may be; {_SAID}"
+            f"that may be; {_HINT}"
         )
     return found[0]
 
 
-_SAID = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
+_HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _COLLECTIONS = (tuple, list, ValuesView)
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 

@@ -43,17 +43,15 @@ Layer = nn.Module | str | None
 
 
 def prepared(model: nn.Module, images: Tensor) -> Tensor:
-    """The images as the network takes them, out of any graph.
+    """The images as the network takes them: the same values, out of any graph.
 
-    Returns:
-        The same values: in the memory format channels_last for a `Classifier` with such weights, as `load_model` makes
-        them, else contiguous, since a foreign network may rely on that.
+    In the memory format channels_last for a `Classifier` with such weights, as `load_model` makes them. Else
+    contiguous, since a foreign network may rely on that.
     """
     classifier = as_classifier(model)
     last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
-    return (
-        for_autograd(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    )
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return for_autograd(images).detach().contiguous(memory_format=memory_format)
 
 
 def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:

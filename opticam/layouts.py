@@ -294,11 +294,9 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
     for info in network.feature_info if _is_of_timm(network) else ():  # type: ignore[union-attr]
         if info["module"] == name:
             last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _name(network) == "timm.models.volo.VOLO"
-            return (
-                (channels_last if last else channels_first)
-                if output.shape[3 if last else 1] == info["num_chs"]
-                else None
-            )
+            if output.shape[3 if last else 1] != info["num_chs"]:
+                return None
+            return channels_last if last else channels_first
     if _name(network) in _READING_ORDER | _STAGES_OF_TOKENS:
         return None
     if _name(layer) == "torchvision.ops.misc.Permute":

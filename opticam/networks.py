@@ -202,7 +202,7 @@ def load_model(
             "head": head,
             "window": window,
         }
-        told = _read_told(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
+        told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
         return load_model(name, pretrained=pretrained, device=device, **told)
     spec = find_spec(name)
     known = list(spec.class_names())
@@ -255,10 +255,17 @@ def load_model(
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-_TOLD = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
+_TOML_FIELDS: dict[str, type] = {
+    "checkpoint": str,
+    "checkpoint_key": str,
+    "num_classes": int,
+    "class_names": list,
+    "head": str,
+    "window": list,
+}
 
 
-def _read_told(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     """What a .toml file says of weights: arguments of `load_model`."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file at {path}; wanted weights, or a .toml that says where they are")
@@ -268,8 +275,8 @@ def _read_told(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path} cannot be read as TOML ({error})") from error
     for word, value in told.items():
         parts, kind = value if isinstance(value, list) else [], str if word == "class_names" else int | float
-        if type(value) is not _TOLD.get(word) or not all(isinstance(part, kind) for part in parts):
-            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOLD.items())
+        if type(value) is not _TOML_FIELDS.get(word) or not all(isinstance(part, kind) for part in parts):
+            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOML_FIELDS.items())
             raise ValueError(f"checkpoint: {path} says {word} = {value!r}; wanted some of {wanted}")
     if weights := told.get("checkpoint"):
         if weights.endswith(".toml"):

@@ -229,12 +229,9 @@ def run_notebook(
 
     Args:
         notebook: its number, name or path.
-        output: where the executed notebook goes; folders are made.
+        output: where the executed notebook goes, and what is returned; folders are made.
         parameters: see `check_parameters`.
         progress: a file for its progress, see `latest`.
-
-    Returns:
-        The path of the executed notebook: `output`.
 
     Raises:
         ValueError: unknown notebook or parameter, a value of the wrong type, or an output that is the notebook itself;
@@ -338,9 +335,6 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
     """Execute a notebook at its own defaults and write it back canonically: two renders are byte-identical.
 
     Its figures go to `figures/rendered`, its findings to `data/findings`. All findings must hold.
-
-    Returns:
-        The path of the notebook.
 
     Raises:
         NotebookError: it did not finish, a finding does not hold, or an output shows a path of this machine. The

@@ -634,10 +634,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
     Args:
         figure: what to write.
-        path: where; folders are made.
-
-    Returns:
-        The path written.
+        path: where, and what is returned; folders are made.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower() or "png"

@@ -25,15 +25,9 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
 
     Args:
         rows: the table.
-        path: where, `.parquet`; folders are made.
+        path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
         parameters: what the rows were computed with; JSON.
         device: where they were computed.
-
-    Returns:
-        The path written.
-
-    Raises:
-        OSError: the place cannot be written.
     """
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
@@ -44,10 +38,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
 
 
 def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table that `write_rows` wrote, and its provenance.
-
-    Args:
-        path: the `.parquet` file.
+    """A table that `write_rows` wrote to a `.parquet` file, and its provenance.
 
     Returns:
         The rows, and `parameters`, `package`, `code`, `commit`, `device`, `torch`.
