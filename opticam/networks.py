@@ -255,14 +255,7 @@ def load_model(
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-_TOML_FIELDS: dict[str, type] = {
-    "checkpoint": str,
-    "checkpoint_key": str,
-    "num_classes": int,
-    "class_names": list,
-    "head": str,
-    "window": list,
-}
+_TOML = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -275,8 +268,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path} cannot be read as TOML ({error})") from error
     for word, value in told.items():
         parts, kind = value if isinstance(value, list) else [], str if word == "class_names" else int | float
-        if type(value) is not _TOML_FIELDS.get(word) or not all(isinstance(part, kind) for part in parts):
-            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOML_FIELDS.items())
+        if type(value) is not _TOML.get(word) or not all(isinstance(part, kind) for part in parts):
+            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOML.items())
             raise ValueError(f"checkpoint: {path} says {word} = {value!r}; wanted some of {wanted}")
     if weights := told.get("checkpoint"):
         if weights.endswith(".toml"):
