@@ -97,7 +97,7 @@ def logit_margin(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Te
 
 
 def probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-    """`softmax(f(x * S))_c`: saturates near 1, where its gradient vanishes. Not the paper's; see `class_logit`."""
+    """`softmax(f(x * S))_c`: saturates near 1, where its gradient vanishes. Not the paper's. Else as `class_logit`."""
     return class_logit(masked_logits.softmax(1), logits, class_idx)
 
 
@@ -116,7 +116,10 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0) -> Tensor:
-    """The penalty `beta mean((S - S_0)^2)`, (B,), of maps S that leave their anchors S_0, both (B,1,H,W)."""
+    """The penalty `beta mean((S - S_0)^2)`, (B,) in [0,beta], of maps S that leave their anchors S_0, both (B,1,H,W).
+
+    Beta says how much it counts, in the unit of the objective.
+    """
     return beta * (saliency - anchor).square().mean((1, 2, 3))
 
 

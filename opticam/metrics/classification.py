@@ -404,8 +404,8 @@ def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
 def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) -> Tensor:
     """ARCC of each image, `3/(1/coh + 1/(1 - com) + 1/r)` with `r = clip(2 ROADCombined, 0, 1)`: the successor of ADCC.
 
-    ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Maps and
-    result as for `adcc`, and:
+    ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Higher is
+    better. Maps and result as for `adcc`, and:
 
     Args:
         road_combined: (B,) from `road`, in [-1/2, 1/2].

@@ -133,7 +133,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
 
     The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame,
     p is by the head of the network. One batched forward pass. Where no box is predicted (see `predicted_box`) the whole
-    image is taken, a = 1: **ours**. Arguments and errors as `insertion`.
+    image is taken, a = 1: **ours**. Arguments and errors as `metrics.insertion`.
 
     Returns:
         (B,) float64, at least log 0.05 = -3.0, unbounded above; NaN for a map with a NaN.
