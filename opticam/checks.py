@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Classifier, Head, Output, bare, find_logits, own, read, unwrapped
+from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
 from opticam.state import aside
 
 
 def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be explained.
-
-    Args:
-        model: any network.
 
     Raises:
         TypeError: not a module, TorchScript, or quantised.
@@ -32,7 +29,7 @@ def check_network(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     for module in model.modules():
         kind = type(module)
@@ -110,7 +107,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError("images: tensors on the meta device have no values; wanted pixels")
     if parameter is not None and parameter.dtype != images.dtype:
         raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     if classifier is not None:
         if classifier.mean.numel() not in (1, images.shape[1]):
             raise ValueError(f"images: wanted {classifier.mean.numel()} channels, got {images.shape[1]}")
@@ -120,32 +117,20 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_class_range(class_idx: Tensor, num_classes: int) -> None:
-    """Refuse class indices outside the classes of the network.
-
-    Args:
-        class_idx: (B,) int64.
-        num_classes: number C of logits; 2 for a network with one.
-
-    Raises:
-        ValueError: an index is not in 0..C-1.
-    """
+    """Refuse, by a ValueError, class indices outside 0..num_classes - 1. A network with one logit has two classes."""
     low, high = (int(value) for value in class_idx.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
 def check_window(window: Sequence[float] | None) -> None:
-    """Refuse what are no two numbers (low, high) with low < high; None passes."""
+    """Refuse what is not two numbers (low, high) with low < high; None passes."""
     if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse numbers below the least that makes sense; None, where it stands for a default, passes.
-
-    Raises:
-        ValueError: a number is smaller, or not whole.
-    """
+    """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int):
             raise ValueError(f"{name}: wanted a whole number, got {number!r}")
@@ -153,7 +138,7 @@ def check_at_least(least: int, **numbers: int | None) -> None:
             raise ValueError(f"{name}: wanted at least {least}, got {number}")
 
 
-def examine(model: nn.Module, images: Tensor) -> Output:
+def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
     There are further passes of a few images, which no hook of a method hears: two of two images, one with its gradient,
@@ -163,11 +148,12 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     Args:
         model: any network, inside `frozen`.
         images: (B,C,H,W) float.
+        class_idx: int64, to be checked by `check_class_range`.
 
     Raises:
         TypeError: see `read`.
         ValueError: see `read`; outputs that are probabilities; two passes that differ; logits that depend on other
-            images of the batch; class names that are not one per class.
+            images of the batch; class names that are not one per class; a class index out of range.
     """
     if model not in _independent:
         with aside(), torch.enable_grad():
@@ -175,7 +161,7 @@ def examine(model: nn.Module, images: Tensor) -> Output:
         _independent.add(model)
     before = _state(model, images)
     output = read(model, images)
-    classifier = own(model)
+    classifier = as_classifier(model)
     num_names, num_classes = len(classifier.class_names) if classifier is not None else 0, output.logits.shape[1]
     if num_names not in (0, num_classes):
         raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
@@ -199,6 +185,8 @@ def examine(model: nn.Module, images: Tensor) -> Output:
                 f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
                 f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
             )
+    if class_idx is not None:
+        check_class_range(class_idx, num_classes)
     return output
 
 

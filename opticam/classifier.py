@@ -15,18 +15,8 @@ Head = Literal["softmax", "sigmoid"]
 class Classifier(nn.Module):
     """A network that takes images in [0,1], with mean/std inside, and knows its layer, head, sizes and classes.
 
-    Attributes:
-        network: the bare network.
-        name: what it is called; a key of `MODELS` for those.
-        layer: dotted name of its target layer, as `network` names it.
-        head: "softmax", one class per image, or "sigmoid", each class for itself.
-        to_logits: from what `network` returns to what this returns; None where that is the same.
-        input_size: side of the square input, in pixels.
-        resize: shorter side before the centre crop, in pixels.
-        class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
-            for and of its absence.
-        layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
-        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
+    Its attributes are what `networks.wrap` was given, by the same names. `class_names` are in the order of the logits;
+    for one logit they name the class that it stands for and its absence.
     """
 
     mean: Tensor
@@ -89,7 +79,7 @@ class Output(NamedTuple):
     head: Head
 
 
-def own(model: nn.Module) -> Classifier | None:
+def as_classifier(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
     inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
@@ -112,7 +102,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a `Classifier`; any other network itself, whatever its attributes are called, as written."""
-    classifier = own(model)
+    classifier = as_classifier(model)
     return unwrapped(model if classifier is None else classifier.network)
 
 
@@ -129,17 +119,15 @@ def read(model: nn.Module, images: Tensor) -> Output:
         ValueError: the network cannot take images of that shape or dtype; the logits are not (B,C) of the images;
             images in a graph lead to logits outside of it.
     """
-    if images.is_leaf and own(model) is None:  # mean/std of a classifier make a copy of their own
+    if images.is_leaf and as_classifier(model) is None:  # mean/std of a classifier make a copy of their own
         images = images.clone()
     name = type(bare(model)).__name__
     try:
         returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
-            raise TypeError(
-                f"model: {name} wants {', '.join(wanted)} beside the images; "
-                "wanted a module that takes the images alone and gives it the rest"
-            ) from error
+            told = f"model: {name} wants {', '.join(wanted)} beside the images"
+            raise TypeError(f"{told}; wanted a module that takes the images alone and gives it the rest") from error
         raise
     except (RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
@@ -176,10 +164,10 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
-        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
     if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
-    classifier = own(model)
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_HINT}")
+    classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
     return Output(logits, "softmax" if classifier is None else classifier.head)
@@ -197,12 +185,12 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
-            f"that may be; {_SAID}"
+            f"that may be; {_HINT}"
         )
     return found[0]
 
 
-_SAID = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
+_HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _COLLECTIONS = (tuple, list, ValuesView)
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
@@ -266,13 +254,8 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     Under a sigmoid the only rival of a class is its absence, whose logit is 0: `sigmoid(y) = softmax((y, 0))_0`. So
     whatever is written for a softmax is right for both.
 
-    Args:
-        logits: (B,C).
-        class_idx: (B,) int64.
-        head: of the network.
-
     Returns:
-        Logits (B,C) and class_idx as given, or, of a sigmoid, logits (B,2) and zeros.
+        Logits (B,C) and class_idx (B,) as given, or, of a sigmoid, logits (B,2) and zeros.
     """
     check_head(head)
     if head == "softmax":

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from opticam.classifier import bare
-from opticam.classifier import own as own_classifier
+from opticam.classifier import as_classifier, bare
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -69,7 +68,7 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
     Raises:
         ValueError: the layout is not known.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
         return classifier.layout
     if output.ndim not in (3, 4):
@@ -93,7 +92,7 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
             they have a prefix.
         size: (H,W) of the images.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
         return classifier.layout if isinstance(classifier.layout, Tokens) and classifier.layout.prefix else None
     transformer = plain_transformer(model)
@@ -295,11 +294,9 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
     for info in network.feature_info if _is_of_timm(network) else ():  # type: ignore[union-attr]
         if info["module"] == name:
             last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _name(network) == "timm.models.volo.VOLO"
-            return (
-                (channels_last if last else channels_first)
-                if output.shape[3 if last else 1] == info["num_chs"]
-                else None
-            )
+            if output.shape[3 if last else 1] != info["num_chs"]:
+                return None
+            return channels_last if last else channels_first
     if _name(network) in _READING_ORDER | _STAGES_OF_TOKENS:
         return None
     if _name(layer) == "torchvision.ops.misc.Permute":

@@ -10,13 +10,13 @@ from torch import nn
 
 from opticam import METHODS, wrap
 from opticam.classifier import (
+    as_classifier,
     as_output,
     as_softmax,
     bare,
     class_logit,
     logits_of_sigmoid,
     logits_of_softmax,
-    own,
     probabilities,
     read,
 )
@@ -168,7 +168,7 @@ def test_images_are_not_changed_by_a_network_in_place(tiny, images):
 
 def test_only_a_classifier_is_read_as_ours(tiny, images):
     tiny.network, tiny.layer, tiny.mean, tiny.std, tiny.head = tiny.features, "fc", "a", None, "sigmoid"
-    assert own(tiny) is None
+    assert as_classifier(tiny) is None
     assert bare(tiny) is tiny
     assert read(tiny, images).head == "softmax"
     model = wrap(tiny, "features", head="sigmoid")
@@ -188,7 +188,7 @@ def test_the_head_follows_from_to_logits(tiny):
 def test_a_compiled_classifier_is_ours(tiny, images):
     model = wrap(tiny, "features", head="sigmoid")
     compiled = torch.compile(model, backend="eager")
-    assert own(compiled) is model
+    assert as_classifier(compiled) is model
     (features,), logits = feature_maps(compiled, images)
     torch.testing.assert_close(features, tiny.features(images).detach())
     torch.testing.assert_close(logits, tiny(images).detach())
@@ -198,7 +198,7 @@ def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
     plain = wrap(tiny, "features", head="sigmoid")
     for around in (torch.compile(tiny, backend="eager"), nn.DataParallel(tiny)):
         model = wrap(around, "features", head="sigmoid")
-        assert own(model) is model
+        assert as_classifier(model) is model
         with count_passes(model) as passes:
             found = METHODS["grad_cam"](model, images, class_idx)
         assert passes == [5, 5]

@@ -170,7 +170,7 @@ def test_tables(network, pair, one, images):
     several = wrap(network, "features.0", head="sigmoid")
     single = wrap(one, "inner.features.0", class_names=["ill"])
     tables = [
-        evaluate(model, samples(c), methods, scores=list(COLUMN_GROUPS))
+        evaluate(model, samples(c), methods, scores=[*COLUMN_GROUPS, "road"])
         for model, c in ((pair, 0), (several, C), (single, 0))
     ]
     numbers = [

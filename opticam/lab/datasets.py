@@ -34,8 +34,8 @@ from opticam.networks import imagenet_classes
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 _MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 Box = tuple[float, ...]
 Item = TypeVar("Item")
@@ -204,7 +204,7 @@ def select(
         seed: of the draw.
 
     Raises:
-        ValueError: a number out of range, or a shard that is none.
+        ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
     for name, number in (("draw", draw), ("limit", limit)):
@@ -242,7 +242,7 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is none, or the pixels have 8 bits; the image has more pixels than Pillow opens.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens.
     """
     path = Path(path)
     check_window(window)
@@ -309,13 +309,10 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     Args:
         photo: RGB.
         input_size: side of the crop, in pixels.
-        resize: shorter side before the crop, in pixels.
+        resize: shorter side before the crop, in pixels; ValueError where it is smaller than `input_size`.
 
     Returns:
         (3,input_size,input_size) float32 in [0,1].
-
-    Raises:
-        ValueError: `resize` is smaller than `input_size`.
     """
     _check_frame(input_size, resize)
     # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
@@ -331,14 +328,11 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     Args:
         boxes: (n,4) (xmin, ymin, xmax, ymax) in pixels of the photo.
         photo_size: (width, height) of the photo.
-        input_size: side of the crop, in pixels.
-        resize: shorter side before the crop, in pixels.
+        input_size: as `to_input`, like `resize`.
+        resize: likewise.
 
     Returns:
         (n,4) float32; not clipped, so what was cropped away still counts.
-
-    Raises:
-        ValueError: `resize` is smaller than `input_size`.
     """
     _check_frame(input_size, resize)
     width, height = photo_size
@@ -371,10 +365,9 @@ def maps_to_input(
     Raises:
         ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
     """
-    if saliency.shape != (len(photo_sizes), 1, made[0], made[0]):
-        raise ValueError(
-            f"saliency: wanted shape {(len(photo_sizes), 1, made[0], made[0])}, got {tuple(saliency.shape)}"
-        )
+    shape = len(photo_sizes), 1, made[0], made[0]
+    if saliency.shape != shape:
+        raise ValueError(f"saliency: wanted shape {shape}, got {tuple(saliency.shape)}")
     centres = (torch.arange(wanted[0], dtype=torch.float64) + 0.5)[:, None]
     grids = []
     for width, height in photo_sizes:
@@ -418,23 +411,15 @@ def load_dataset(
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
     if window is not None and name != "imagefolder":
         raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
-    given: dict[str, Any] = {} if name == "demo" else {"root": root}
-    given |= {"window": window} if name == "imagefolder" else {}
-    return DATASETS[name](**given, input_size=input_size, resize=resize, limit=limit, **options)
+    options |= {} if name == "demo" else {"root": root}
+    options |= {"window": window} if name == "imagefolder" else {}
+    return DATASETS[name](input_size=input_size, resize=resize, limit=limit, **options)
 
 
 def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
     """The embedded demo: 20 ImageNet photos out of the installed package foolbox, with boxes of our own.
 
-    Args:
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
-        selection: `draw`, `shard`, `seed`; see `select`.
-
-    Raises:
-        FileNotFoundError: the photos or their boxes are not there.
-        ValueError: an argument out of range.
+    Arguments and errors as `load_dataset`.
     """
     annotations = PACKAGE / "lab" / "demo_boxes.csv"
     if not annotations.is_file():
@@ -476,16 +461,15 @@ def imagenet(
     stored, without their EXIF orientation, as torchvision reads them; boxes are taken to be in that frame.
 
     A photo whose class is unknown, or whose annotation is malformed, is listed with its fault. So is one without
-    annotation where there is a folder of annotations; without such a folder it merely has no boxes.
+    annotation where there is a folder of annotations; without such a folder it merely has no boxes. XML is read of
+    selected images only.
+
+    Arguments as `load_dataset`, and:
 
     Args:
         root: folder of ImageNet; by default the environment variable OPTICAM_IMAGENET.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
             `Annotations/CLS-LOC/val` in the root, or beside the image.
-        selection: `draw`, `shard`, `seed`; see `select`. XML is read of selected images only.
 
     Raises:
         FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
@@ -554,18 +538,16 @@ def imagefolder(
     torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
     class_10 and class_2, are refused.
 
+    Arguments as `load_dataset`, and:
+
     Args:
         root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
             passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
             a photo with a malformed row is listed with its fault. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
-        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: no root, no images in it, or no table.
@@ -603,15 +585,13 @@ def imagenette(
 ) -> Photos:
     """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
 
+    Arguments as `load_dataset`, and:
+
     Args:
         root: folder that holds, or is to hold, `imagenette2-320` and the like.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         size: "full", "320px" or "160px", the shorter side of the photos.
         split: "val" or "train".
         download: fetch it by torchvision if it is not there.
-        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: it is not there and `download` is off.
@@ -629,17 +609,11 @@ def imagenette(
             Imagenette(root, split, size, download=True)
         except (OSError, RuntimeError) as error:
             raise OSError(f"imagenette: cannot be downloaded to {root} ({error})") from error
-    return imagenet(
-        _folder("root", folder, "of Imagenette; download=True fetches it"), input_size, resize, limit, **selection
-    )
+    folder = _folder("root", folder, "of Imagenette; download=True fetches it")
+    return imagenet(folder, input_size, resize, limit, **selection)
 
 
-DATASETS: dict[str, Callable[..., Photos]] = {
-    "demo": demo,
-    "imagenet": imagenet,
-    "imagefolder": imagefolder,
-    "imagenette": imagenette,
-}
+DATASETS: dict[str, Callable[..., Photos]] = {f.__name__: f for f in (demo, imagenet, imagefolder, imagenette)}
 
 
 def _check_frame(input_size: int, resize: int) -> None:
@@ -683,9 +657,8 @@ def _labels(
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
     if len(numbers) == len(folders):
         if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
-            raise ValueError(
-                f"root: class folders are named by numbers, {folders[-1]} among them; wanted class indices"
-            )
+            told = f"class folders are named by numbers, {folders[-1]} among them"
+            raise ValueError(f"root: {told}; wanted class indices")
         names = given if class_names is not None else [str(number) for number in range(max(numbers) + 1)]
         if len(names) <= max(numbers):
             raise ValueError(f"class_names: wanted at least {max(numbers) + 1}, one per label, got {len(names)}")

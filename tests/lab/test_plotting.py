@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from opticam.lab.plotting import (
     condition_panels,
@@ -106,6 +107,25 @@ def test_saved_figures_are_byte_identical_and_whole(tmp_path):
         assert len(written[0]) > 1000
         assert mpl.__version__.encode() not in written[0]
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
+
+
+def test_charts_have_a_palette_that_cannot_be_told_from_their_colours(tmp_path):
+    figure = mpl.figure.Figure(figsize=(3, 2))
+    ax = figure.subplots()
+    for shade, color in enumerate(("#d55e00", "#0173b2", "#029e73", "#e69f00")):
+        ax.fill_between([0, 1], shade, shade + 2, color=color, alpha=0.2, lw=0)
+        ax.plot([0, 1], [shade, shade + 2], color=color)
+    written, full = save_figure(figure, tmp_path / "chart.png"), tmp_path / "full.png"
+    figure.savefig(full, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02)
+    with Image.open(written) as chart, Image.open(full) as wanted:
+        assert (chart.mode, chart.size, chart.info["dpi"]) == ("P", wanted.size, wanted.info["dpi"])
+        off = np.abs(np.asarray(chart.convert("RGB"), int) - np.asarray(wanted.convert("RGB"), int)).max(2)
+    assert off.mean() < 0.2
+    assert (off > 8).mean() < 0.005, "nothing but edges"
+    assert written.stat().st_size < full.stat().st_size / 2
+    ax.imshow(np.ones((2, 2, 3)))
+    with Image.open(save_figure(figure, tmp_path / "picture.png")) as picture:
+        assert picture.mode == "RGBA", "a picture keeps all its colours"
 
 
 def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path):
