@@ -427,7 +427,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         panel.spines[:].set(visible=True, edgecolor="0.5")
         panel.locator_params(nbins=3)
         ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
-    _legend(figure, ax, 3, "outside lower center")
+    _legend(figure, ax, 3, "outside upper center")
     return figure
 
 
@@ -498,7 +498,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     groups = list(dict.fromkeys(differences.index.get_level_values(0)))
     places, variants, headings_at, position = [], [], [], 0.0
     for group in groups:
-        headings_at.append((position, group))
+        headings_at.append(position)
         for variant in differences.loc[[group]].index.get_level_values(1):
             position += 1
             places.append(position)
@@ -511,7 +511,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=3 if len(columns) > 2 else 4)
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         for place, (mean, low, high), holds in zip(places, values, clear[column], strict=True):
             color = _BLUE if holds else "0.45"
@@ -519,16 +519,14 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
         ax.set_title(textwrap.fill(title, 12) if len(columns) > 2 else title)  # narrow panels
         ax.tick_params(axis="y", length=0)
-        ax.patch.set_visible(False)  # the names of groups run on into it
-    axes[0, 0].set_yticks(places, variants)
-    for place, group in headings_at:
-        over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
-        axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
+    axes[0, 0].set_yticks([*places, *headings_at], [*variants, *groups])
+    for label in axes[0, 0].get_yticklabels()[len(places) :]:
+        label.set_fontweight("bold")
     axes[0, 0].set_ylim(position - 0.6, -0.8)
     key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
     hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
-    figure.legend(handles=[filled, hollow], loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=[filled, hollow], loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -626,7 +624,7 @@ def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5)
         ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=lw))
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
     It has the size in inches that it was made with, and twice the dots of a notebook's. A PNG without pictures in it
@@ -635,7 +633,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     Args:
         figure: what to write.
         path: where, and what is returned; folders are made.
+        note: a line below the figure, such as what its bars are and over how many images.
     """
+    if note:
+        figure.supxlabel(note, fontsize=7.5)
     path = Path(path)
     kind = path.suffix.lstrip(".").lower() or "png"
     stamps = {
