@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -220,7 +220,7 @@ def probability_bars(
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.invert_yaxis()
     ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
-    _legend(figure, ax, 2, "outside upper center")
+    _legend(figure, ax, 2)
     return figure
 
 
@@ -241,7 +241,7 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     ax.plot(step, objective[step].item(), "o", color=_RED, ms=5, label=f"step {step}")
     ax.set(xlabel="step", ylabel="logit of the class")
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    _legend(figure, ax, 3, "outside upper center")
+    _legend(figure, ax, 3)
     return figure
 
 
@@ -361,11 +361,9 @@ def _mean_and_error(summary: "pd.DataFrame", column: str) -> tuple[np.ndarray, n
     return mean, np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
 
 
-def _legend(
-    figure: Figure, ax: Axes, columns: int, place: Literal["outside upper center", "outside lower center"]
-) -> None:
+def _legend(figure: Figure, ax: Axes, columns: int) -> None:
     """What `ax` shows, in words."""
-    figure.legend(*ax.get_legend_handles_labels(), loc=place, ncols=columns, frameon=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
@@ -427,7 +425,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         panel.spines[:].set(visible=True, edgecolor="0.5")
         panel.locator_params(nbins=3)
         ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
-    _legend(figure, ax, 3, "outside upper center")
+    _legend(figure, ax, 3)
     return figure
 
 
@@ -453,7 +451,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
             ax.errorbar(places, mean, yerr=error, fmt="o", ms=3.5, capsize=1.5, lw=0.8, **_named(method))
         ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5), ylabel=label)
         ax.set_xticklabels(conditions)
-    _legend(figure, axes[0, 0], 4, "outside upper center")
+    _legend(figure, axes[0, 0], 4)
     return figure
 
 
@@ -480,7 +478,7 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
         ax.set_title(headings([metric_name], unit=False)[metric_name])
     axes[0, 0].set_ylabel("$o$, masked photo")
     figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=7)
-    _legend(figure, axes[0, 0], 4, "outside upper center")
+    _legend(figure, axes[0, 0], 4)
     return figure
 
 
@@ -558,7 +556,7 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             ax.set_title(orders[order], fontsize=7.5)
         if j == 0:
             ax.set_ylabel(columns[column])
-    _legend(figure, axes[0, 0], 3, "outside upper center")
+    _legend(figure, axes[0, 0], 3)
     return figure
 
 
