@@ -1,11 +1,13 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
+import itertools
 import math
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import aside
+from opticam.state import aside, take_turns
 
 
 def check_network(model: nn.Module) -> None:
@@ -197,6 +199,8 @@ _LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")
 def _check_independence(model: nn.Module, image: Tensor) -> None:
     """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
 
+    If it keeps something in attributes during a pass, threads take turns from now on.
+
     In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
     images in the other order has to give the same logits in the other order.
     """
@@ -209,7 +213,10 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         silent = twin_of(network, copies)
         for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
             copy._forward_hooks = OrderedDict()
+        before = _kept(copies.values())
         first = read(silent, pair).logits
+        if list(map(id, before)) != list(map(id, _kept(copies.values()))):
+            take_turns(bare(model))
         with torch.no_grad():
             passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]
         (slope,) = torch.autograd.grad(first[0, 0], pair)
@@ -220,6 +227,13 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         )
     if passes:
         _check_same(model, *passes)
+
+
+def _kept(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that modules hold in attributes, and in lists and tables there."""
+    held = [value for module in modules for value in vars(module).values()]
+    inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]
+    return [*held, *itertools.chain(*inside)]
 
 
 def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:

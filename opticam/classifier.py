@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from opticam.state import turn
+
 Head = Literal["softmax", "sigmoid"]
 
 
@@ -123,7 +125,8 @@ def read(model: nn.Module, images: Tensor) -> Output:
         images = images.clone()
     name = type(bare(model)).__name__
     try:
-        returned = model(images)
+        with turn(bare(model)):
+            returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
             told = f"model: {name} wants {', '.join(wanted)} beside the images"
