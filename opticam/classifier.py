@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, ValuesView
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -155,8 +155,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     Args:
         model: the network.
         returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
-            the name `logits` or as the only tensor with a number or a row per image. Of a single image the batch
-            dimension may be missing.
+            the name `logits` or as the only tensor with a number or a row per image that is not named as features,
+            embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
         num_images: B.
 
     Raises:
@@ -168,8 +168,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
         raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
-    if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_HINT}")
+    if not logits.is_floating_point() or logits.layout != torch.strided:
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}, {logits.layout}; {_HINT}")
     classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
@@ -182,7 +182,9 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    parts = returned.values() if isinstance(returned, Mapping) else returned
+    parts = returned
+    if isinstance(returned, Mapping):
+        parts = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
     tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, _COLLECTIONS) else []
     found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
@@ -194,7 +196,8 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
 
 
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
-_COLLECTIONS = (tuple, list, ValuesView)
+_COLLECTIONS = (tuple, list)
+_OF_FEATURES = re.compile(r"feat|embed|hidden|pool", re.IGNORECASE)  # in names of what is no logits
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
 
