@@ -242,7 +242,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or the
+            file more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -251,6 +252,9 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     try:
         with Image.open(path) as opened:
             deep = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)  # Pillow drops the lower 8 bits
+            inverted = opened.format == "TIFF" and opened.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+            unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
+            number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
             image = _deep_colors(path, opened, window) if deep else opened
             image = ImageOps.exif_transpose(image) if upright else image.copy()
@@ -261,10 +265,17 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
+    if number > 1 and opened.format != "MPO":  # a phone's photo, with a preview of its own
+        raise ValueError(f"image: {path} holds {number} pages or frames; wanted a file of one")
+    if image.mode == "F" or (image.mode.startswith("I") and not ranged):
+        values = np.asarray(image)
+        shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
+        return Image.fromarray(255 - shown if inverted else shown).convert("RGB")  # as Pillow does for 8 bits
     if window is not None and not deep:
-        raise ValueError(f"window: {path} has pixels of 8 bits; wanted more bits, or no window")
+        told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
+        raise ValueError(f"window: {path} {told} no window")
+    if ranged and image.mode == "I":
+        return Image.fromarray(_shown(np.asarray(image), path, (0, 65535))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -185,6 +185,51 @@ def test_pixels_without_a_range_are_refused(tmp_path):
             read_image(tmp_path / "wide.tif", window=window)
 
 
+@pytest.mark.parametrize("suffix", ["tif", "gif", "webp", "png"])
+def test_of_several_pages_or_frames_none_is_chosen(tmp_path, suffix):
+    first, second = (Image.new("RGB", (8, 6), color) for color in ("red", "blue"))
+    first.save(tmp_path / f"one.{suffix}")
+    assert read_image(tmp_path / f"one.{suffix}").getpixel((0, 0))[2] < 3
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second, first])
+    with pytest.raises(ValueError, match=rf"^image: .*a.{suffix} holds 3 pages or frames; wanted a file of one$"):
+        read_image(tmp_path / f"a.{suffix}")
+
+
+def test_a_photo_of_a_phone_with_a_preview_of_its_own(tmp_path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (4, 3))])
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[0] > 250
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize(("dtype", "kind"), [("u1", 1), ("u2", 1), ("f4", 3), ("u4", 1), ("i4", 2)])
+def test_deep_tiffs_by_their_own_words(tmp_path, white, dtype, kind):
+    """Their PhotometricInterpretation says which end is white, their SampleFormat whether there is a sign."""
+    shown = np.array([[0, 51, 255]], dtype=np.uint8)
+    most = {"u1": 255, "u2": 65535, "f4": 1, "u4": 2**32 - 1, "i4": 4080}[dtype]
+    pixels = (shown / 255 * most).astype(f"<{dtype}").tobytes()
+    tags = {256: 3, 257: 1, 258: 8 * int(dtype[1]), 259: 1, 262: white, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
+    (tmp_path / "a.tif").write_bytes(header + entries + bytes(4))
+    window = {"f4": (0, 1), "u4": (0, most), "i4": (0, most)}.get(dtype)
+    if not white and dtype in ("u4", "i4"):  # Pillow reads no such file
+        with pytest.raises(OSError, match="^image: .*a.tif is not an image that can be read$"):
+            read_image(tmp_path / "a.tif", window=window)
+        return
+    found = np.asarray(read_image(tmp_path / "a.tif", window=window))
+    assert found.tolist() == np.stack([shown if white else 255 - shown] * 3, 2).tolist()
+
+
+def test_a_range_that_the_file_says_itself(tmp_path, recwarn):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 819, 1023], dtype=">u2").tobytes())
+    assert np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 51, 64]
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="^window: .* says the range of its pixels itself; wanted no window$"):
+        read_image(tmp_path / "a.pgm", window=(0, 1023))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("most", [100, 2000])  # Pillow refuses twice as many pixels, and warns before
 def test_an_image_over_pillows_limit_is_told_so(tmp_path, monkeypatch, most):
