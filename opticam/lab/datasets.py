@@ -150,6 +150,9 @@ class Photos(Dataset):
         if fault:
             raise ValueError(fault)
         image = read_image(path, upright=self.upright, window=self.window)
+        width, height = image.size
+        if outside := [box for box in boxes if box[2] > 1.05 * width + 1 or box[3] > 1.05 * height + 1]:
+            raise ValueError(f"annotation: box {outside[0]} lies outside of the photo of {width}x{height} pixels")
         moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
@@ -682,6 +685,11 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    spelled = {_letters(name): place for place, name in enumerate(given)}
+    for label, folder in enumerate(folders):
+        if (place := spelled.get(_letters(folder), label)) != label:
+            told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
+            raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")
     by_number = sorted(folders, key=_natural)
     if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
         raise ValueError(
@@ -689,6 +697,10 @@ def _labels(
             "that hold their names, in the order of the labels"
         )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _natural(name: str) -> list[str | int]:
@@ -704,9 +716,11 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+        if absent := [column for column in columns if column not in table]:
+            raise ValueError(f"no {absent[0]} among {', '.join(map(str, table))}")
         return list(table[columns].itertuples(index=False, name=None))
-    except (ValueError, KeyError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
 
 

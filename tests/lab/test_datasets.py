@@ -164,6 +164,49 @@ def test_class_folders_in_an_order_that_is_not_clear(tmp_path, folders, sentence
     assert {photo.name.split("/")[0]: photo.label for photo in said.records} == {f: i for i, f in enumerate(folders)}
 
 
+@pytest.mark.parametrize(
+    ("folders", "names", "told"),
+    [
+        (["cat", "dog"], ["Dog", "Cat"], "'Cat' has place 1, but the class folder 'cat' by its name label 0"),
+        (["cat", "dog"], ["dog", "cow"], "'dog' has place 0, but the class folder 'dog' by its name label 1"),
+        (["no finding", "x"], ["x", "No_Finding"], "'No_Finding' has place 1, but the class folder 'no finding' by"),
+        (["NORMAL", "ill"], ["normal", "Ill"], ""),
+        (["cat", "dog"], ["Hund", "Katze"], ""),
+    ],
+)
+def test_class_names_that_are_spelled_otherwise_are_not_put_on_other_folders(tmp_path, folders, names, told):
+    for folder in folders:
+        write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
+    if told:
+        with pytest.raises(ValueError, match=f"^class_names: {told}.*; wanted the names of the folders as they are w"):
+            imagefolder(tmp_path, 8, 8, class_names=names)
+    else:
+        assert [photo.label for photo in imagefolder(tmp_path, 8, 8, class_names=names).records] == [0, 1]
+
+
+def test_boxes_outside_of_their_photo_are_refused(tmp_path):
+    for name in "abc":
+        write(tmp_path / "c" / f"{name}.png", Image.new("RGB", (40, 20)))
+    rows = "a.png,0,0,40,20\nb.png,0,0,20,40\nc.png,1,1,41,21\n"  # b has x and y exchanged, c counts from 1
+    (tmp_path / "boxes.csv").write_text(f"image,xmin,ymin,xmax,ymax\n{rows}")
+    photos = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv")
+    assert [photos.get(index)[0] for index in (0, 2)] == ["c/a.png", "c/c.png"]
+    assert photos.get(1).reason == (
+        "annotation: box (0.0, 0.0, 20.0, 40.0) lies outside of the photo of 40x20 pixels"
+    )
+    assert len(photos.readable()) == 2
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_tables_with_other_marks_than_commas_are_refused(tmp_path, mark):
+    write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
+    (tmp_path / "b.csv").write_text("image, xmin, ymin, xmax, ymax\r\na.png, 1, 2, 3, 4\r\n", encoding="utf-8-sig")
+    assert imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv").records[0].boxes == ((1, 2, 3, 4),)
+    (tmp_path / "b.csv").write_text(mark.join(["image", "xmin", "ymin", "xmax", "ymax"]) + "\n")
+    with pytest.raises(ValueError, match=r"^b\.csv: wanted a table with .* \(no image among image.xmin.ymin.xmax.ymax\)$"):
+        imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv")
+
+
 def test_boxes_in_fractions_of_the_photo_are_refused(tmp_path):
     write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
     write(tmp_path / "c" / "b.png", Image.new("RGB", (8, 8)))
