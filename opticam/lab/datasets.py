@@ -685,9 +685,9 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
-    spelled = {_letters(name): place for place, name in enumerate(given)}
+    spelled = {letters(name): place for place, name in enumerate(given)}
     for label, folder in enumerate(folders):
-        if (place := spelled.get(_letters(folder), label)) != label:
+        if (place := spelled.get(letters(folder), label)) != label:
             told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
             raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")
     by_number = sorted(folders, key=_natural)
@@ -699,7 +699,8 @@ def _labels(
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
+    """What remains of a class name by which two spellings of it agree."""
     return "".join(filter(str.isalnum, name.casefold()))
 
 
