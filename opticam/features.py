@@ -31,6 +31,7 @@ from opticam.layouts import (
     Tokens,
     channels_first,
     channels_last,
+    check_patches,
     class_token_grid,
     find_layout,
     parts_of_transformer,
@@ -478,6 +479,8 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
         if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
+        if to_maps not in (channels_first, channels_last):
+            check_patches(model, images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
             told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"

@@ -87,8 +87,8 @@ def wrap(
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
             `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`. You
-            are taken at your word: places in another order, or a wrong grid of as many cells, give wrong maps.
-            `check_layout` finds that by experiment, in as many passes as there are cells.
+            are taken at your word but for a grid that is not that of the patches: places in another order give wrong
+            maps. `check_layout` finds that by experiment, in as many passes as there are cells.
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
