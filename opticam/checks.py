@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import aside, take_turns
+from opticam.state import aside, turns
 
 
 def check_network(model: nn.Module) -> None:
@@ -202,10 +203,9 @@ _LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")
 def _check_independence(model: nn.Module, image: Tensor) -> None:
     """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
 
-    If it keeps something in attributes during a pass, threads take turns from now on.
-
     In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
-    images in the other order has to give the same logits in the other order.
+    images in the other order has to give the same logits in the other order. Threads take turns from now on with a
+    network that keeps something in attributes.
     """
     network = unwrapped(model)
     if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
@@ -219,7 +219,7 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         before = _kept(copies.values())
         first, head = read(silent, pair)
         if list(map(id, before)) != list(map(id, _kept(copies.values()))):
-            take_turns(bare(model))
+            turns.setdefault(bare(model), threading.RLock())
         told = _told(first, head)
         with torch.no_grad():
             passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]

@@ -4,12 +4,13 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from opticam.state import turn
+from opticam.state import turns
 
 Head = Literal["softmax", "sigmoid"]
 
@@ -125,7 +126,7 @@ def read(model: nn.Module, images: Tensor) -> Output:
         images = images.clone()
     name = type(bare(model)).__name__
     try:
-        with turn(bare(model)):
+        with turns.get(bare(model), nullcontext()):
             returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
@@ -182,10 +183,11 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    parts = returned
     if isinstance(returned, Mapping):
         parts = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
-    tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, _COLLECTIONS) else []
+    else:
+        parts = list(returned) if isinstance(returned, tuple | list) else []
+    tensors = [part for part in parts if isinstance(part, Tensor)]
     found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
@@ -196,7 +198,6 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
 
 
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
-_COLLECTIONS = (tuple, list)
 _OF_FEATURES = re.compile(r"feat|embed|hidden|pool", re.IGNORECASE)  # in names of what is no logits
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 

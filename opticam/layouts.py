@@ -91,8 +91,8 @@ def check_patches(model: nn.Module, size: Sequence[int], told: Sequence[int]) ->
     if first is not None and first.kernel_size == first.stride:
         rows, columns = (side // step for side, step in zip(size, first.stride, strict=True))
         if math.prod(told) == rows * columns and told[0] != rows:
-            got = f"got {told[0]}x{told[1]} cells"
-            raise ValueError(f"layout: wanted {rows}x{columns}, the patches that {type(bare(model)).__name__} cuts, {got}")
+            patches = f"{rows}x{columns}, the patches that {type(bare(model)).__name__} cuts"
+            raise ValueError(f"layout: wanted {patches}, got {told[0]}x{told[1]} cells")
 
 
 def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:

@@ -7,16 +7,17 @@ and what several calls have changed is restored by the last.
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+# locks of networks that keep in attributes what they read later in the pass: threads pass them one after the other
+turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _lock = threading.Lock()
 _held: dict[tuple[int, str], list[Any]] = {}  # (id of an object, attribute) -> [how many calls hold it, value before]
-_turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # locks of networks that wait for each other's passes
 _thread = threading.local()  # .aside: whether passes of this thread are heard by no hook
 
 
@@ -115,14 +116,3 @@ def aside() -> Iterator[None]:
         yield
     finally:
         _thread.aside = False
-
-
-def take_turns(network: nn.Module) -> None:
-    """From now on threads pass this network one after the other: it keeps in attributes what it reads later."""
-    with _lock:
-        _turns.setdefault(network, threading.RLock())
-
-
-def turn(network: nn.Module) -> AbstractContextManager:
-    """To be open during a pass of the network; see `take_turns`."""
-    return _turns.get(network, nullcontext())

@@ -53,7 +53,9 @@ def test_a_network_that_sees_several_views_of_an_image_is_warned_of(tiny, images
         def forward(self, x):
             return (self.inner(x) + self.inner(x.flip(3))) / 2
 
-    with pytest.warns(UserWarning, match=r"^layer: \w+ runs several times in a pass, as on several views of an image; "):
+    with pytest.warns(
+        UserWarning, match=r"^layer: \w+ runs several times in a pass, as on several views of an image; "
+    ):
         flipped = METHODS[name](Views(), images, class_idx, layer="inner.features")
     torch.testing.assert_close(flipped, METHODS[name](tiny, images.flip(3), class_idx, layer="features"))
 

@@ -305,7 +305,9 @@ def test_maps_of_as_many_channels_as_rows_may_be_in_either_order():
 
 
 @pytest.mark.parametrize("grid", [(8, 6), (12, 4), (1, 48)])
-@pytest.mark.parametrize("told", [Tokens, lambda *grid: lambda tokens: Tokens(*grid)(tokens)], ids=["tokens", "function"])
+@pytest.mark.parametrize(
+    "told", [Tokens, lambda *grid: lambda tokens: Tokens(*grid)(tokens)], ids=["tokens", "function"]
+)
 def test_a_wrong_grid_of_as_many_patches_is_refused(grid, told):
     network = Ordered(lambda y: y.flatten(2).mT, lambda y, number: y.mT).eval()
     images, c = torch.rand(1, 3, 26, 35), torch.tensor([0])  # the last rows and columns of pixels are in no patch
@@ -322,7 +324,9 @@ def test_a_wrong_grid_is_refused_by_attention_methods_too():
     network = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2, num_classes=3).eval()
     model = wrap(network, "blocks.1.norm1", layout=Tokens(6, 4, 1))
     for name in ("raw_attention", "gradient_rollout"):
-        with pytest.raises(ValueError, match="^layout: wanted 4x6, the patches that VisionTransformer cuts, got 6x4 ce"):
+        with pytest.raises(
+            ValueError, match=r"^layout: wanted 4x6, the patches that VisionTransformer cuts, got 6x4 c"
+        ):
             METHODS[name](model, torch.rand(1, 3, 64, 96), torch.tensor([1]))
 
 

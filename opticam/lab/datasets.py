@@ -686,7 +686,7 @@ def _labels(
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
     spelled = {letters(name): place for place, name in enumerate(given)}
-    for label, folder in enumerate(folders):
+    for label, folder in enumerate(folders if len(spelled) == len(given) else ()):
         if (place := spelled.get(letters(folder), label)) != label:
             told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
             raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")

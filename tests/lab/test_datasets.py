@@ -191,9 +191,7 @@ def test_boxes_outside_of_their_photo_are_refused(tmp_path):
     (tmp_path / "boxes.csv").write_text(f"image,xmin,ymin,xmax,ymax\n{rows}")
     photos = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv")
     assert [photos.get(index)[0] for index in (0, 2)] == ["c/a.png", "c/c.png"]
-    assert photos.get(1).reason == (
-        "annotation: box (0.0, 0.0, 20.0, 40.0) lies outside of the photo of 40x20 pixels"
-    )
+    assert photos.get(1).reason == ("annotation: box (0.0, 0.0, 20.0, 40.0) lies outside of the photo of 40x20 pixels")
     assert len(photos.readable()) == 2
 
 
@@ -203,7 +201,9 @@ def test_tables_with_other_marks_than_commas_are_refused(tmp_path, mark):
     (tmp_path / "b.csv").write_text("image, xmin, ymin, xmax, ymax\r\na.png, 1, 2, 3, 4\r\n", encoding="utf-8-sig")
     assert imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv").records[0].boxes == ((1, 2, 3, 4),)
     (tmp_path / "b.csv").write_text(mark.join(["image", "xmin", "ymin", "xmax", "ymax"]) + "\n")
-    with pytest.raises(ValueError, match=r"^b\.csv: wanted a table with .* \(no image among image.xmin.ymin.xmax.ymax\)$"):
+    with pytest.raises(
+        ValueError, match=r"^b\.csv: wanted a table with .* \(no image among image.xmin.ymin.xmax.ymax\)$"
+    ):
         imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv")
 
 
@@ -239,7 +239,9 @@ def test_of_several_pages_or_frames_none_is_chosen(tmp_path, suffix):
 
 
 def test_a_photo_of_a_phone_with_a_preview_of_its_own(tmp_path):
-    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (4, 3))])
+    Image.new("RGB", (8, 6), "red").save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (4, 3))]
+    )
     with Image.open(tmp_path / "a.jpg") as opened:
         assert (opened.format, opened.n_frames) == ("MPO", 2)
     assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[0] > 250
@@ -252,13 +254,24 @@ def test_deep_tiffs_by_their_own_words(tmp_path, white, dtype, kind):
     shown = np.array([[0, 51, 255]], dtype=np.uint8)
     most = {"u1": 255, "u2": 65535, "f4": 1, "u4": 2**32 - 1, "i4": 4080}[dtype]
     pixels = (shown / 255 * most).astype(f"<{dtype}").tobytes()
-    tags = {256: 3, 257: 1, 258: 8 * int(dtype[1]), 259: 1, 262: white, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: kind}
+    tags = {
+        256: 3,
+        257: 1,
+        258: 8 * int(dtype[1]),
+        259: 1,
+        262: white,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: len(pixels),
+        339: kind,
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
     (tmp_path / "a.tif").write_bytes(header + entries + bytes(4))
     window = {"f4": (0, 1), "u4": (0, most), "i4": (0, most)}.get(dtype)
     if not white and dtype in ("u4", "i4"):  # Pillow reads no such file
-        with pytest.raises(OSError, match="^image: .*a.tif is not an image that can be read$"):
+        with pytest.raises(OSError, match=r"^image: .*a\.tif is not an image that can be read$"):
             read_image(tmp_path / "a.tif", window=window)
         return
     found = np.asarray(read_image(tmp_path / "a.tif", window=window))
@@ -269,7 +282,7 @@ def test_a_range_that_the_file_says_itself(tmp_path, recwarn):
     (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 819, 1023], dtype=">u2").tobytes())
     assert np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 51, 64]
     assert not recwarn.list
-    with pytest.raises(ValueError, match="^window: .* says the range of its pixels itself; wanted no window$"):
+    with pytest.raises(ValueError, match=r"^window: .* says the range of its pixels itself; wanted no window$"):
         read_image(tmp_path / "a.pgm", window=(0, 1023))
 
 
