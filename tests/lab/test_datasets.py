@@ -254,18 +254,8 @@ def test_deep_tiffs_by_their_own_words(tmp_path, white, dtype, kind):
     shown = np.array([[0, 51, 255]], dtype=np.uint8)
     most = {"u1": 255, "u2": 65535, "f4": 1, "u4": 2**32 - 1, "i4": 4080}[dtype]
     pixels = (shown / 255 * most).astype(f"<{dtype}").tobytes()
-    tags = {
-        256: 3,
-        257: 1,
-        258: 8 * int(dtype[1]),
-        259: 1,
-        262: white,
-        273: 8,
-        277: 1,
-        278: 1,
-        279: len(pixels),
-        339: kind,
-    }
+    names = (256, 257, 258, 259, 262, 273, 277, 278, 279, 339)
+    tags = dict(zip(names, (3, 1, 8 * int(dtype[1]), 1, white, 8, 1, 1, len(pixels), kind), strict=True))
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
     (tmp_path / "a.tif").write_bytes(header + entries + bytes(4))
