@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import check_window
+from opticam.checks import check_at_least, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -103,8 +103,10 @@ def wrap(
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
-    if any(abs(value) > 1 for value in mean):
-        raise ValueError(f"mean: wanted that of images in [0,1], got {mean}; of 0..255 divide mean and std by 255")
+    check_at_least(1, input_size=input_size, resize=resize)
+    if any(abs(value) > 1 for value in (*mean, *std)):
+        got = f"got {mean} with std {std}"
+        raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
         raise ValueError(f"std: wanted positive numbers, as many as mean, {mean}, got {std}")
     if len(class_names) == 1:
