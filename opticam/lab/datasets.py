@@ -245,8 +245,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or the
-            file more than one page or frame.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or
+            the file more than one page or frame.
     """
     path = Path(path)
     check_window(window)
