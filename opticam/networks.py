@@ -104,7 +104,7 @@ def wrap(
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
     check_at_least(1, input_size=input_size, resize=resize)
-    if any(abs(value) > 1 for value in (*mean, *std)):
+    if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
         got = f"got {mean} with std {std}"
         raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
