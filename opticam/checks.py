@@ -1,11 +1,14 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
+import itertools
 import math
 import random
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import aside
+from opticam.state import aside, turns
 
 
 def check_network(model: nn.Module) -> None:
@@ -177,17 +180,20 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
     percent = ((logits.sum(1) - 100).abs() < 0.1).all()
     if (low >= 0 and (high <= 1 or percent)) or high <= 0:
         with aside(), torch.enable_grad():
-            ending = _ending(unwrapped(model), images[:1].detach(), output.head)
-        if ending is not None:
-            logarithms = ending.startswith("log")
-            told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
-            raise ValueError(
-                f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
-                f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
-            )
+            _check_ending(model, images[:1].detach(), output.head)
     if class_idx is not None:
         check_class_range(class_idx, num_classes)
     return output
+
+
+def _check_ending(model: nn.Module, image: Tensor, head: Head) -> None:
+    if ending := _ending(unwrapped(model), image, head):
+        logarithms = ending.startswith("log")
+        told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
+        raise ValueError(
+            f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
+            f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
+        )
 
 
 _independent: WeakSet[nn.Module] = WeakSet()  # networks seen to take each image for itself
@@ -198,18 +204,23 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
     """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
 
     In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
-    images in the other order has to give the same logits in the other order.
+    images in the other order has to give the same logits in the other order. Threads take turns from now on with a
+    network that keeps something in attributes.
     """
     network = unwrapped(model)
     if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
         return
-    pair, slope, passes = torch.cat([image, image.flip(3)]).requires_grad_(), None, []
+    pair, slope, passes, told = torch.cat([image, image.flip(3)]).requires_grad_(), None, [], None
     with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
         copies: dict[nn.Module, nn.Module] = {}
         silent = twin_of(network, copies)
         for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
             copy._forward_hooks = OrderedDict()
-        first = read(silent, pair).logits
+        before = _kept(copies.values())
+        first, head = read(silent, pair)
+        if list(map(id, before)) != list(map(id, _kept(copies.values()))):
+            turns.setdefault(bare(model), threading.RLock())
+        told = _told(first, head)
         with torch.no_grad():
             passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]
         (slope,) = torch.autograd.grad(first[0, 0], pair)
@@ -220,6 +231,15 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         )
     if passes:
         _check_same(model, *passes)
+    if told:
+        _check_ending(model, image, head)
+
+
+def _kept(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that modules hold in attributes, and in lists and tables there."""
+    held = [value for module in modules for value in vars(module).values()]
+    inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]
+    return [*held, *itertools.chain(*inside)]
 
 
 def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:
@@ -250,25 +270,34 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
             found.append(find_logits(model(x.requires_grad_().clone()), 1))
     if not found:
         return None
-    values, last = torch.cat([raw.detach().double().reshape(1, -1) for raw in found]), _last_operation(found[0])
+    values = torch.cat([raw.detach().double().reshape(1, -1) for raw in found])
     if ((values.sum(1) - 100).abs() < 0.1).all():
         values = values / 100
-    if last == "LogSigmoid" or (last == "LogSoftmax" and head == "sigmoid"):
-        return last.lower()
-    if not ((values >= 0) & (values <= 1)).all():
-        return None
+    told = _told(found[0], head)
+    if told in ("logsigmoid", "logsoftmax") or not ((values >= 0) & (values <= 1)).all():
+        return told
     if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
         return "softmax"
     low, high = values.aminmax()
     return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
 
 
-def _last_operation(tensor: Tensor) -> str:
-    """Name of the operation that made a tensor, what only shaped, joined or averaged its results aside."""
-    node = tensor.grad_fn
-    while node is not None and _SHAPING.match(node.name()):
-        node = node.next_functions[0][0]
-    return "" if node is None else node.name().partition("Backward")[0]
+def _told(tensor: Tensor, head: Head) -> str | None:
+    """The last layer by its name in the graph, where the name is enough to know that it gives no logits."""
+    last = _last_operation(tensor.grad_fn)
+    known = ("Sigmoid", "Softmax", "Hardsigmoid", "LogSigmoid", *(["LogSoftmax"] if head == "sigmoid" else []))
+    return last.lower().replace("hard", "") if last in known else None
+
+
+def _last_operation(node: Any) -> str:
+    """Name of an operation, what only shaped, joined or averaged its results, or scaled them by a constant, aside."""
+    if node is None:
+        return ""
+    name = node.name().partition("Backward")[0]
+    before = [function for function, _ in node.next_functions if function is not None]
+    if before and (_SHAPING.match(name) or (name in _SCALING and len(before) == 1)):
+        return _last_operation(before[0])
+    return name + _last_operation(before[0]) if name == "Log" and before else name
 
 
 def _bounded(tensor: Tensor) -> bool:
@@ -285,6 +314,7 @@ def _bounded(tensor: Tensor) -> bool:
     return False
 
 
+_SCALING = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg")  # where one side is a constant
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
     "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"

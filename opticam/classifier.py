@@ -3,11 +3,14 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, ValuesView
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+
+from opticam.state import turns
 
 Head = Literal["softmax", "sigmoid"]
 
@@ -123,7 +126,8 @@ def read(model: nn.Module, images: Tensor) -> Output:
         images = images.clone()
     name = type(bare(model)).__name__
     try:
-        returned = model(images)
+        with turns.get(bare(model), nullcontext()):
+            returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
             told = f"model: {name} wants {', '.join(wanted)} beside the images"
@@ -152,8 +156,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     Args:
         model: the network.
         returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
-            the name `logits` or as the only tensor with a number or a row per image. Of a single image the batch
-            dimension may be missing.
+            the name `logits` or as the only tensor with a number or a row per image that is not named as features,
+            embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
         num_images: B.
 
     Raises:
@@ -165,8 +169,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
         raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
-    if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_HINT}")
+    if not logits.is_floating_point() or logits.layout != torch.strided:
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}, {logits.layout}; {_HINT}")
     classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
@@ -179,8 +183,11 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    parts = returned.values() if isinstance(returned, Mapping) else returned
-    tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, _COLLECTIONS) else []
+    if isinstance(returned, Mapping):
+        parts = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
+    else:
+        parts = list(returned) if isinstance(returned, tuple | list) else []
+    tensors = [part for part in parts if isinstance(part, Tensor)]
     found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
@@ -191,7 +198,7 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
 
 
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
-_COLLECTIONS = (tuple, list, ValuesView)
+_OF_FEATURES = re.compile(r"feat|embed|hidden|pool", re.IGNORECASE)  # in names of what is no logits
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
 

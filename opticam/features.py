@@ -31,6 +31,7 @@ from opticam.layouts import (
     Tokens,
     channels_first,
     channels_last,
+    check_patches,
     class_token_grid,
     find_layout,
     parts_of_transformer,
@@ -189,7 +190,7 @@ def features_and_gradients(
     captured: list[Tensor] = []
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        captured[:] = [_tensor(output).detach().requires_grad_()]
+        captured[:] = [_last(captured, module, output).detach().requires_grad_()]
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
@@ -416,7 +417,15 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
 
 
 def _keep(place: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
-    place[:] = [_tensor(output).detach().clone()]
+    place[:] = [_last(place, module, output).detach().clone()]
+
+
+def _last(place: list[Tensor], module: nn.Module, output: Tensor) -> Tensor:
+    """The output, which takes the place of an earlier one; said where that may be one of another view."""
+    if place and place[0].shape == _tensor(output).shape and next(module.parameters(), None) is not None:
+        text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
+        warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
+    return _tensor(output)
 
 
 def _name(model: nn.Module) -> str:
@@ -478,6 +487,8 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
         if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
+        if to_maps not in (channels_first, channels_last):
+            check_patches(model, images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
             told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from opticam.classifier import as_output
 from opticam.features import Layer, count_calls, layer_outputs, logits_with, prepared, resolve_layer
+from opticam.folding import twin_of
 from opticam.state import frozen
 from opticam.tracing import Tracer
 
@@ -64,8 +65,10 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
     with frozen(model), torch.no_grad():
-        # only the modules that contain the layer are cut
-        graph = Tracer(lambda m: m is not layer and any(inner is layer for inner in m.modules())).trace(model)
+        twins: dict[nn.Module, nn.Module] = {}
+        twin = twin_of(model, twins)  # or a network that keeps things in attributes would keep proxies
+        holders = {twins[m] for m in twins if m is not layer and any(inner is layer for inner in m.modules())}
+        graph = Tracer(holders.__contains__).trace(twin)  # only the modules that contain the layer are cut
         network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import check_window
+from opticam.checks import check_at_least, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -87,8 +87,8 @@ def wrap(
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
             `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`. You
-            are taken at your word: places in another order, or a wrong grid of as many cells, give wrong maps.
-            `check_layout` finds that by experiment, in as many passes as there are cells.
+            are taken at your word but for a grid that is not that of the patches: places in another order give wrong
+            maps. `check_layout` finds that by experiment, in as many passes as there are cells.
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
@@ -103,8 +103,10 @@ def wrap(
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
-    if any(abs(value) > 1 for value in mean):
-        raise ValueError(f"mean: wanted that of images in [0,1], got {mean}; of 0..255 divide mean and std by 255")
+    check_at_least(1, input_size=input_size, resize=resize)
+    if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
+        got = f"got {mean} with std {std}"
+        raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
         raise ValueError(f"std: wanted positive numbers, as many as mean, {mean}, got {std}")
     if len(class_names) == 1:

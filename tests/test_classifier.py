@@ -41,6 +41,7 @@ class Returns(nn.Module):
 FORMS = {
     "record": lambda y: SimpleNamespace(logits=y, hidden=[y, y]),
     "dict": lambda y: OrderedDict(loss=None, logits=y, embedding=y + 1),
+    "dict with features": lambda y: {"pooler_output": y + 1, "out": y, "Features": y - 1},
     "dict of another name": lambda y: {"scores": y, "loss": y.sum()},
     "named tuple": lambda y: Named(y, y + 1),
     "tuple": lambda y: (y.sum(), y),
@@ -68,6 +69,8 @@ def test_logits_are_found_in_what_the_network_returns(tiny, images, form):
         (lambda y: None, "NoneType with 0 tensors"),
         (lambda y: SimpleNamespace(logits=None), "SimpleNamespace with 0 tensors"),
         (lambda y: {"scores": y.argmax(1)}, "dict with 0 tensors"),
+        (lambda y: {"last_hidden_state": y[..., None], "pooler_output": y}, "dict with 0 tensors"),
+        (lambda y: {"image_embeds": y}, "dict with 0 tensors"),
     ],
 )
 def test_what_may_be_several_things_is_refused_until_it_is_said(tiny, images, form, found):
@@ -103,7 +106,7 @@ def test_other_shapes_are_refused(tiny, images, form):
         read(Returns(tiny, form), images)
 
 
-@pytest.mark.parametrize("form", [lambda y: y.long(), lambda y: y.to(torch.complex64)])
+@pytest.mark.parametrize("form", [lambda y: y.long(), lambda y: y.to(torch.complex64), lambda y: y.to_sparse()])
 def test_logits_of_other_kinds_are_refused(tiny, images, form):
     with pytest.raises(TypeError, match="model: wanted floating-point logits, got torch"):
         read(Returns(tiny, form), images)

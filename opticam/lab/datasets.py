@@ -150,6 +150,9 @@ class Photos(Dataset):
         if fault:
             raise ValueError(fault)
         image = read_image(path, upright=self.upright, window=self.window)
+        width, height = image.size
+        if outside := [box for box in boxes if box[2] > 1.05 * width + 1 or box[3] > 1.05 * height + 1]:
+            raise ValueError(f"annotation: box {outside[0]} lies outside of the photo of {width}x{height} pixels")
         moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
@@ -242,7 +245,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or
+            the file more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -251,6 +255,9 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     try:
         with Image.open(path) as opened:
             deep = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)  # Pillow drops the lower 8 bits
+            inverted = opened.format == "TIFF" and opened.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+            unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
+            number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
             image = _deep_colors(path, opened, window) if deep else opened
             image = ImageOps.exif_transpose(image) if upright else image.copy()
@@ -261,10 +268,17 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
+    if number > 1 and opened.format != "MPO":  # a phone's photo, with a preview of its own
+        raise ValueError(f"image: {path} holds {number} pages or frames; wanted a file of one")
+    if image.mode == "F" or (image.mode.startswith("I") and not ranged):
+        values = np.asarray(image)
+        shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
+        return Image.fromarray(255 - shown if inverted else shown).convert("RGB")  # as Pillow does for 8 bits
     if window is not None and not deep:
-        raise ValueError(f"window: {path} has pixels of 8 bits; wanted more bits, or no window")
+        told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
+        raise ValueError(f"window: {path} {told} no window")
+    if ranged and image.mode == "I":
+        return Image.fromarray(_shown(np.asarray(image), path, (0, 65535))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -545,7 +559,8 @@ def imagefolder(
             passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
-            a photo with a malformed row is listed with its fault. Rows that match no photo give a warning.
+            a photo with a malformed row is listed with its fault; one with a box outside of it is skipped when it is
+            read. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
@@ -671,6 +686,11 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    spelled = {letters(name): place for place, name in enumerate(given)}
+    for label, folder in enumerate(folders if len(spelled) == len(given) else ()):
+        if (place := spelled.get(letters(folder), label)) != label:
+            told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
+            raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")
     by_number = sorted(folders, key=_natural)
     if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
         raise ValueError(
@@ -678,6 +698,11 @@ def _labels(
             "that hold their names, in the order of the labels"
         )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def letters(name: str) -> str:
+    """What remains of a class name by which two spellings of it agree."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _natural(name: str) -> list[str | int]:
@@ -693,9 +718,11 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+        if absent := [column for column in columns if column not in table]:
+            raise ValueError(f"no {absent[0]} among {', '.join(map(str, table))}")
         return list(table[columns].itertuples(index=False, name=None))
-    except (ValueError, KeyError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
 
 

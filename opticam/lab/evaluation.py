@@ -25,7 +25,7 @@ from opticam import metrics
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
 from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
-from opticam.lab.datasets import Photos, Sample, Skipped
+from opticam.lab.datasets import Photos, Sample, Skipped, letters
 from opticam.lab.files import library_versions
 from opticam.lab.identity import digest_of, key_of
 from opticam.lab.results import is_done, write_rows
@@ -405,9 +405,11 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     others = list(getattr(dataset, "class_names", None) or [])
     if names and others and len(names) != len(others):
         raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
-    if names != others and any(name in names and names.index(name) != others.index(name) for name in others):
+    mine, theirs = ([letters(name) for name in part] for part in (names, others))
+    once = [name for name in theirs if mine.count(name) == theirs.count(name) == 1] if mine != theirs else []
+    if any(mine.index(name) != theirs.index(name) for name in once):
         raise ValueError("dataset: its classes are in another order than the model's; wanted the same order")
-    if len(others) == 2 and names[:1] != others[:1] and _has_one_logit(model, dataset):
+    if len(others) == 2 and mine[:1] != theirs[:1] and _has_one_logit(model, dataset):
         raise ValueError(
             f"dataset: whether the network's one logit stands for {others[0]!r}, label 0, is not known; wanted "
             f"opticam.wrap(..., class_names={others}), and to_logits=torch.neg if it stands for {others[1]!r}"
