@@ -1,11 +1,14 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
+import itertools
 import math
 import random
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -14,16 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Classifier, Head, Output, bare, find_logits, own, read, unwrapped
+from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import aside
+from opticam.state import aside, turns
 
 
 def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be explained.
-
-    Args:
-        model: any network.
 
     Raises:
         TypeError: not a module, TorchScript, or quantised.
@@ -32,7 +32,7 @@ def check_network(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     for module in model.modules():
         kind = type(module)
@@ -110,7 +110,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError("images: tensors on the meta device have no values; wanted pixels")
     if parameter is not None and parameter.dtype != images.dtype:
         raise TypeError(f"images: wanted the dtype of the model, {parameter.dtype}, got {images.dtype}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     if classifier is not None:
         if classifier.mean.numel() not in (1, images.shape[1]):
             raise ValueError(f"images: wanted {classifier.mean.numel()} channels, got {images.shape[1]}")
@@ -120,32 +120,20 @@ def check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def check_class_range(class_idx: Tensor, num_classes: int) -> None:
-    """Refuse class indices outside the classes of the network.
-
-    Args:
-        class_idx: (B,) int64.
-        num_classes: number C of logits; 2 for a network with one.
-
-    Raises:
-        ValueError: an index is not in 0..C-1.
-    """
+    """Refuse, by a ValueError, class indices outside 0..num_classes - 1. A network with one logit has two classes."""
     low, high = (int(value) for value in class_idx.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
 def check_window(window: Sequence[float] | None) -> None:
-    """Refuse what are no two numbers (low, high) with low < high; None passes."""
+    """Refuse what is not two numbers (low, high) with low < high; None passes."""
     if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse numbers below the least that makes sense; None, where it stands for a default, passes.
-
-    Raises:
-        ValueError: a number is smaller, or not whole.
-    """
+    """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, int):
             raise ValueError(f"{name}: wanted a whole number, got {number!r}")
@@ -153,7 +141,7 @@ def check_at_least(least: int, **numbers: int | None) -> None:
             raise ValueError(f"{name}: wanted at least {least}, got {number}")
 
 
-def examine(model: nn.Module, images: Tensor) -> Output:
+def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
     There are further passes of a few images, which no hook of a method hears: two of two images, one with its gradient,
@@ -163,11 +151,12 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     Args:
         model: any network, inside `frozen`.
         images: (B,C,H,W) float.
+        class_idx: int64, to be checked by `check_class_range`.
 
     Raises:
         TypeError: see `read`.
         ValueError: see `read`; outputs that are probabilities; two passes that differ; logits that depend on other
-            images of the batch; class names that are not one per class.
+            images of the batch; class names that are not one per class; a class index out of range.
     """
     if model not in _independent:
         with aside(), torch.enable_grad():
@@ -175,7 +164,7 @@ def examine(model: nn.Module, images: Tensor) -> Output:
         _independent.add(model)
     before = _state(model, images)
     output = read(model, images)
-    classifier = own(model)
+    classifier = as_classifier(model)
     num_names, num_classes = len(classifier.class_names) if classifier is not None else 0, output.logits.shape[1]
     if num_names not in (0, num_classes):
         raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
@@ -191,15 +180,20 @@ def examine(model: nn.Module, images: Tensor) -> Output:
     percent = ((logits.sum(1) - 100).abs() < 0.1).all()
     if (low >= 0 and (high <= 1 or percent)) or high <= 0:
         with aside(), torch.enable_grad():
-            ending = _ending(unwrapped(model), images[:1].detach(), output.head)
-        if ending is not None:
-            logarithms = ending.startswith("log")
-            told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
-            raise ValueError(
-                f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
-                f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
-            )
+            _check_ending(model, images[:1].detach(), output.head)
+    if class_idx is not None:
+        check_class_range(class_idx, num_classes)
     return output
+
+
+def _check_ending(model: nn.Module, image: Tensor, head: Head) -> None:
+    if ending := _ending(unwrapped(model), image, head):
+        logarithms = ending.startswith("log")
+        told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
+        raise ValueError(
+            f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
+            f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
+        )
 
 
 _independent: WeakSet[nn.Module] = WeakSet()  # networks seen to take each image for itself
@@ -210,18 +204,23 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
     """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
 
     In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
-    images in the other order has to give the same logits in the other order.
+    images in the other order has to give the same logits in the other order. Threads take turns from now on with a
+    network that keeps something in attributes.
     """
     network = unwrapped(model)
     if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
         return
-    pair, slope, passes = torch.cat([image, image.flip(3)]).requires_grad_(), None, []
+    pair, slope, passes, told = torch.cat([image, image.flip(3)]).requires_grad_(), None, [], None
     with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
         copies: dict[nn.Module, nn.Module] = {}
         silent = twin_of(network, copies)
         for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
             copy._forward_hooks = OrderedDict()
-        first = read(silent, pair).logits
+        before = _kept(copies.values())
+        first, head = read(silent, pair)
+        if list(map(id, before)) != list(map(id, _kept(copies.values()))):
+            turns.setdefault(bare(model), threading.RLock())
+        told = _told(first, head)
         with torch.no_grad():
             passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]
         (slope,) = torch.autograd.grad(first[0, 0], pair)
@@ -232,6 +231,15 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         )
     if passes:
         _check_same(model, *passes)
+    if told:
+        _check_ending(model, image, head)
+
+
+def _kept(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that modules hold in attributes, and in lists and tables there."""
+    held = [value for module in modules for value in vars(module).values()]
+    inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]
+    return [*held, *itertools.chain(*inside)]
 
 
 def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:
@@ -262,25 +270,34 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
             found.append(find_logits(model(x.requires_grad_().clone()), 1))
     if not found:
         return None
-    values, last = torch.cat([raw.detach().double().reshape(1, -1) for raw in found]), _last_operation(found[0])
+    values = torch.cat([raw.detach().double().reshape(1, -1) for raw in found])
     if ((values.sum(1) - 100).abs() < 0.1).all():
         values = values / 100
-    if last == "LogSigmoid" or (last == "LogSoftmax" and head == "sigmoid"):
-        return last.lower()
-    if not ((values >= 0) & (values <= 1)).all():
-        return None
+    told = _told(found[0], head)
+    if told in ("logsigmoid", "logsoftmax") or not ((values >= 0) & (values <= 1)).all():
+        return told
     if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
         return "softmax"
     low, high = values.aminmax()
     return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
 
 
-def _last_operation(tensor: Tensor) -> str:
-    """Name of the operation that made a tensor, what only shaped, joined or averaged its results aside."""
-    node = tensor.grad_fn
-    while node is not None and _SHAPING.match(node.name()):
-        node = node.next_functions[0][0]
-    return "" if node is None else node.name().partition("Backward")[0]
+def _told(tensor: Tensor, head: Head) -> str | None:
+    """The last layer by its name in the graph, where the name is enough to know that it gives no logits."""
+    last = _last_operation(tensor.grad_fn)
+    known = ("Sigmoid", "Softmax", "Hardsigmoid", "LogSigmoid", *(["LogSoftmax"] if head == "sigmoid" else []))
+    return last.lower().replace("hard", "") if last in known else None
+
+
+def _last_operation(node: Any) -> str:
+    """Name of an operation, what only shaped, joined or averaged its results, or scaled them by a constant, aside."""
+    if node is None:
+        return ""
+    name = node.name().partition("Backward")[0]
+    before = [function for function, _ in node.next_functions if function is not None]
+    if before and (_SHAPING.match(name) or (name in _SCALING and len(before) == 1)):
+        return _last_operation(before[0])
+    return name + _last_operation(before[0]) if name == "Log" and before else name
 
 
 def _bounded(tensor: Tensor) -> bool:
@@ -297,6 +314,7 @@ def _bounded(tensor: Tensor) -> bool:
     return False
 
 
+_SCALING = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg")  # where one side is a constant
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
     "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"

@@ -3,11 +3,14 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, ValuesView
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+
+from opticam.state import turns
 
 Head = Literal["softmax", "sigmoid"]
 
@@ -15,18 +18,8 @@ Head = Literal["softmax", "sigmoid"]
 class Classifier(nn.Module):
     """A network that takes images in [0,1], with mean/std inside, and knows its layer, head, sizes and classes.
 
-    Attributes:
-        network: the bare network.
-        name: what it is called; a key of `MODELS` for those.
-        layer: dotted name of its target layer, as `network` names it.
-        head: "softmax", one class per image, or "sigmoid", each class for itself.
-        to_logits: from what `network` returns to what this returns; None where that is the same.
-        input_size: side of the square input, in pixels.
-        resize: shorter side before the centre crop, in pixels.
-        class_names: one name per class, in the order of the logits. For one logit, the name of the class that it stands
-            for and of its absence.
-        layout: from a layer's output to feature maps (B,K,h,w); None where `opticam.layouts` knows it.
-        window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
+    Its attributes are what `networks.wrap` was given, by the same names. `class_names` are in the order of the logits;
+    for one logit they name the class that it stands for and its absence.
     """
 
     mean: Tensor
@@ -89,7 +82,7 @@ class Output(NamedTuple):
     head: Head
 
 
-def own(model: nn.Module) -> Classifier | None:
+def as_classifier(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
     inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
@@ -112,7 +105,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a `Classifier`; any other network itself, whatever its attributes are called, as written."""
-    classifier = own(model)
+    classifier = as_classifier(model)
     return unwrapped(model if classifier is None else classifier.network)
 
 
@@ -129,17 +122,16 @@ def read(model: nn.Module, images: Tensor) -> Output:
         ValueError: the network cannot take images of that shape or dtype; the logits are not (B,C) of the images;
             images in a graph lead to logits outside of it.
     """
-    if images.is_leaf and own(model) is None:  # mean/std of a classifier make a copy of their own
+    if images.is_leaf and as_classifier(model) is None:  # mean/std of a classifier make a copy of their own
         images = images.clone()
     name = type(bare(model)).__name__
     try:
-        returned = model(images)
+        with turns.get(bare(model), nullcontext()):
+            returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
-            raise TypeError(
-                f"model: {name} wants {', '.join(wanted)} beside the images; "
-                "wanted a module that takes the images alone and gives it the rest"
-            ) from error
+            told = f"model: {name} wants {', '.join(wanted)} beside the images"
+            raise TypeError(f"{told}; wanted a module that takes the images alone and gives it the rest") from error
         raise
     except (RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
@@ -164,8 +156,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     Args:
         model: the network.
         returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
-            the name `logits` or as the only tensor with a number or a row per image. Of a single image the batch
-            dimension may be missing.
+            the name `logits` or as the only tensor with a number or a row per image that is not named as features,
+            embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
         num_images: B.
 
     Raises:
@@ -176,10 +168,10 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
     if logits.ndim != 2 or len(logits) != num_images or logits.shape[1] == 0:
-        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_SAID}")
-    if not logits.is_floating_point():
-        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}; {_SAID}")
-    classifier = own(model)
+        raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
+    if not logits.is_floating_point() or logits.layout != torch.strided:
+        raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}, {logits.layout}; {_HINT}")
+    classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
     return Output(logits, "softmax" if classifier is None else classifier.head)
@@ -191,19 +183,22 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    parts = returned.values() if isinstance(returned, Mapping) else returned
-    tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, _COLLECTIONS) else []
+    if isinstance(returned, Mapping):
+        parts = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
+    else:
+        parts = list(returned) if isinstance(returned, tuple | list) else []
+    tensors = [part for part in parts if isinstance(part, Tensor)]
     found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
-            f"that may be; {_SAID}"
+            f"that may be; {_HINT}"
         )
     return found[0]
 
 
-_SAID = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
-_COLLECTIONS = (tuple, list, ValuesView)
+_HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
+_OF_FEATURES = re.compile(r"feat|embed|hidden|pool", re.IGNORECASE)  # in names of what is no logits
 _OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
 
 
@@ -266,13 +261,8 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     Under a sigmoid the only rival of a class is its absence, whose logit is 0: `sigmoid(y) = softmax((y, 0))_0`. So
     whatever is written for a softmax is right for both.
 
-    Args:
-        logits: (B,C).
-        class_idx: (B,) int64.
-        head: of the network.
-
     Returns:
-        Logits (B,C) and class_idx as given, or, of a sigmoid, logits (B,2) and zeros.
+        Logits (B,C) and class_idx (B,) as given, or, of a sigmoid, logits (B,2) and zeros.
     """
     check_head(head)
     if head == "softmax":

@@ -15,12 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_class_range, check_network, examine
-from opticam.classifier import as_output, as_softmax, bare, class_logit, find_logits, for_autograd, own, read, unwrapped
+from opticam.checks import check_network, examine
+from opticam.classifier import (
+    as_classifier,
+    as_output,
+    as_softmax,
+    bare,
+    class_logit,
+    find_logits,
+    for_autograd,
+    read,
+    unwrapped,
+)
 from opticam.layouts import (
     Tokens,
     channels_first,
     channels_last,
+    check_patches,
     class_token_grid,
     find_layout,
     parts_of_transformer,
@@ -33,21 +44,15 @@ Layer = nn.Module | str | None
 
 
 def prepared(model: nn.Module, images: Tensor) -> Tensor:
-    """The images as the network takes them, out of any graph.
+    """The images as the network takes them: the same values, out of any graph.
 
-    Args:
-        model: any network.
-        images: (B,C,H,W).
-
-    Returns:
-        The same values: in the memory format channels_last for a `Classifier` with such weights, as `load_model` makes
-        them, else contiguous, since a foreign network may rely on that.
+    In the memory format channels_last for a `Classifier` with such weights, as `load_model` makes them. Else
+    contiguous, since a foreign network may rely on that.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
-    return (
-        for_autograd(images).detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    )
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return for_autograd(images).detach().contiguous(memory_format=memory_format)
 
 
 def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
@@ -61,7 +66,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     Raises:
         ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     if layer is None:
         if classifier is None:
             raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
@@ -185,12 +190,11 @@ def features_and_gradients(
     captured: list[Tensor] = []
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        captured[:] = [_tensor(output).detach().requires_grad_()]
+        captured[:] = [_last(captured, module, output).detach().requires_grad_()]
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
-        logits, head = examine(unwrapped(model), prepared(model, images))
-        check_class_range(class_idx, logits.shape[1])
+        logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
         gradients = None
@@ -223,7 +227,7 @@ def attention_maps(
     Args:
         model: one plain sequence headed by a class token; see `opticam.layouts.class_token_grid`.
         images: (B,C,H,W) float.
-        class_idx: (B,) int64, the class c of each image.
+        class_idx: (B,) int64.
         with_gradients: else the second list is empty and nothing goes backward.
 
     Returns:
@@ -237,8 +241,7 @@ def attention_maps(
     with frozen(model), _attention_shown(model, captured.append):
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
-            logits = examine(unwrapped(model), x).logits
-        check_class_range(class_idx, logits.shape[1])
+            logits = examine(unwrapped(model), x, class_idx).logits
         _check_attention(model, captured, grid, len(images))
         gradients: Sequence[Tensor] = ()
         if with_gradients:
@@ -283,8 +286,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
     with frozen(model), _attention_shown(model, restart_at_attention), ExitStack() as hooks:
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
-        logits = examine(unwrapped(model), prepared(model, images)).logits
-        check_class_range(class_idx, logits.shape[1])
+        logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
         _check_attention(model, captured, grid, len(images))
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
@@ -380,9 +382,8 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
 def count_passes(model: nn.Module) -> Iterator[list[int]]:
     """Counts, while it is open, the images that go through the whole network: [forward, backward].
 
-    Args:
-        model: any network. Passes of other threads are not counted, nor those by which `examine` looks closer, nor
-            passes of its parts, such as a split-off head.
+    Passes of other threads are not counted, nor those by which `examine` looks closer, nor passes of parts of the
+    network, such as a split-off head.
     """
     passes = [0, 0]
 
@@ -405,10 +406,8 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
 def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
     """Calls `call(module)`, while it is open, whenever a module of the network has run; what it raises ends the pass.
 
-    Args:
-        model: any network. Its modules are reported one by one, itself last, also in passes of its parts; convolutions
-            and batch norms are not, since hooks on them would keep them from being folded.
-        call: what to do; its result is not used.
+    Modules are reported one by one, the network itself last, also in passes of its parts. Convolutions and batch norms
+    are not, since hooks on them would keep them from being folded.
     """
     with ExitStack() as hooks:
         for module in model.modules():
@@ -418,7 +417,15 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
 
 
 def _keep(place: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
-    place[:] = [_tensor(output).detach().clone()]
+    place[:] = [_last(place, module, output).detach().clone()]
+
+
+def _last(place: list[Tensor], module: nn.Module, output: Tensor) -> Tensor:
+    """The output, which takes the place of an earlier one; said where that may be one of another view."""
+    if place and place[0].shape == _tensor(output).shape and next(module.parameters(), None) is not None:
+        text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
+        warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
+    return _tensor(output)
 
 
 def _name(model: nn.Module) -> str:
@@ -450,7 +457,7 @@ def _check_first_axis(model: nn.Module, images: Tensor, layer: Layer, output: Te
 
 
 def _has_own_layout(model: nn.Module) -> bool:
-    classifier = own(model)
+    classifier = as_classifier(model)
     layout = None if classifier is None else classifier.layout
     return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
 
@@ -461,11 +468,8 @@ def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = Non
     Args:
         output: of the layer, for any number of images.
         model: any network.
-        images: (B,C,H,W), or any tensor with the same H and W.
-        layer: see `resolve_layer`.
-
-    Raises:
-        ValueError: the layout of the output is not known; see `opticam.layouts`.
+        images: any tensor with H and W of the images as its last sides.
+        layer: see `resolve_layer`. ValueError: the layout of its output is not known; see `opticam.layouts`.
     """
     return _grids([output], model, images, layer, len(output))[0]
 
@@ -483,6 +487,8 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
         if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
+        if to_maps not in (channels_first, channels_last):
+            check_patches(model, images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
             told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"

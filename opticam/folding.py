@@ -15,6 +15,7 @@ from opticam.tracing import Tracer
 
 Pair = tuple[str, str]
 
+_OF_TORCH = vars(nn.Module()).keys()
 _pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
@@ -60,7 +61,7 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
     if not any(isinstance(module, _BatchNorm) for module in modules.values()):
         return []
     try:
-        graph = Tracer(_holds_norm).trace(model)
+        graph = Tracer(_holds_norm).trace(twin_of(model, {}))  # networks keep what they meet, proxies too
     except Exception:  # whatever a tracer may choke on; remembered, so that it is tried once
         return []
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -78,10 +79,13 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
 
 
 def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the tree of modules that shares parameters, buffers and hooks."""
+    """A copy of the tree of modules that shares parameters, buffers and hooks, but not what it keeps during a pass."""
     if module not in known:
         known[module] = twin = object.__new__(type(module))
-        twin.__dict__ = dict(vars(module))
+        twin.__dict__ = {
+            name: value.copy() if type(value) in (list, dict) and name not in _OF_TORCH else value
+            for name, value in vars(module).items()
+        }
         twin._modules = {name: child and twin_of(child, known) for name, child in module._modules.items()}
     return known[module]
 

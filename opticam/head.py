@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from opticam.classifier import as_output
 from opticam.features import Layer, count_calls, layer_outputs, logits_with, prepared, resolve_layer
+from opticam.folding import twin_of
 from opticam.state import frozen
 from opticam.tracing import Tracer
 
@@ -54,20 +55,6 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     return whole, output, logits
 
 
-class _Recorder(fx.Interpreter):
-    """Keeps the values of some nodes of one run."""
-
-    def __init__(self, module: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.values = dict.fromkeys(nodes)
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if n in self.values:
-            self.values[n] = value
-        return value
-
-
 def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
     found, new = set(nodes), list(nodes)
     while new:
@@ -78,22 +65,27 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
     with frozen(model), torch.no_grad():
-        # only the modules that contain the layer are cut
-        graph = Tracer(lambda m: m is not layer and any(inner is layer for inner in m.modules())).trace(model)
+        twins: dict[nn.Module, nn.Module] = {}
+        twin = twin_of(model, twins)  # or a network that keeps things in attributes would keep proxies
+        holders = {twins[m] for m in twins if m is not layer and any(inner is layer for inner in m.modules())}
+        graph = Tracer(holders.__contains__).trace(twin)  # only the modules that contain the layer are cut
         network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
         after = _downstream([place]) - {place}
         of_images = _downstream([node for node in graph.nodes if node.op == "placeholder"])
-        needed = {node for later in after for node in later.all_input_nodes} - after - {place}
-        recorder = _Recorder(network, needed)
-        recorder.run(prepared(model, images).clone())  # the network may work in place
+        needed = [*{node for later in after for node in later.all_input_nodes} - after - {place}]
+        first, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        first.graph_copy(graph, copies)
+        first.output(tuple(copies[node] for node in needed))
+        x = prepared(model, images).clone()  # the network may work in place
+        values = dict(zip(needed, fx.Interpreter(fx.GraphModule(model, first)).run(x), strict=True))
 
     def head(changed: Tensor, rows: Tensor) -> Tensor:
         known: dict[fx.Node, object] = dict.fromkeys(node for node in graph.nodes if node not in after)
-        for node, value in recorder.values.items():
+        for node, value in values.items():
             per_image = isinstance(value, Tensor) and node in of_images
-            known[node] = value[rows] if per_image else value  # type: ignore[index]
+            known[node] = value[rows] if per_image else value
         known[place] = changed.clone()
         with frozen(model), torch.no_grad():
             return as_output(model, fx.Interpreter(network).run(initial_env=known), len(rows)).logits

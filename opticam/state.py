@@ -9,10 +9,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+# locks of networks that keep in attributes what they read later in the pass: threads pass them one after the other
+turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _lock = threading.Lock()
 _held: dict[tuple[int, str], list[Any]] = {}  # (id of an object, attribute) -> [how many calls hold it, value before]
 _thread = threading.local()  # .aside: whether passes of this thread are heard by no hook

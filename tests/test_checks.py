@@ -170,6 +170,9 @@ ENDINGS = {
     "one minus a sigmoid": lambda y: 1 - (y[:, :1] / 9).sigmoid(),
     "root of a sigmoid": lambda y: (y / 9).sigmoid() ** 0.5,
     "sigmoid kept from 0 and 1": lambda y: (y / 9).sigmoid().clamp(1e-6, 1 - 1e-6),
+    "sigmoid in percent": lambda y: 100 * y.sigmoid(),
+    "sigmoid from -1 to 1": lambda y: y.sigmoid() * torch.tensor([2.0, 2, 2, 2, 2]) - 1,
+    "softmax with a temperature of its own": lambda y: 10 * y.softmax(1) - 5,
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
 
@@ -211,6 +214,11 @@ REAL = {
     "negative": lambda y: -y.abs(),
     "rectified": lambda y: y.relu(),
     "all the same": lambda y: 0 * y,
+    "gated": lambda y: y * y.sigmoid(),
+    "gated by others": lambda y: y.sigmoid() * (y.flip(1) - 5),
+    "scaled": lambda y: 3 * y.tanh() - 1,
+    "sum of sigmoids": lambda y: y.sigmoid() + 2 * y.flip(1).sigmoid(),
+    "log-odds of probabilities": lambda y: y.sigmoid().logit(),
     "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
 }
 
@@ -244,10 +252,12 @@ def test_logarithms_of_probabilities_are_logits_of_a_softmax_alone(tiny, images,
     )
     single = Own(tiny, lambda inner, x: inner(x).log_softmax(1)[:, 2])
     each = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)))
+    by_hand = Own(tiny, lambda inner, x: (inner(x).sigmoid() + 1e-7).log())
     for model, name in (
         (wrap(soft, "inner.features", head="sigmoid"), "logsoftmax"),
         (single, "logsoftmax"),
         (each, "logsigmoid"),
+        (by_hand, "logsigmoid"),
         (wrap(each, "inner.features", head="sigmoid"), "logsigmoid"),
     ):
         message = rf"model: Own ends in a {name}, so its outputs are logarithms of probabilities; wanted logits"

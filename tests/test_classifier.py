@@ -10,13 +10,13 @@ from torch import nn
 
 from opticam import METHODS, wrap
 from opticam.classifier import (
+    as_classifier,
     as_output,
     as_softmax,
     bare,
     class_logit,
     logits_of_sigmoid,
     logits_of_softmax,
-    own,
     probabilities,
     read,
 )
@@ -41,6 +41,7 @@ class Returns(nn.Module):
 FORMS = {
     "record": lambda y: SimpleNamespace(logits=y, hidden=[y, y]),
     "dict": lambda y: OrderedDict(loss=None, logits=y, embedding=y + 1),
+    "dict with features": lambda y: {"pooler_output": y + 1, "out": y, "Features": y - 1},
     "dict of another name": lambda y: {"scores": y, "loss": y.sum()},
     "named tuple": lambda y: Named(y, y + 1),
     "tuple": lambda y: (y.sum(), y),
@@ -68,6 +69,8 @@ def test_logits_are_found_in_what_the_network_returns(tiny, images, form):
         (lambda y: None, "NoneType with 0 tensors"),
         (lambda y: SimpleNamespace(logits=None), "SimpleNamespace with 0 tensors"),
         (lambda y: {"scores": y.argmax(1)}, "dict with 0 tensors"),
+        (lambda y: {"last_hidden_state": y[..., None], "pooler_output": y}, "dict with 0 tensors"),
+        (lambda y: {"image_embeds": y}, "dict with 0 tensors"),
     ],
 )
 def test_what_may_be_several_things_is_refused_until_it_is_said(tiny, images, form, found):
@@ -103,7 +106,7 @@ def test_other_shapes_are_refused(tiny, images, form):
         read(Returns(tiny, form), images)
 
 
-@pytest.mark.parametrize("form", [lambda y: y.long(), lambda y: y.to(torch.complex64)])
+@pytest.mark.parametrize("form", [lambda y: y.long(), lambda y: y.to(torch.complex64), lambda y: y.to_sparse()])
 def test_logits_of_other_kinds_are_refused(tiny, images, form):
     with pytest.raises(TypeError, match="model: wanted floating-point logits, got torch"):
         read(Returns(tiny, form), images)
@@ -168,7 +171,7 @@ def test_images_are_not_changed_by_a_network_in_place(tiny, images):
 
 def test_only_a_classifier_is_read_as_ours(tiny, images):
     tiny.network, tiny.layer, tiny.mean, tiny.std, tiny.head = tiny.features, "fc", "a", None, "sigmoid"
-    assert own(tiny) is None
+    assert as_classifier(tiny) is None
     assert bare(tiny) is tiny
     assert read(tiny, images).head == "softmax"
     model = wrap(tiny, "features", head="sigmoid")
@@ -188,7 +191,7 @@ def test_the_head_follows_from_to_logits(tiny):
 def test_a_compiled_classifier_is_ours(tiny, images):
     model = wrap(tiny, "features", head="sigmoid")
     compiled = torch.compile(model, backend="eager")
-    assert own(compiled) is model
+    assert as_classifier(compiled) is model
     (features,), logits = feature_maps(compiled, images)
     torch.testing.assert_close(features, tiny.features(images).detach())
     torch.testing.assert_close(logits, tiny(images).detach())
@@ -198,7 +201,7 @@ def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
     plain = wrap(tiny, "features", head="sigmoid")
     for around in (torch.compile(tiny, backend="eager"), nn.DataParallel(tiny)):
         model = wrap(around, "features", head="sigmoid")
-        assert own(model) is model
+        assert as_classifier(model) is model
         with count_passes(model) as passes:
             found = METHODS["grad_cam"](model, images, class_idx)
         assert passes == [5, 5]

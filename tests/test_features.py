@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from opticam import wrap
+from opticam import METHODS, wrap
 from opticam.features import feature_maps, features_and_gradients, resolve_layer, watched
 from opticam.state import frozen
 
@@ -41,6 +41,23 @@ def test_several_layers_in_one_pass(tiny, images):
     torch.testing.assert_close(first, tiny.features[0](images).detach())
     torch.testing.assert_close(last, tiny.features(images).detach())
     assert len(passes) == 1
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "equal_weights"])
+def test_a_network_that_sees_several_views_of_an_image_is_warned_of(tiny, images, class_idx, name):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny
+
+        def forward(self, x):
+            return (self.inner(x) + self.inner(x.flip(3))) / 2
+
+    with pytest.warns(
+        UserWarning, match=r"^layer: \w+ runs several times in a pass, as on several views of an image; "
+    ):
+        flipped = METHODS[name](Views(), images, class_idx, layer="inner.features")
+    torch.testing.assert_close(flipped, METHODS[name](tiny, images.flip(3), class_idx, layer="features"))
 
 
 def test_frozen_restores_every_flag_after_an_exception(tiny):

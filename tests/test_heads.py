@@ -170,7 +170,7 @@ def test_tables(network, pair, one, images):
     several = wrap(network, "features.0", head="sigmoid")
     single = wrap(one, "inner.features.0", class_names=["ill"])
     tables = [
-        evaluate(model, samples(c), methods, scores=list(COLUMN_GROUPS))
+        evaluate(model, samples(c), methods, scores=[*COLUMN_GROUPS, "road"])
         for model, c in ((pair, 0), (several, C), (single, 0))
     ]
     numbers = [
@@ -220,6 +220,6 @@ def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
         class_names = ("healthy", "ill")
 
     data = Named(Sample(f"{i}.png", image, 1, torch.zeros(0, 4)) for i, image in enumerate(images))
-    model = wrap(one, "inner.features.0", class_names=["ill"])
+    model = wrap(one, "inner.features.0", class_names=["Ill "])  # names that differ in spelling alone are the same
     with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
         evaluate(model, data, {"fake_cam": METHODS["fake_cam"]})

@@ -304,9 +304,36 @@ def test_maps_of_as_many_channels_as_rows_may_be_in_either_order():
         METHODS["grad_cam"](network, x, c, layer="place")
 
 
+@pytest.mark.parametrize("grid", [(8, 6), (12, 4), (1, 48)])
+@pytest.mark.parametrize(
+    "told", [Tokens, lambda *grid: lambda tokens: Tokens(*grid)(tokens)], ids=["tokens", "function"]
+)
+def test_a_wrong_grid_of_as_many_patches_is_refused(grid, told):
+    network = Ordered(lambda y: y.flatten(2).mT, lambda y, number: y.mT).eval()
+    images, c = torch.rand(1, 3, 26, 35), torch.tensor([0])  # the last rows and columns of pixels are in no patch
+    expected = METHODS["grad_cam"](wrap(Ordered(lambda y: y, lambda y, n: y).eval(), "place"), images, c)
+    found = METHODS["grad_cam"](wrap(network, "place", layout=told(6, 8)), images, c)
+    torch.testing.assert_close(found, expected)
+    sentence = f"^layout: wanted 6x8, the patches that Ordered cuts, got {grid[0]}x{grid[1]} cells$"
+    for name in ("grad_cam", "equal_weights"):
+        with pytest.raises(ValueError, match=sentence):
+            METHODS[name](wrap(network, "place", layout=told(*grid)), images, c)
+
+
+def test_a_wrong_grid_is_refused_by_attention_methods_too():
+    network = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2, num_classes=3).eval()
+    model = wrap(network, "blocks.1.norm1", layout=Tokens(6, 4, 1))
+    for name in ("raw_attention", "gradient_rollout"):
+        with pytest.raises(
+            ValueError, match=r"^layout: wanted 4x6, the patches that VisionTransformer cuts, got 6x4 c"
+        ):
+            METHODS[name](model, torch.rand(1, 3, 64, 96), torch.tensor([1]))
+
+
 @pytest.mark.parametrize(("grid", "warned"), [((8, 6), False), ((2, 24), True), ((24, 2), True), ((6, 8), False)])
 def test_long_cells_give_a_warning(grid, warned, recwarn):
     network = Ordered(lambda y: y.flatten(2).mT, lambda y, number: y.mT).eval()
+    network.embed = nn.Conv2d(3, 8, 6, 4, 1)  # overlapping patches
     METHODS["grad_cam"](wrap(network, "place", layout=Tokens(*grid)), torch.rand(1, 3, 24, 32), torch.tensor([0]))
     told = [str(warning.message) for warning in recwarn if "check_layout tells" in str(warning.message)]
     assert bool(told) == warned

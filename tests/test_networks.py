@@ -678,6 +678,9 @@ def test_families_of_transformers_are_right_or_refused(tmp_path, family):
     ("given", "message"),
     [
         ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "mean: wanted that of images in"),
+        ({"mean": 0.5, "std": 128.0}, r"mean: wanted that of images in \[0,1\], got \(0.5,\) with std \(128.0,\)"),
+        ({"input_size": (224, 224)}, r"input_size: wanted a whole number, got \(224, 224\)"),
+        ({"input_size": 0}, "input_size: wanted at least 1, got 0"),
         ({"layout": (14, 14, 1)}, r"layout: wanted a function, got \(14, 14, 1\)"),
         ({"to_logits": "neg"}, "to_logits: wanted a function, got 'neg'"),
     ],

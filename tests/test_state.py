@@ -84,6 +84,45 @@ def test_methods_of_many_threads_on_one_network(names, images, class_idx, eager)
     assert flags(network) == before
 
 
+class Skipping(nn.Module):
+    """Keeps what a later layer reads in an attribute, or in a table or list there, as many hand-written networks do."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.first, self.place, self.kept = Normed(), place, {"table": {}, "list": [None]}.get(place)
+        self.last = nn.Conv2d(12, 5, 1)
+
+    def encode(self, images):
+        maps = self.first.features(images)
+        if self.place == "attribute":
+            self.kept = maps
+        else:
+            self.kept[0] = maps
+        return self.first.features[3:](self.first.features[:3](images.flip(2)))
+
+    def forward(self, images):
+        maps = self.encode(images)
+        return self.last(torch.cat([maps, self.kept if self.place == "attribute" else self.kept[0]], 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("place", ["attribute", "table", "list"])
+def test_networks_that_keep_something_during_a_pass(place, images, class_idx, eager):
+    network = Skipping(place).double().eval()
+    work = [(name, i) for name in CALLS for i in range(3)]
+
+    def explain(job):
+        name, i = job
+        options = CALLS[name] if name == "rise" else {"layer": "last", **CALLS[name]}
+        return METHODS[name](network, images[i : i + 1], class_idx[i : i + 1], **options)
+
+    alone = [explain(job) for job in work]
+    with ThreadPoolExecutor(4) as pool:
+        for job, S in enumerate(pool.map(explain, work * 3)):
+            torch.testing.assert_close(S, alone[job % len(work)], rtol=0, atol=1e-10)
+    kept = network.kept if place == "attribute" else network.kept[0]
+    assert isinstance(kept, torch.Tensor)  # not what a tracer puts through a network
+
+
 def test_captum_beside_other_methods(images, class_idx, eager):
     """Its hooks change what ReLUs give backwards, for whoever uses the network at the same time."""
     pytest.importorskip("captum", reason="captum is an extra")

@@ -173,18 +173,9 @@ def read_record(run: Run) -> dict[str, Any]:
 
 
 def write_record(run: Run, status: str, seconds: float, error: str | None = None) -> dict[str, Any]:
-    """Write how a run ended, whole or not at all: `status`, `key`, `seconds`, `error`, `parameters`.
-
-    Raises:
-        OSError: the place cannot be written.
-    """
-    record = {
-        "status": status,
-        "key": run.key,
-        "seconds": round(seconds, 3),
-        "error": error,
-        "parameters": run.parameters,
-    }
+    """Write how a run ended, whole or not at all: `status`, `key`, `seconds`, `error`, `parameters`."""
+    record = {"status": status, "key": run.key, "seconds": round(seconds, 3), "error": error}
+    record["parameters"] = run.parameters
     with replacing(run.folder / f"{run.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -193,8 +184,7 @@ def write_record(run: Run, status: str, seconds: float, error: str | None = None
 def write_index(batch: Batch) -> Path:
     """Write `index.html`: one line per run with parameters, status, seconds and a link to its notebook.
 
-    Raises:
-        OSError: the place cannot be written.
+    Here and below, OSError: the place cannot be written.
     """
     names = sorted(set().union(*(run.varied for run in batch.runs)))
     rows = []
@@ -237,9 +227,6 @@ def write_summary(batch: Batch) -> Path | None:
 
     Returns:
         The path of the Parquet file; None if no run that is done has such a table.
-
-    Raises:
-        OSError: the place cannot be written.
     """
     import pyarrow as pa
     import pyarrow.csv
@@ -251,24 +238,18 @@ def write_summary(batch: Batch) -> Path | None:
     tables = [pq.read_schema(run.table).empty_table() for run in done]
     schemas = [_with_varied(table, run).schema for table, run in zip(tables, done, strict=True)]
     schema = pa.unify_schemas([one.remove_metadata() for one in schemas], promote_options="permissive")
-    flat = pa.schema(
-        [field for field in schema if not (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))]
-    )
+    flat = pa.schema([field for field in schema if not _holds_bytes(field)])
     path = batch.folder / "summary.parquet"
+    described = schema.with_metadata(_shared([table.schema.metadata or {} for table in tables]))
     with (
         replacing(path) as whole,
         replacing(path.with_suffix(".csv")) as plain,
-        pq.ParquetWriter(
-            whole, schema.with_metadata(_shared([table.schema.metadata or {} for table in tables]))
-        ) as rows,
+        pq.ParquetWriter(whole, described) as rows,
         pa.csv.CSVWriter(plain, flat) as lines,
     ):
         for run in done:
-            table = _with_varied(pq.read_table(run.table), run)
-            missing = [field for field in schema if field.name not in table.column_names]
-            for field in missing:
-                table = table.append_column(field.name, pa.nulls(len(table), field.type))
-            table = table.select(schema.names).cast(schema)
+            own = _with_varied(pq.read_table(run.table), run)
+            table = pa.concat_tables([schema.empty_table(), own], promote_options="permissive")
             rows.write_table(table)
             lines.write_table(table.select(flat.names))
     return path
@@ -277,14 +258,9 @@ def write_summary(batch: Batch) -> Path | None:
 def write_tables(summary: Path) -> Path | None:
     """Write the tables that the paper has, of the rows of a batch of notebook 03, to `tables.md`: those of each model.
 
-    Args:
-        summary: from `write_summary`.
-
     Returns:
-        The path written; None where the rows have no metrics of boxes, so that they are of another notebook.
-
-    Raises:
-        OSError: the place cannot be written.
+        The path written; None where the rows of the summary have no metrics of boxes, so that they are of another
+        notebook.
     """
     import pandas as pd
 
@@ -309,18 +285,11 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
 
     `evidence: {NAME: TABLE}` makes `NAME.parquet` of the tables `TABLE.parquet` of the runs. Images come in the order
     of their names. Only numbers and words are shipped: columns of bytes are left out but for `box_hits`, and numbers
-    that are no probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
+    that are not probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
     how many `images` and `runs` there are: a part of a batch may be shipped before the rest is done.
 
-    Args:
-        batch: with or without `evidence`.
-        folder: for the files.
-
     Returns:
-        Path -> what was written, in words; without the files that no run has rows for yet.
-
-    Raises:
-        OSError: the place cannot be written.
+        Path in the folder -> what was written, in words; without the files that no run has rows for yet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -355,12 +324,18 @@ def _shipped(table: "pa.Table") -> "pa.Table":
 
     columns = {}
     for field in table.schema:
-        values, bits = table[field.name], pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        values = table[field.name]
         if pa.types.is_float64(field.type) and not field.name.startswith(("prob", "masked_prob")):
             values = values.cast(pa.float32())
-        if field.name != "shard" and (not bits or field.name == "box_hits"):
+        if field.name == "box_hits" or not (field.name == "shard" or _holds_bytes(field)):
             columns[field.name] = values
     return pa.table(columns)
+
+
+def _holds_bytes(field: "pa.Field") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
 
 
 def _shared(metadata: Sequence[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:

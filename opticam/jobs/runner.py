@@ -76,9 +76,8 @@ def find_notebook(name: str | Path) -> Path:
     for known in list_notebooks():
         if str(name) in (known.name, known.stem, known.stem[:2], known.stem[:2].removeprefix("0")):
             return known
-    raise ValueError(
-        f"notebook: wanted one of {', '.join(path.stem for path in list_notebooks())}, or a path, got {str(name)!r}"
-    )
+    names = ", ".join(known.stem for known in list_notebooks())
+    raise ValueError(f"notebook: wanted one of {names}, or a path, got {str(name)!r}")
 
 
 class Cell(NamedTuple):
@@ -122,10 +121,8 @@ def read_cells(path: Path) -> list[Cell]:
 def notebook_parameters(notebook: str | Path) -> dict[str, dict[str, Any]]:
     """What may be set in a notebook: name -> `type` (the annotation), `default` (a Python value) and `help`.
 
-    They are the annotated assignments of the first cell tagged `parameters`: `name: type = literal  # help`.
-
-    Args:
-        notebook: as `find_notebook`.
+    They are the annotated assignments of the first cell tagged `parameters`: `name: type = literal  # help`. The
+    notebook is what `find_notebook` takes, here and below.
 
     Raises:
         ValueError: unknown or unreadable notebook, or an assignment of another form.
@@ -170,7 +167,7 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     """The given parameters, cast to the types the notebook annotates.
 
     Args:
-        notebook: as `find_notebook`.
+        notebook: whose parameters they are.
         given: name -> value; text, as from a command line, is read as the annotated type.
 
     Raises:
@@ -192,23 +189,14 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
 
 
 def places_beside(output: Path, known: Mapping[str, Any]) -> dict[str, str]:
-    """The parameters `figures` and `results`, if known, for a folder beside an executed notebook: committed ones stay.
-
-    Args:
-        output: the executed notebook.
-        known: from `notebook_parameters`.
-    """
+    """The parameters `figures` and `results`, if known, for a folder beside the executed notebook `output`."""
     folder = output.with_suffix("").absolute()
     own = {"figures": folder / "figures", "results": folder}
     return {name: str(place) for name, place in own.items() if name in known}
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and check that files can be written in it.
-
-    Raises:
-        OSError: it cannot be made or written in.
-    """
+    """Make a folder. OSError: it cannot be made, or files cannot be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -240,13 +228,10 @@ def run_notebook(
     """Execute a notebook from top to bottom in a kernel of its own, in the notebooks' folder.
 
     Args:
-        notebook: as `find_notebook`.
-        output: where the executed notebook goes; folders are made.
+        notebook: its number, name or path.
+        output: where the executed notebook goes, and what is returned; folders are made.
         parameters: see `check_parameters`.
         progress: a file for its progress, see `latest`.
-
-    Returns:
-        The path of the executed notebook: `output`.
 
     Raises:
         ValueError: unknown notebook or parameter, a value of the wrong type, or an output that is the notebook itself;
@@ -315,15 +300,8 @@ def evidence_part(notebook: str | Path, folder: Path) -> Path | None:
 
     It needs no network and no photo, so it is run in seconds, as a notebook of its own.
 
-    Args:
-        notebook: as `find_notebook`.
-        folder: where the part goes, under the page's name.
-
     Returns:
-        The path written; None where the page has no such cell.
-
-    Raises:
-        ValueError: unknown notebook.
+        The path written, in the folder under the page's name; None where the page has no such cell.
     """
     path = find_notebook(notebook)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -358,17 +336,9 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
 
     Its figures go to `figures/rendered`, its findings to `data/findings`. All findings must hold.
 
-    Args:
-        notebook: as `find_notebook`.
-        progress: see `run_notebook`.
-
-    Returns:
-        The path of the notebook.
-
     Raises:
         NotebookError: it did not finish, a finding does not hold, or an output shows a path of this machine. The
             notebook is left as it was.
-        ValueError: unknown notebook.
     """
     import nbformat
 
@@ -381,9 +351,8 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
         text = canonical(nbformat.read(executed, as_version=4))
         for place in (str(REPOSITORY), str(Path.home())):
             if place in text:
-                raise NotebookError(
-                    f"{path.stem}: an output shows {place}, a path of this machine; the executed notebook is {executed}"
-                )
+                told = f"an output shows {place}, a path of this machine"
+                raise NotebookError(f"{path.stem}: {told}; the executed notebook is {executed}")
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except NotebookError:
@@ -402,12 +371,7 @@ def canonical(notebook: "nbformat.NotebookNode") -> str:
 
     Cells keep source, outputs and tags; ids and execution counts number them. Removed are timestamps, papermill's
     metadata and injected parameters, the interpreter's version, and references to widgets, which end with the kernel.
-
-    Args:
-        notebook: executed.
-
-    Returns:
-        JSON, keys sorted, ending in a newline.
+    The text is JSON with sorted keys and ends in a newline.
     """
     import nbformat
 
@@ -425,15 +389,9 @@ def canonical(notebook: "nbformat.NotebookNode") -> str:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 if "execution_count" in output:
                     output["execution_count"] = executed
-    content = {
-        "cells": kept,
-        "metadata": {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    content = {"cells": kept, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return nbformat.writes(nbformat.from_dict(content)) + "\n"
 
 

@@ -34,8 +34,8 @@ from opticam.networks import imagenet_classes
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 _MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 Box = tuple[float, ...]
 Item = TypeVar("Item")
@@ -150,6 +150,9 @@ class Photos(Dataset):
         if fault:
             raise ValueError(fault)
         image = read_image(path, upright=self.upright, window=self.window)
+        width, height = image.size
+        if outside := [box for box in boxes if box[2] > 1.05 * width + 1 or box[3] > 1.05 * height + 1]:
+            raise ValueError(f"annotation: box {outside[0]} lies outside of the photo of {width}x{height} pixels")
         moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
@@ -204,7 +207,7 @@ def select(
         seed: of the draw.
 
     Raises:
-        ValueError: a number out of range, or a shard that is none.
+        ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
     for name, number in (("draw", draw), ("limit", limit)):
@@ -242,7 +245,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is none, or the pixels have 8 bits; the image has more pixels than Pillow opens.
+            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or
+            the file more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -251,6 +255,9 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     try:
         with Image.open(path) as opened:
             deep = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)  # Pillow drops the lower 8 bits
+            inverted = opened.format == "TIFF" and opened.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+            unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
+            number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
             image = _deep_colors(path, opened, window) if deep else opened
             image = ImageOps.exif_transpose(image) if upright else image.copy()
@@ -261,10 +268,17 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_shown(np.asarray(image), path, window)).convert("RGB")
+    if number > 1 and opened.format != "MPO":  # a phone's photo, with a preview of its own
+        raise ValueError(f"image: {path} holds {number} pages or frames; wanted a file of one")
+    if image.mode == "F" or (image.mode.startswith("I") and not ranged):
+        values = np.asarray(image)
+        shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
+        return Image.fromarray(255 - shown if inverted else shown).convert("RGB")  # as Pillow does for 8 bits
     if window is not None and not deep:
-        raise ValueError(f"window: {path} has pixels of 8 bits; wanted more bits, or no window")
+        told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
+        raise ValueError(f"window: {path} {told} no window")
+    if ranged and image.mode == "I":
+        return Image.fromarray(_shown(np.asarray(image), path, (0, 65535))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -309,13 +323,10 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     Args:
         photo: RGB.
         input_size: side of the crop, in pixels.
-        resize: shorter side before the crop, in pixels.
+        resize: shorter side before the crop, in pixels; ValueError where it is smaller than `input_size`.
 
     Returns:
         (3,input_size,input_size) float32 in [0,1].
-
-    Raises:
-        ValueError: `resize` is smaller than `input_size`.
     """
     _check_frame(input_size, resize)
     # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
@@ -331,14 +342,11 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     Args:
         boxes: (n,4) (xmin, ymin, xmax, ymax) in pixels of the photo.
         photo_size: (width, height) of the photo.
-        input_size: side of the crop, in pixels.
-        resize: shorter side before the crop, in pixels.
+        input_size: as `to_input`, like `resize`.
+        resize: likewise.
 
     Returns:
         (n,4) float32; not clipped, so what was cropped away still counts.
-
-    Raises:
-        ValueError: `resize` is smaller than `input_size`.
     """
     _check_frame(input_size, resize)
     width, height = photo_size
@@ -371,10 +379,9 @@ def maps_to_input(
     Raises:
         ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
     """
-    if saliency.shape != (len(photo_sizes), 1, made[0], made[0]):
-        raise ValueError(
-            f"saliency: wanted shape {(len(photo_sizes), 1, made[0], made[0])}, got {tuple(saliency.shape)}"
-        )
+    shape = len(photo_sizes), 1, made[0], made[0]
+    if saliency.shape != shape:
+        raise ValueError(f"saliency: wanted shape {shape}, got {tuple(saliency.shape)}")
     centres = (torch.arange(wanted[0], dtype=torch.float64) + 0.5)[:, None]
     grids = []
     for width, height in photo_sizes:
@@ -418,23 +425,15 @@ def load_dataset(
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
     if window is not None and name != "imagefolder":
         raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
-    given: dict[str, Any] = {} if name == "demo" else {"root": root}
-    given |= {"window": window} if name == "imagefolder" else {}
-    return DATASETS[name](**given, input_size=input_size, resize=resize, limit=limit, **options)
+    options |= {} if name == "demo" else {"root": root}
+    options |= {"window": window} if name == "imagefolder" else {}
+    return DATASETS[name](input_size=input_size, resize=resize, limit=limit, **options)
 
 
 def demo(input_size: int = 224, resize: int = 256, limit: int | None = None, **selection: Any) -> Photos:
     """The embedded demo: 20 ImageNet photos out of the installed package foolbox, with boxes of our own.
 
-    Args:
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
-        selection: `draw`, `shard`, `seed`; see `select`.
-
-    Raises:
-        FileNotFoundError: the photos or their boxes are not there.
-        ValueError: an argument out of range.
+    Arguments and errors as `load_dataset`.
     """
     annotations = PACKAGE / "lab" / "demo_boxes.csv"
     if not annotations.is_file():
@@ -476,16 +475,15 @@ def imagenet(
     stored, without their EXIF orientation, as torchvision reads them; boxes are taken to be in that frame.
 
     A photo whose class is unknown, or whose annotation is malformed, is listed with its fault. So is one without
-    annotation where there is a folder of annotations; without such a folder it merely has no boxes.
+    annotation where there is a folder of annotations; without such a folder it merely has no boxes. XML is read of
+    selected images only.
+
+    Arguments as `load_dataset`, and:
 
     Args:
         root: folder of ImageNet; by default the environment variable OPTICAM_IMAGENET.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
             `Annotations/CLS-LOC/val` in the root, or beside the image.
-        selection: `draw`, `shard`, `seed`; see `select`. XML is read of selected images only.
 
     Raises:
         FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
@@ -554,18 +552,17 @@ def imagefolder(
     torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
     class_10 and class_2, are refused.
 
+    Arguments as `load_dataset`, and:
+
     Args:
         root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
             passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
-            a photo with a malformed row is listed with its fault. Rows that match no photo give a warning.
+            a photo with a malformed row is listed with its fault; one with a box outside of it is skipped when it is
+            read. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
-        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: no root, no images in it, or no table.
@@ -603,15 +600,13 @@ def imagenette(
 ) -> Photos:
     """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
 
+    Arguments as `load_dataset`, and:
+
     Args:
         root: folder that holds, or is to hold, `imagenette2-320` and the like.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        limit: see `select`.
         size: "full", "320px" or "160px", the shorter side of the photos.
         split: "val" or "train".
         download: fetch it by torchvision if it is not there.
-        selection: `draw`, `shard`, `seed`; see `select`.
 
     Raises:
         FileNotFoundError: it is not there and `download` is off.
@@ -629,17 +624,11 @@ def imagenette(
             Imagenette(root, split, size, download=True)
         except (OSError, RuntimeError) as error:
             raise OSError(f"imagenette: cannot be downloaded to {root} ({error})") from error
-    return imagenet(
-        _folder("root", folder, "of Imagenette; download=True fetches it"), input_size, resize, limit, **selection
-    )
+    folder = _folder("root", folder, "of Imagenette; download=True fetches it")
+    return imagenet(folder, input_size, resize, limit, **selection)
 
 
-DATASETS: dict[str, Callable[..., Photos]] = {
-    "demo": demo,
-    "imagenet": imagenet,
-    "imagefolder": imagefolder,
-    "imagenette": imagenette,
-}
+DATASETS: dict[str, Callable[..., Photos]] = {f.__name__: f for f in (demo, imagenet, imagefolder, imagenette)}
 
 
 def _check_frame(input_size: int, resize: int) -> None:
@@ -683,9 +672,8 @@ def _labels(
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
     if len(numbers) == len(folders):
         if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
-            raise ValueError(
-                f"root: class folders are named by numbers, {folders[-1]} among them; wanted class indices"
-            )
+            told = f"class folders are named by numbers, {folders[-1]} among them"
+            raise ValueError(f"root: {told}; wanted class indices")
         names = given if class_names is not None else [str(number) for number in range(max(numbers) + 1)]
         if len(names) <= max(numbers):
             raise ValueError(f"class_names: wanted at least {max(numbers) + 1}, one per label, got {len(names)}")
@@ -698,6 +686,11 @@ def _labels(
         )
     if class_names is not None and len(given) != len(folders):
         raise ValueError(f"class_names: wanted {len(folders)}, one per class folder, got {len(given)}")
+    spelled = {letters(name): place for place, name in enumerate(given)}
+    for label, folder in enumerate(folders if len(spelled) == len(given) else ()):
+        if (place := spelled.get(letters(folder), label)) != label:
+            told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
+            raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")
     by_number = sorted(folders, key=_natural)
     if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
         raise ValueError(
@@ -705,6 +698,11 @@ def _labels(
             "that hold their names, in the order of the labels"
         )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def letters(name: str) -> str:
+    """What remains of a class name by which two spellings of it agree."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _natural(name: str) -> list[str | int]:
@@ -720,9 +718,11 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+        if absent := [column for column in columns if column not in table]:
+            raise ValueError(f"no {absent[0]} among {', '.join(map(str, table))}")
         return list(table[columns].itertuples(index=False, name=None))
-    except (ValueError, KeyError, pd.errors.ParserWarning) as error:
+    except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,35 +18,19 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from opticam import metrics
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
-from opticam.classifier import Output, as_output, class_logit, own, probs_of_class, read
+from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
-from opticam.lab.datasets import Photos, Sample, Skipped
+from opticam.lab.datasets import Photos, Sample, Skipped, letters
 from opticam.lab.files import library_versions
 from opticam.lab.identity import digest_of, key_of
 from opticam.lab.results import is_done, write_rows
 from opticam.methods import method_label
-from opticam.metrics import (
-    COLUMNS,
-    adcc,
-    box_experiment_masks,
-    box_hits,
-    coherency,
-    complexity,
-    energy_pointing_game,
-    insertion_deletion,
-    localization_error,
-    log_odds_change,
-    official_metric,
-    pointing_game,
-    probability_metrics,
-    road,
-    saliency_metric,
-    soft_f1,
-)
+from opticam.metrics import COLUMNS, probability_metrics
 from opticam.saliency import apply_mask, baseline_of, check_saliency
 from opticam.state import frozen
 
@@ -125,7 +110,7 @@ def score(
         "prob": p,
         "masked_prob": o,
         **{name: metric(p, o) for name, metric in probability_metrics().items()},
-        "log_odds": log_odds_change(y, masked_y, class_idx, head),
+        "log_odds": metrics.log_odds_change(y, masked_y, class_idx, head),
     }
     return pd.DataFrame({name: values.detach().double().cpu().numpy() for name, values in columns.items()})
 
@@ -139,10 +124,9 @@ def score_maps(
 ) -> pd.DataFrame:
     """`score` of the maps of several methods: one row per method and image, with the columns `image` and `method`.
 
+    Arguments and errors as `score`, but:
+
     Args:
-        model: as `score`, like `images` and `class_idx`.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
         saliency: method -> (B,1,H,W) in [0,1].
         names: B of them, for the column `image`; None for 0 to B-1.
     """
@@ -154,21 +138,13 @@ def score_maps(
 def saliency_maps(
     model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method], batch_size: int = 20
 ) -> dict[str, Tensor]:
-    """Maps (B,1,H,W) by each method, made in batches.
-
-    Args:
-        model: that the methods explain.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
-        methods: name -> method.
-        batch_size: images in flight.
-    """
+    """Maps (B,1,H,W) by each method, made of `batch_size` images at a time."""
     batches = list(zip(images.split(batch_size), class_idx.split(batch_size), strict=True))
     return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
 
 
 def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps that know nothing of the photo that they mask: what a score is worth shows beside theirs.
+    """Maps that know nothing of the photo that they mask: a score tells something where it is better than theirs.
 
     Args:
         saliency: method -> maps (B,1,H,W) of B photos, at least two.
@@ -189,21 +165,17 @@ def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _curves(batch: BatchWithMaps) -> dict[str, Any]:
     in_flight = 8 if batch.images.device.type == "cpu" else 64  # what caches hold
     arguments = batch.model, batch.images, batch.class_idx, batch.saliency
-    insertion, deletion = insertion_deletion(*arguments, batch_size=in_flight)
+    insertion, deletion = metrics.insertion_deletion(*arguments, batch_size=in_flight)
     return {"insertion": insertion[0], "deletion": deletion[0]}
-
-
-def _road(batch: BatchWithMaps) -> dict[str, Any]:
-    return {"road": road(batch.model, batch.images, batch.class_idx, batch.saliency)}
 
 
 def _adcc(batch: BatchWithMaps) -> dict[str, Any]:
     again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx)
     drop = torch.tensor(batch.scores["average_drop"], device=again.device)
     return {
-        "coherency": coherency(batch.saliency, again),
-        "complexity": complexity(batch.saliency),
-        "adcc": adcc(batch.saliency, again, drop),
+        "coherency": metrics.coherency(batch.saliency, again),
+        "complexity": metrics.complexity(batch.saliency),
+        "adcc": metrics.adcc(batch.saliency, again, drop),
     }
 
 
@@ -212,20 +184,20 @@ def _localization(batch: BatchWithMaps) -> dict[str, Any]:
     right = logits.argmax(1) == batch.class_idx if head == "softmax" else class_logit(logits, batch.class_idx) > 0
     correct = right.cpu()
     saliency, boxes = batch.saliency.cpu(), batch.boxes
-    hits = box_hits(saliency, boxes)
+    hits = metrics.box_hits(saliency, boxes)
     return {
-        "localization_error": localization_error(saliency, boxes),
-        "official_metric": official_metric(saliency, boxes, correct),
-        "soft_f1": soft_f1(saliency, boxes),
-        "saliency_metric": saliency_metric(batch.model, batch.images, batch.class_idx, batch.saliency),
-        "pointing_game": pointing_game(saliency, boxes),
-        "energy_pointing_game": energy_pointing_game(saliency, boxes),
+        "localization_error": metrics.localization_error(saliency, boxes),
+        "official_metric": metrics.official_metric(saliency, boxes, correct),
+        "soft_f1": metrics.soft_f1(saliency, boxes),
+        "saliency_metric": metrics.saliency_metric(batch.model, batch.images, batch.class_idx, batch.saliency),
+        "pointing_game": metrics.pointing_game(saliency, boxes),
+        "energy_pointing_game": metrics.energy_pointing_game(saliency, boxes),
         "box_hits": [np.packbits(hit.numpy()).tobytes() for hit in hits],
     }
 
 
 def _box_experiment(batch: BatchWithMaps) -> dict[str, Any]:
-    masks = box_experiment_masks(batch.saliency, batch.boxes)
+    masks = metrics.box_experiment_masks(batch.saliency, batch.boxes)
     with_box = np.array([len(boxes) > 0 for boxes in batch.boxes])
     columns = {}
     for name, mask in masks.items():
@@ -261,7 +233,6 @@ def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
 
 COLUMN_GROUPS: dict[str, Callable[[BatchWithMaps], dict[str, Any]]] = {
     "curves": _curves,
-    "road": _road,
     "adcc": _adcc,
     "localization": _localization,
     "box_experiment": _box_experiment,
@@ -319,7 +290,7 @@ def evaluate(
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
     with _bar(len(dataset) * len(methods), progress) as bar:
-        tables = list(_tables(model, dataset, batches, methods, scores, num_workers, bar))
+        tables = list(_tables(_Work(model, methods, scores, bar), dataset, batches, num_workers))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -346,19 +317,15 @@ def stream(
 
         rows, provenance = results.read_shards(stream("rows", model, photos, METHODS, parameters={}))
 
+    Arguments as `evaluate`, but:
+
     Args:
         folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
-        model: see `evaluate`.
         dataset: as `datasets.load_dataset` gives it.
-        methods: see `evaluate`.
-        parameters: stored with the rows, by names that `stream` has not itself; JSON.
+        parameters: stored with the rows, under names that `stream` does not store itself; JSON.
         keys: for a method or metric of your own by its name, and for a network with code of your own by "model": a word
             that you change whenever that code changes.
-        scores: see `evaluate`.
-        batch_size: see `evaluate`.
         shard_size: images a file.
-        num_workers: see `evaluate`.
-        progress: see `evaluate`.
 
     Returns:
         The folder of this run, for `results.read_shards`.
@@ -415,7 +382,8 @@ def stream(
     batches = [_batches(ranges[k], batch_size) for k in missing]
     total, left = (sum(len(ranges[k]) for k in chosen) * len(methods) for chosen in (range(number), missing))
     with _bar(total, progress, total - left) as bar:
-        tables = _tables(model, dataset, [*chain.from_iterable(batches)], methods, scores, num_workers, bar)
+        work = _Work(model, methods, scores, bar)
+        tables = _tables(work, dataset, [*chain.from_iterable(batches)], num_workers)
         for k, some in zip(missing, batches, strict=True):
             rows = pd.concat([next(tables) for _ in some], ignore_index=True)
             write_rows(rows, paths[k], own[k], str(_device(model)))
@@ -432,14 +400,16 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     for name in scores:
         if name not in known:
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
-    classifier = own(model)
+    classifier = as_classifier(model)
     names = [] if classifier is None else classifier.class_names
     others = list(getattr(dataset, "class_names", None) or [])
     if names and others and len(names) != len(others):
         raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
-    if names != others and any(name in names and names.index(name) != others.index(name) for name in others):
+    mine, theirs = ([letters(name) for name in part] for part in (names, others))
+    once = [name for name in theirs if mine.count(name) == theirs.count(name) == 1] if mine != theirs else []
+    if any(mine.index(name) != theirs.index(name) for name in once):
         raise ValueError("dataset: its classes are in another order than the model's; wanted the same order")
-    if len(others) == 2 and names[:1] != others[:1] and _has_one_logit(model, dataset):
+    if len(others) == 2 and mine[:1] != theirs[:1] and _has_one_logit(model, dataset):
         raise ValueError(
             f"dataset: whether the network's one logit stands for {others[0]!r}, label 0, is not known; wanted "
             f"opticam.wrap(..., class_names={others}), and to_logits=torch.neg if it stands for {others[1]!r}"
@@ -456,68 +426,48 @@ def _has_one_logit(model: nn.Module, dataset: Samples) -> bool:
     return head == "sigmoid" and torch.equal(logits[:, :1], -logits[:, 1:])
 
 
-def _tables(
-    model: nn.Module,
-    dataset: Samples,
-    batches: list[list[int]],
-    methods: Mapping[str, Method],
-    scores: Sequence[str],
-    num_workers: int | None,
-    bar: tqdm,
-) -> Iterator[pd.DataFrame]:
+class _Work(NamedTuple):
+    """What is done with every batch."""
+
+    model: nn.Module
+    methods: Mapping[str, Method]
+    scores: Sequence[str]
+    bar: tqdm
+
+
+def _tables(work: _Work, dataset: Samples, batches: list[list[int]], num_workers: int | None) -> Iterator[pd.DataFrame]:
     if num_workers is None:
-        num_workers = 0 if _device(model).type == "cpu" else 8
-    loader = DataLoader(_Guarded(dataset), batch_sampler=batches, collate_fn=list, num_workers=num_workers)
-    for samples in loader:
+        num_workers = 0 if _device(work.model).type == "cpu" else 8
+    # a photo that cannot be read comes as `Skipped`, instead of ending the process that reads it
+    read_all = partial(_read_all, getattr(dataset, "get", dataset.__getitem__))
+    numbers: Any = range(len(dataset))
+    for samples in DataLoader(numbers, batch_sampler=batches, collate_fn=read_all, num_workers=num_workers):
         for sample in samples:
             if not isinstance(sample, Sample | Skipped):
                 raise ValueError(f"dataset: wanted items of type Sample, got {type(sample).__name__}")
-        yield _rows(model, samples, methods, scores, bar)
+        yield _rows(work, samples)
 
 
-class _Guarded(Dataset):
-    """A photo that cannot be read comes as `Skipped`, instead of ending the process that reads it."""
-
-    def __init__(self, dataset: Samples) -> None:
-        self.read = getattr(dataset, "get", dataset.__getitem__)
-        self.length = len(dataset)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample | Skipped:
-        return self.read(index)
+def _read_all(read_one: Callable[[int], Sample | Skipped], numbers: Sequence[int]) -> list[Sample | Skipped]:
+    return [read_one(number) for number in numbers]
 
 
-def _rows(
-    model: nn.Module,
-    samples: Sequence[Sample | Skipped],
-    methods: Mapping[str, Method],
-    scores: Sequence[str],
-    bar: tqdm,
-) -> pd.DataFrame:
+def _rows(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFrame:
     """The rows of a batch: images in their order, of each all methods."""
-    before = bar.n
+    before = work.bar.n
     try:
-        return _rows_at_once(model, samples, methods, scores, bar)
+        return _rows_at_once(work, samples)
     except torch.OutOfMemoryError:
         if len(samples) == 1:
             raise
-        bar.n = before
+        work.bar.n = before
     half = (len(samples) + 1) // 2
     warnings.warn(f"out of memory: going on with {half} images in flight", stacklevel=2)
-    halves = [_rows(model, part, methods, scores, bar) for part in (samples[:half], samples[half:])]
-    return pd.concat(halves, ignore_index=True)
+    return pd.concat([_rows(work, samples[:half]), _rows(work, samples[half:])], ignore_index=True)
 
 
-def _rows_at_once(
-    model: nn.Module,
-    samples: Sequence[Sample | Skipped],
-    methods: Mapping[str, Method],
-    scores: Sequence[str],
-    bar: tqdm,
-) -> pd.DataFrame:
-    device = _device(model)
+def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFrame:
+    model, device = work.model, _device(work.model)
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
     batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
     if batch:
@@ -529,15 +479,15 @@ def _rows_at_once(
         for i in [i for i, right in zip(batch, known, strict=True) if not right]:
             reasons[i] = f"label: wanted a class in 0..{logits.shape[1] - 1}, got {batch.pop(i).label}"
     tables = []
-    for name, method in methods.items():
-        bar.set_postfix_str(name)
+    for name in work.methods:
+        work.bar.set_postfix_str(name)
         tables.append(pd.DataFrame({"reason": pd.Series(reasons, dtype=object)}).assign(status="skipped", method=name))
         if batch:
             class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
             boxes = [sample.boxes for sample in batch.values()]
-            table = _scored(model, images, class_idx, boxes, output, name, method, scores)
+            table = _scored(work, name, images, class_idx, boxes, output)
             tables.append(table.set_axis(list(batch)).assign(method=name))
-        bar.update(len(samples))
+        work.bar.update(len(samples))
     rows = pd.concat([table for table in tables if len(table)]).sort_index(kind="stable")
     rows["image"] = [samples[i].name for i in rows.index]
     rows["label"] = rows["class_idx"] = [samples[i].label for i in rows.index]
@@ -555,16 +505,10 @@ _LAST = ["seconds", "forward_passes", "backward_passes", "status", "reason"]
 
 
 def _scored(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    boxes: Sequence[Tensor],
-    output: Output,
-    name: str,
-    method: Method,
-    scores: Sequence[str],
+    work: _Work, name: str, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor], output: Output
 ) -> pd.DataFrame:
     """One method on images that can be explained: scores, then what it cost and how it went."""
+    model, method = work.model, work.methods[name]
     start = _now(images.device)
     with count_passes(model) as passes:
         saliency = method(model, images, class_idx)
@@ -579,7 +523,7 @@ def _scored(
     table = score(model, images, class_idx, saliency, output)
     table.insert(0, "predicted", output.logits.argmax(1).cpu().numpy())
     batch = BatchWithMaps(model, images, class_idx, output, boxes, saliency, method, table)
-    for kind in scores:
+    for kind in work.scores:
         for column, values in _score_columns(kind, batch).items():
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
@@ -624,7 +568,7 @@ def _now(device: torch.device) -> float:
 
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:
-    classifier = own(model)
+    classifier = as_classifier(model)
     layer = classifier.layer if layer is None and classifier is not None else layer
     return str((layer_name(model, layer) if isinstance(layer, nn.Module) else layer) or "")
 

@@ -162,17 +162,7 @@ def describe(found: Explanation, class_names: Sequence[str]) -> str:
 
 
 def read_upload(name: str, content: bytes, window: tuple[float, float] | None = None) -> Image.Image:
-    """A photo from the bytes of its file, as `read_image` reads it.
-
-    Args:
-        name: of the file, for the message.
-        content: of the file.
-        window: see `read_image`.
-
-    Raises:
-        OSError: no image, or damaged.
-        ValueError: the pixels and the window do not fit together.
-    """
+    """A photo from the bytes of its file, as `read_image` reads it; errors as there, with the name of the file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)

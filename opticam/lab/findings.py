@@ -43,13 +43,7 @@ class Finding(NamedTuple):
 def finding(
     statement: str, estimate: Estimate | float, *, above: float = -math.inf, below: float = math.inf
 ) -> Finding:
-    """A claim about an estimate.
-
-    Args:
-        statement: what is claimed, in words, with the unit.
-        estimate: from `summary.estimate`; or a number, which needs no interval.
-        above: what the interval must lie above.
-        below: what the interval must lie below.
+    """A `Finding` of an estimate, from `summary.estimate`, or of a number, which needs no interval.
 
     Raises:
         ValueError: no bound is given; every estimate would meet the claim.
@@ -118,16 +112,14 @@ def _compared(committed: Path, here: Path) -> pd.DataFrame:
     known = json.loads(committed.read_text(encoding="utf-8")) if committed.is_file() else {}
     same = known.get("parameters") == own["parameters"]
     told = {entry["finding"]: _shown(entry) for entry in known["findings"]} if same else {}
-    rows = [
-        {
-            "finding": entry["finding"],
-            "committed": told.get(entry["finding"], "-"),
-            "here": _shown(entry),
-            "agrees": "yes" if entry["holds"] else "no",
-        }
-        for entry in own["findings"]
-    ]
-    return pd.DataFrame(rows, columns=["finding", "committed", "here", "agrees"])
+    found = [entry["finding"] for entry in own["findings"]]
+    columns = {
+        "finding": found,
+        "committed": [told.get(statement, "-") for statement in found],
+        "here": [_shown(entry) for entry in own["findings"]],
+        "agrees": ["yes" if entry["holds"] else "no" for entry in own["findings"]],
+    }
+    return pd.DataFrame(columns)
 
 
 def _shown(entry: Mapping[str, float | None]) -> str:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_class_range, check_images, check_inputs, examine
-from opticam.classifier import Classifier, class_logit, for_autograd, own, probabilities, read
+from opticam.checks import check_at_least, check_images, check_inputs, examine
+from opticam.classifier import Classifier, as_classifier, class_logit, for_autograd, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
-from opticam.lab.summary import Estimate, estimate_and_p, ratio_of_means
+from opticam.lab.summary import Estimate, entries, estimate_and_p, ratio_of_means
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
@@ -133,20 +133,16 @@ def find_mosaics(
 
     Args:
         model: takes photos and mosaics, as networks do that pool their last maps. Left as found.
-        images: (N,3,H,W) in [0,1].
+        images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
         class_idx: (N,) int64.
         seed: of the choice.
         batch_size: photos in flight; of mosaics a quarter.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
     photos = choose_mosaics(all_probabilities(model, images, batch_size), class_idx, seed=seed).to(class_idx.device)
     mosaics = to_mosaics(images[photos.flatten()])
     if len(photos) == 0:
-        return Mosaics(images.new_zeros(0, 3, *(SIDE * n for n in images.shape[2:])), photos, photos, photos.bool())
+        return Mosaics(mosaics, photos, photos, photos.bool())
     many, classes = mosaics.repeat_interleave(SIDE**2, 0), class_idx[photos].flatten()
     cell = torch.arange(SIDE**2, device=photos.device).repeat(len(photos))
     verified = torch.ones_like(cell, dtype=torch.bool)
@@ -170,18 +166,14 @@ def cell_drops(
 
     Args:
         model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1], H and W multiples of `side`.
+        images: (B,3,H,W) float in [0,1], H and W multiples of `side`; errors as `checks.check_inputs`.
         class_idx: (B,) int64.
         side: cells across and down; `side**2` passes an image.
-        baseline: what the cell shows instead, as `evaluate.score` takes it.
+        baseline: what the cell shows instead, as `evaluation.score` takes it.
         batch_size: images in flight; the result does not depend on it.
 
     Returns:
         (B,side*side) float64, cells row by row; higher: the network needs the cell more; negative where it disturbs.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range; a side that does not divide the image.
     """
     check_inputs(model, images, class_idx)
     check_at_least(1, side=side, batch_size=batch_size)
@@ -191,8 +183,7 @@ def cell_drops(
     kept = 1 - F.interpolate(cells, size=images.shape[2:], mode="nearest")
     with frozen(model), torch.no_grad():
         x, c = prepared(model, images), for_autograd(class_idx)
-        logits = examine(model, x).logits
-        check_class_range(c, logits.shape[1])
+        logits = examine(model, x, c).logits
         shown = baseline_of(x, baseline)
         network, y = folded(model, x, logits), class_logit(logits.double(), c)
         drops = []
@@ -249,7 +240,7 @@ def see_one_cell(model: Classifier, cell: int, apart: bool = True) -> Classifier
 
     It shares the weights of the model.
     """
-    classifier = own(model)
+    classifier = as_classifier(model)
     if classifier is None or classifier.to_logits is not None:
         raise ValueError("model: wanted a Classifier whose network returns logits, as load_model gives it")
     return wrap(
@@ -267,15 +258,9 @@ def see_one_cell(model: Classifier, cell: int, apart: bool = True) -> Classifier
 def phase_scrambled(patch: Tensor, seed: int = 0) -> Tensor:
     """The patch with random phases: the same frequencies and colours in each channel, and no object.
 
-    To every phase of the patch that of a picture of noise is added, the same in all channels, so that colours that
-    belong together stay together. The amplitude of every frequency stays, and so does the mean.
-
-    Args:
-        patch: (3,h,w).
-        seed: of the noise.
-
-    Returns:
-        (3,h,w); values may leave the range of the patch.
+    To every phase of the patch (3,h,w) that of a picture of noise is added, the same in all channels, so that colours
+    that belong together stay together. The amplitude of every frequency stays, and so does the mean. Values may leave
+    the range of the patch.
     """
     noise = torch.rand(patch.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=patch.dtype).to(patch)
     turned = torch.polar(torch.ones_like(noise[:, : noise.shape[1] // 2 + 1]), torch.fft.rfft2(noise).angle())
@@ -319,13 +304,7 @@ def paste_object(
 
 
 def find_pastes(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    boxes: Sequence[Tensor],
-    *,
-    seed: int = 0,
-    batch_size: int = 16,
+    model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor], *, seed: int = 0, batch_size: int = 16
 ) -> Pastes:
     """Pastes for whose object the network decides, and that it does not mistake for the object when scrambled.
 
@@ -335,15 +314,11 @@ def find_pastes(
 
     Args:
         model: takes `images`. Left as found.
-        images: (N,3,H,W) in [0,1].
+        images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
         class_idx: (N,) int64.
         boxes: N tensors (n,4), of the objects of the class.
         seed: of pairs, places and phases.
         batch_size: images in flight.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
     right = (all_probabilities(model, images, batch_size).argmax(1) == class_idx).cpu()
@@ -389,11 +364,7 @@ def pixel_auroc(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (B,) float64 in [0,1], higher is better, 1/2 for a constant map; depends on the order of the pixels only. NaN
-        for a map with a NaN, and where no pixel or every pixel lies in a box.
-
-    Raises:
-        TypeError: no sequence of tensors.
-        ValueError: wrong shapes.
+        for a map with a NaN, and where no pixel or every pixel lies in a box. Errors as `metrics.box_mask`.
     """
     truth = box_mask(boxes, saliency.shape[-2:]).to(saliency.device).flatten(1).double()
     flat = saliency.detach().double().flatten(1).contiguous()
@@ -412,14 +383,11 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
 
     Args:
         saliency: (B,1,H,W) in [0,1], of the class whose evidence the boxes hold.
-        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; at least one.
+        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
         boxes: B tensors (n,4).
 
     Returns:
         (B,) float64 in [-1,1]; higher is better.
-
-    Raises:
-        ValueError: no rival, or wrong shapes.
     """
     if not rivals:
         raise ValueError("rivals: wanted at least one map of another class")
@@ -430,13 +398,7 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
 def best_map(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, grid: tuple[int, int] | torch.Size) -> Tensor:
     """What a method that is always right can show: the true region averaged to the cells of the layer, upsampled again.
 
-    Args:
-        boxes: B tensors (n,4).
-        size: (H,W) of the images.
-        grid: (h,w) of the feature maps.
-
-    Returns:
-        (B,1,H,W) in [0,1].
+    (B,1,H,W) in [0,1], of B tensors of boxes (n,4), the size (H,W) of the images and the grid (h,w) of the maps.
     """
     return upsample(F.adaptive_avg_pool2d(box_mask(boxes, size), (grid[0], grid[1])), size)
 
@@ -533,8 +495,7 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = 
         cells: dict[str, float] = {}
         for column, factor in factors(columns).items():
             found, p = _over_groups(of_method[column], of_method[group])
-            names = (column, f"{column}_low", f"{column}_high")
-            cells |= {name: factor * value for name, value in zip(names, found, strict=True)} | {f"{column}_p": p}
+            cells |= entries(column, found, factor) | {f"{column}_p": p}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
 
@@ -542,14 +503,9 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = 
 def difference_over_groups(
     rows: pd.DataFrame, column: str, method: str, reference: str, group: str = "group"
 ) -> Estimate:
-    """Mean of what one method has more of a column than another, image by image, with its 95 % interval over groups.
+    """Mean of what a method has more of a column than a reference, image by image, with its 95 % interval over groups.
 
-    Args:
-        rows: with the columns `image`, one row per image and method, `method` and `group`.
-        column: of numbers; multiplied with the factor of its record, if it has one.
-        method: to subtract from.
-        reference: to subtract.
-        group: as `summarize_groups`.
+    Rows, column and group as `summarize_groups` takes them; each image has one row of both methods.
     """
     wide = rows.pivot(index=[group, "image"], columns="method", values=column)
     more = factors([column])[column] * (wide[method] - wide[reference])
@@ -574,12 +530,7 @@ def evidence_rows(
 ) -> pd.DataFrame:
     """`evidence_scores` of the maps of several methods: one row per method and map, with the column `method`.
 
-    Args:
-        saliency: method -> (B,1,H,W) in [0,1].
-        boxes: B tensors (n,4).
-        grid: (h,w) of the feature maps.
-        rivals: method -> see `class_contrast`.
-        columns: of B values each, such as names, for every method.
+    Arguments as there, but maps and rivals by method. `columns` are further ones of B values each, such as names.
     """
     others = rivals or {}
     tables = [

@@ -30,21 +30,9 @@ from opticam.lab.known_evidence import (
     pixel_auroc,
     uniform,
 )
-from opticam.lab.summary import Estimate, estimate, estimate_and_p, interval, ratio_of_means, spearman
+from opticam.lab.summary import Estimate, entries, estimate, estimate_and_p, interval, ratio_of_means, spearman
 from opticam.methods import fake_cam
-from opticam.metrics import (
-    COLUMNS,
-    adcc,
-    arcc,
-    coherency,
-    complexity,
-    energy_pointing_game,
-    insertion_deletion,
-    localization_error,
-    pointing_game,
-    road,
-    soft_f1,
-)
+from opticam.metrics import COLUMNS, adcc, arcc, coherency, complexity, insertion_deletion, road
 from opticam.saliency import BASELINES, apply_mask, min_max
 
 STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD: less than half of the passes, since many maps are scored
@@ -128,15 +116,7 @@ def audited_maps(
 ) -> Audited:
     """The maps of methods, of `CHANGES` of the base method's map, and of the controls.
 
-    Args:
-        model: that the methods explain.
-        images: (B,3,H,W) in [0,1].
-        class_idx: (B,) int64.
-        methods: name -> method, `grad_cam` among them.
-        batch_size: images in flight.
-
-    Raises:
-        ValueError: no `grad_cam`.
+    Arguments as `evaluation.saliency_maps`. ValueError: the base method, `grad_cam`, is not among the methods.
     """
     if BASE not in methods:
         raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
@@ -292,10 +272,7 @@ def judge(
             "complexity": complexity(S),
             "adcc": adcc(S, maps.again[name], drop.to(S.device)),
             "arcc": arcc(S, maps.again[name], removed),
-            **{
-                metric.__name__: metric(S.cpu(), boxes)
-                for metric in (energy_pointing_game, soft_f1, pointing_game, localization_error)
-            },
+            **{metric: COLUMNS[metric](S.cpu(), boxes) for metric in GROUPS["boxes"]},
         }
         table = table.assign(**{column: values.cpu().numpy() for column, values in columns.items()})
         tables.append(table.rename_axis("target").reset_index().assign(method=name))
@@ -318,14 +295,20 @@ def agreement(scores: np.ndarray, truth: np.ndarray) -> dict[str, Estimate]:
     Raises:
         ValueError: shapes that differ, or fewer than two maps.
     """
+    return _agreement(scores, truth)[0]
+
+
+def _agreement(scores: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Estimate], float]:
+    """`agreement`, and the p value of `maps` being 0."""
     if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: wanted (n,M) as truth, M of 2 or more, got {scores.shape} and {truth.shape}")
     columns = *scores.T, *truth.T
-    found = {"maps": estimate(spearman(scores, truth, axis=1))}
+    maps, p = estimate_and_p(spearman(scores, truth, axis=1))
+    found = {"maps": maps}
     for name, statistic in (("images", _over_images), ("methods", _over_methods)):
         value = float(statistic(*columns, axis=-1))
         found[name] = Estimate(value, *interval(*columns, statistic=statistic, num_resamples=2000))
-    return found
+    return found, p
 
 
 def _over_images(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -365,7 +348,7 @@ def audit(
         if not len(values):
             continue
         scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide[truth]))
-        cells = agreement(scores, right)
+        cells, p = _agreement(scores, right)
         base = values[BASE].to_numpy(float)
         wins = [(values[name] > base) + (values[name] == base) / 2 for name in controls]
         if wins:
@@ -375,12 +358,9 @@ def audit(
             if change in values:
                 gained = values[change].to_numpy(float) - base
                 cells[change] = estimate(gained, spread, statistic=ratio_of_means)
-        _, p = estimate_and_p(spearman(scores, right, axis=1))
-        found[metric] = {"n": len(values), "maps_p": p} | {
-            name + end: part
-            for name, cell in cells.items()
-            for end, part in zip(("", "_low", "_high"), cell, strict=True)
-        }
+        found[metric] = {"n": len(values), "maps_p": p}
+        for name, cell in cells.items():
+            found[metric] |= entries(name, cell)
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("metric")
 
 

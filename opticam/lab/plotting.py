@@ -1,9 +1,14 @@
-"""Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure."""
+"""Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure.
 
+What returns a figure does not show it. Photos and maps are tensors in [0,1].
+"""
+
+import io
 import itertools
 import math
 import re
 import textwrap
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +20,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,10 +59,25 @@ def _printed(figure: Figure, kind: str) -> str | None:
     """What a notebook keeps of a figure: photos as JPEG, a quarter of their weight as PNG, and charts as PNG."""
     from IPython.core.pylabtools import print_figure
 
-    if kind != ("jpeg" if any(ax.images for ax in figure.axes) else "png"):
+    if kind != ("jpeg" if _has_pictures(figure) else "png"):
         return None
-    options = {"pil_kwargs": {"quality": 80}} if kind == "jpeg" else {}
-    return print_figure(figure, fmt=kind, base64=True, **options)
+    if kind == "jpeg":
+        return print_figure(figure, fmt=kind, base64=True, pil_kwargs={"quality": 80})
+    drawn = print_figure(figure, fmt=kind)
+    return drawn and b64encode(_with_palette(drawn)).decode()
+
+
+def _has_pictures(figure: Figure) -> bool:
+    return any(ax.images for ax in figure.axes)
+
+
+def _with_palette(chart: bytes) -> bytes:
+    """A PNG with 256 colours, a third as heavy, which eyes cannot tell from all colours; photos would show bands."""
+    lighter = io.BytesIO()
+    with Image.open(io.BytesIO(chart)) as image:
+        palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        palette.save(lighter, format="png", dpi=image.info["dpi"], optimize=True)
+    return lighter.getvalue()
 
 
 def use_plain_style() -> None:
@@ -136,9 +157,6 @@ def image_grid(
         boxes: (n,4) of each picture, row by row, drawn over it.
         size: width and height of one picture in inches.
         printed: text of 7 points, for a page of a journal; else of 10, for a screen.
-
-    Returns:
-        The figure, not shown.
     """
     columns = max(len(row) for row in rows)
     style = _PRINT if printed else _SCREEN
@@ -170,17 +188,7 @@ def image_grid(
 
 
 def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
-    """One decision explained: image, overlay and masked image side by side.
-
-    Args:
-        image: (3,H,W) in [0,1].
-        saliency: (1,H,W) in [0,1].
-        masked: (3,H,W) in [0,1].
-        titles: three.
-
-    Returns:
-        The figure, not shown.
-    """
+    """One decision explained: image (3,H,W), overlay of the map (1,H,W) and masked image side by side; three titles."""
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
@@ -189,24 +197,20 @@ def probability_bars(
 ) -> Figure:
     """Probabilities for the photo and for the masked photo: the class explained, then those that matter most in either.
 
+    The figure is unknown to pyplot, so that a thread may draw it.
+
     Args:
         probs: (C,) in [0,1], of the photo.
         masked_probs: (C,) in [0,1], of the masked photo.
         class_names: C names.
         class_idx: the class explained.
         num_classes: bars, with the class explained.
-
-    Returns:
-        The figure, unknown to pyplot, so that a thread may draw it.
     """
     largest = torch.maximum(probs, masked_probs).topk(min(num_classes, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
     figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
     ax = figure.subplots()
-    for shift, color, label, values in (
-        (-0.2, "0.65", "photo", probs),
-        (0.2, _BLUE, "masked photo", masked_probs),
-    ):
+    for shift, color, label, values in ((-0.2, "0.65", "photo", probs), (0.2, _BLUE, "masked photo", masked_probs)):
         percent = [100 * values[index].item() for index in shown]
         places = [place + shift for place in range(len(shown))]
         ax.barh(places, percent, height=0.38, color=color, label=label)
@@ -216,20 +220,19 @@ def probability_bars(
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.invert_yaxis()
     ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    _legend(figure, ax, 2)
     return figure
 
 
 def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     """How the logit of the masked photo rose over the steps, beside that of the photo itself.
 
+    The figure is unknown to pyplot, so that a thread may draw it.
+
     Args:
         objective: (T+1,), before the first step and after each.
         reference: the logit of the photo.
         step: the one to mark, in 0..T.
-
-    Returns:
-        The figure, unknown to pyplot, so that a thread may draw it.
     """
     figure = Figure(figsize=(_WIDTH, 2.2))
     ax = figure.subplots()
@@ -238,7 +241,7 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     ax.plot(step, objective[step].item(), "o", color=_RED, ms=5, label=f"step {step}")
     ax.set(xlabel="step", ylabel="logit of the class")
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    _legend(figure, ax, 3)
     return figure
 
 
@@ -262,9 +265,6 @@ def gallery(
         masked_probs: method -> o of each photo.
         boxes: (k,4) of each photo, drawn over it.
         size: width and height of one picture in inches; None to print all of them in a column of 85 mm.
-
-    Returns:
-        The figure, not shown.
 
     Raises:
         ValueError: a method has not one map per photo.
@@ -306,9 +306,6 @@ def overview(
         references: label -> another logit of the class, drawn as a level line.
         name: of the class.
         start: what all weights were before the first step.
-
-    Returns:
-        The figure, not shown.
     """
     figure = plt.figure(figsize=(_WIDTH, 2.4))
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.5)).flat
@@ -354,6 +351,21 @@ def _tiles(maps: Tensor) -> np.ndarray:
     return picture
 
 
+def _named(method: Any) -> dict[str, Any]:
+    return {"color": method_color(str(method)), "label": method_label(str(method))}
+
+
+def _mean_and_error(summary: "pd.DataFrame", column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (2,n): the means, and how far the ends of their intervals lie below and above."""
+    mean = summary[column].to_numpy()
+    return mean, np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
+
+
+def _legend(figure: Figure, ax: Axes, columns: int) -> None:
+    """What `ax` shows, in words."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+
+
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel per metric, one bar per method.
 
@@ -361,17 +373,13 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
         summary: from `summary.summarize`, in percent.
         columns: column -> title of its panel.
         num_images: over how many images, for the note below.
-
-    Returns:
-        The figure, not shown.
     """
     size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [method_label(method) for method in summary.index]
     colors = [method_color(method) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
-        mean = summary[column].to_numpy()
-        error = np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
+        mean, error = _mean_and_error(summary, column)
         ax.barh(names, mean, xerr=error, color=colors, capsize=1.2, error_kw={"lw": 0.7})
         for position, (value, high) in enumerate(zip(mean, error[1], strict=True)):
             ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=7)
@@ -392,9 +400,6 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         x: column across.
         y: column up.
         labels: column -> label of its axis.
-
-    Returns:
-        The figure, not shown.
     """
     figure, ax = plt.subplots(figsize=(_WIDTH, 2.6))
     points = summary[[x, y]].to_numpy()
@@ -407,24 +412,20 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         corners = [(left, low) for low in (0.59, 0.12) for left in (0.1, 0.6)]
         free = min(corners, key=lambda corner: (np.abs(share - corner - 0.2) < 0.3).all(1).sum())
         panels.append(ax.inset_axes((*free, 0.37, 0.37)))
-    for marker, (name, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
-        method = str(name)
-        errors = [[[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y)]
-        color, label = method_color(method), method_label(method)
-        for panel in panels:
-            bars: dict[str, Any] = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.7} if panel is ax else {}
-            panel.errorbar(row[x], row[y], **bars, fmt="none", color=color)
-            # hollow: methods may share a place
-            panel.plot(row[x], row[y], marker, ms=5, mfc="none", mew=1.1, color=color, label=label)
+    for marker, (method, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
+        across, up = ([[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y))
+        ax.errorbar(row[x], row[y], xerr=across, yerr=up, fmt="none", elinewidth=0.7, color=method_color(str(method)))
+        for panel in panels:  # hollow: methods may share a place
+            panel.plot(row[x], row[y], marker, ms=5, mfc="none", mew=1.1, **_named(method))
     ax.set(xlabel=labels[x], ylabel=labels[y])
     for panel in panels[1:]:
         (left, low), (right, high) = (end(points[crowd], axis=0) for end in (np.min, np.max))
-        across, up = 0.35 * (right - left), 0.35 * (high - low)
-        panel.set(xlim=(left - across, right + across), ylim=(low - up, high + up))
+        aside, above = 0.35 * (right - left), 0.35 * (high - low)
+        panel.set(xlim=(left - aside, right + aside), ylim=(low - above, high + above))
         panel.spines[:].set(visible=True, edgecolor="0.5")
         panel.locator_params(nbins=3)
         ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    _legend(figure, ax, 3)
     return figure
 
 
@@ -435,9 +436,6 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
         panels: title -> condition -> summary, from `summary.summarize`.
         column: of the summaries.
         label: of the axis up, which all panels share.
-
-    Returns:
-        The figure, not shown.
     """
     import pandas as pd
 
@@ -446,18 +444,14 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
     for ax, (title, conditions) in zip(axes[:, 0], panels.items(), strict=True):
         together = pd.concat(dict(conditions), names=["condition"])
         for i, (method, group) in enumerate(together.groupby("method", sort=False)):
-            name = str(method)
-            mean = group[column].to_numpy()
-            error = np.stack([mean - group[f"{column}_low"], group[f"{column}_high"] - mean]).clip(min=0)
+            mean, error = _mean_and_error(group, column)
             count = together.index.get_level_values("method").nunique()
             order = [list(conditions).index(condition) for condition in group.index.get_level_values("condition")]
             places = np.array(order) + 0.6 * ((i + 0.5) / count - 0.5)
-            style = {"color": method_color(name), "label": method_label(name)}
-            ax.errorbar(places, mean, yerr=error, fmt="o", ms=3.5, capsize=1.5, lw=0.8, **style)
+            ax.errorbar(places, mean, yerr=error, fmt="o", ms=3.5, capsize=1.5, lw=0.8, **_named(method))
         ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5), ylabel=label)
         ax.set_xticklabels(conditions)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    _legend(figure, axes[0, 0], 4)
     return figure
 
 
@@ -467,9 +461,6 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
     Args:
         rows: with the columns `method`, `prob` (p) and `masked_prob` (o), from `evaluate`.
         metrics: name -> function of p and o, one panel each.
-
-    Returns:
-        The figure, not shown.
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
@@ -479,17 +470,15 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
         # not to black: the points have to stay visible
         ax.imshow(metric(p, o).numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1.6)
         for marker, (method, group) in zip(itertools.cycle(_MARKERS), rows.groupby("method", sort=False), strict=False):
-            name = str(method)
-            style = {"color": method_color(name), "label": method_label(name)}
-            ax.scatter(group["prob"], group["masked_prob"], s=9, lw=0.3, edgecolor="w", marker=marker, **style)
+            points = {"s": 9, "lw": 0.3, "edgecolor": "w", "marker": marker}
+            ax.scatter(group["prob"], group["masked_prob"], **points, **_named(method))
         ax.plot([0, 1], [0, 1], color="0.3", lw=0.6, ls="--")
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="$p$, photo")
         ax.set_xticklabels(["0", "0.5", "1"])
         ax.set_title(headings([metric_name], unit=False)[metric_name])
     axes[0, 0].set_ylabel("$o$, masked photo")
     figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=7)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    _legend(figure, axes[0, 0], 4)
     return figure
 
 
@@ -503,14 +492,11 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         differences: index (group, variant); per column `column`, `column_low`, `column_high`, `column_p`, from
             `summary.summarize_differences`. NaN leaves the place empty.
         columns: column -> title of its panel.
-
-    Returns:
-        The figure, not shown.
     """
     groups = list(dict.fromkeys(differences.index.get_level_values(0)))
     places, variants, headings_at, position = [], [], [], 0.0
     for group in groups:
-        headings_at.append((position, group))
+        headings_at.append(position)
         for variant in differences.loc[[group]].index.get_level_values(1):
             position += 1
             places.append(position)
@@ -523,7 +509,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=3 if len(columns) > 2 else 4)
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         for place, (mean, low, high), holds in zip(places, values, clear[column], strict=True):
             color = _BLUE if holds else "0.45"
@@ -531,16 +517,14 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
         ax.set_title(textwrap.fill(title, 12) if len(columns) > 2 else title)  # narrow panels
         ax.tick_params(axis="y", length=0)
-        ax.patch.set_visible(False)  # the names of groups run on into it
-    axes[0, 0].set_yticks(places, variants)
-    for place, group in headings_at:
-        over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
-        axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
+    axes[0, 0].set_yticks([*places, *headings_at], [*variants, *groups])
+    for label in axes[0, 0].get_yticklabels()[len(places) :]:
+        label.set_fontweight("bold")
     axes[0, 0].set_ylim(position - 0.6, -0.8)
     key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
     hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
-    figure.legend(handles=[filled, hollow], loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=[filled, hollow], loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -553,9 +537,6 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
         curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
         columns: similarity -> label of its axis, one row of panels each.
         orders: order -> title, one column of panels each.
-
-    Returns:
-        The figure, not shown.
     """
     size = (_WIDTH, 1.6 * len(columns) + 0.8)
     figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
@@ -568,16 +549,14 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             curve = panel.xs(method, level="method")
             places = np.array([stages.index(stage) for stage in curve.index.get_level_values("stage")])
             mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
-            color = method_color(method)
-            ax.plot(places, mean, f"{marker}-", ms=3, lw=0.9, color=color, label=method_label(method))
-            ax.fill_between(places, low, high, color=color, alpha=0.1, lw=0)
+            ax.plot(places, mean, f"{marker}-", ms=3, lw=0.9, **_named(method))
+            ax.fill_between(places, low, high, color=method_color(method), alpha=0.1, lw=0)
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right")
         if i == 0:
             ax.set_title(orders[order], fontsize=7.5)
         if j == 0:
             ax.set_ylabel(columns[column])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    _legend(figure, axes[0, 0], 3)
     return figure
 
 
@@ -619,10 +598,7 @@ def interval_table(
 def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
     """Show a table in a notebook, below a title in Markdown. Rows that are only numbered are shown without numbers.
 
-    Args:
-        table: any.
-        title: one paragraph; empty for none.
-        options: of `DataFrame.to_markdown`.
+    The title is one paragraph, or empty for none. Options are those of `DataFrame.to_markdown`.
     """
     import pandas as pd
     from IPython.display import Markdown, display
@@ -632,14 +608,7 @@ def show_table(table: "pd.DataFrame", title: str = "", **options: Any) -> None:
 
 
 def latex_table(table: "pd.DataFrame") -> str:
-    r"""The table for a LaTeX document that loads booktabs; intervals smaller than means.
-
-    Args:
-        table: from `interval_table`.
-
-    Returns:
-        A `tabular`, ending in a newline.
-    """
+    r"""The table of `interval_table` as a `tabular` for LaTeX with booktabs; intervals smaller than means."""
     text = str(table.to_markdown(tablefmt="latex_booktabs", disable_numparse=True))
     text = re.sub(r" (\[[^][]+, [^][]+\])", r" {\\scriptsize \1}", text)
     return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
@@ -653,19 +622,19 @@ def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5)
         ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=lw))
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
-    It has the size in inches that it was made with, and twice the dots of a notebook's. Photos are a quarter as heavy
-    with the suffix `.jpg`.
+    It has the size in inches that it was made with, and twice the dots of a notebook's. A PNG without pictures in it
+    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`.
 
     Args:
         figure: what to write.
-        path: where; folders are made.
-
-    Returns:
-        The path written.
+        path: where, and what is returned; folders are made.
+        note: a line below the figure, such as what its bars are and over how many images.
     """
+    if note:
+        figure.supxlabel(note, fontsize=7.5)
     path = Path(path)
     kind = path.suffix.lstrip(".").lower() or "png"
     stamps = {
@@ -676,4 +645,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     with replacing(path) as temporary:
         options = {"metadata": stamps[kind]} if kind in stamps else {"pil_kwargs": {"quality": 85}}
         figure.savefig(temporary, format=kind, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02, **options)
+        if kind == "png" and not _has_pictures(figure):
+            temporary.write_bytes(_with_palette(temporary.read_bytes()))
     return path

@@ -25,15 +25,9 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
 
     Args:
         rows: the table.
-        path: where, `.parquet`; folders are made.
+        path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
         parameters: what the rows were computed with; JSON.
         device: where they were computed.
-
-    Returns:
-        The path written.
-
-    Raises:
-        OSError: the place cannot be written.
     """
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
@@ -44,10 +38,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
 
 
 def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table that `write_rows` wrote, and its provenance.
-
-    Args:
-        path: the `.parquet` file.
+    """A table that `write_rows` wrote to a `.parquet` file, and its provenance.
 
     Returns:
         The rows, and `parameters`, `package`, `code`, `commit`, `device`, `torch`.
@@ -92,19 +83,9 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 def write_arrays(
     arrays: Mapping[str, np.ndarray], path: str | Path, parameters: Mapping[str, Any], device: str = "cpu"
 ) -> Path:
-    """Write arrays, such as photos and maps, with its provenance; see `write_rows`.
-
-    Args:
-        arrays: name -> array of numbers or text.
-        path: where, `.npz`; folders are made.
-        parameters: what the arrays were computed with; JSON.
-        device: where they were computed.
-
-    Returns:
-        The path written.
+    """Write arrays of numbers or text by name, such as photos and maps, to an `.npz`; all else as `write_rows`.
 
     Raises:
-        OSError: the place cannot be written.
         ValueError: an array of objects, which would be read by running code.
     """
     for name, array in arrays.items():
@@ -118,18 +99,7 @@ def write_arrays(
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays that `write_arrays` wrote, and their provenance.
-
-    Args:
-        path: the `.npz` file.
-
-    Returns:
-        Name -> array, and the provenance as in `read_rows`.
-
-    Raises:
-        OSError: no such file.
-        ValueError: a file without provenance of this package, or one that is no archive of plain arrays.
-    """
+    """The arrays by name that `write_arrays` wrote, and their provenance; result and errors as `read_rows`."""
     path = _existing(Path(path))
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,7 +1,7 @@
 """From rows to numbers: means, correlations and accuracies over images, with 95 % intervals."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,19 +107,12 @@ def estimate_and_p(
     """A statistic over images with its 95 % interval, and the two-sided p value of its being 0.
 
     p is 1 minus the confidence of the narrowest `interval` that contains 0. So it is below 0.05 where the 95 % interval
-    excludes 0. Of many tests, correct it with `holm`.
-
-    Args:
-        values: as `interval`.
-        statistic: as `interval`.
-        num_resamples: bootstrap samples.
+    excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
     Returns:
-        The estimate; and p in [2 / num_resamples, 1], for of less so many samples know nothing. It is exact to a
-        thousandth of itself. NaN, which is no test, for a single image and for values that are all the same but not 0.
-
-    Raises:
-        ValueError: as `interval`.
+        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
+        thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
+        0.
     """
     ends = _intervals(values, statistic, num_resamples)
     value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
@@ -140,7 +133,7 @@ def holm(p_values: Collection[float]) -> np.ndarray:
     m, the next by m - 1, and so on; none may fall below one before it.
 
     Args:
-        p_values: of all tests that are looked at together. NaN is no test.
+        p_values: of all tests that are looked at together. NaN is not a test.
 
     Returns:
         In [0,1], in the order given; NaN where there was no test.
@@ -177,18 +170,14 @@ def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
     return Estimate(*(float(summary.loc[method, name]) for name in (column, f"{column}_low", f"{column}_high")))
 
 
+def entries(column: str, found: Iterable[float], factor: float = 1) -> dict[str, float]:
+    """The estimate as it stands in such a table: `column`, `column_low` and `column_high`, times the factor."""
+    names = column, f"{column}_low", f"{column}_high"
+    return {name: factor * number for name, number in zip(names, found, strict=True)}
+
+
 def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.ndarray:
-    """How much more of a column one method has than another, image by image, for images that have both.
-
-    Args:
-        rows: one row per image and method.
-        column: of numbers.
-        method: to subtract from.
-        reference: to subtract.
-
-    Returns:
-        (n,), positive where the method has more.
-    """
+    """How much more of a column one method has than the reference, (n,), image by image, for images that have both."""
     wide = rows.pivot(index="image", columns="method", values=column)
     return (wide[method] - wide[reference]).dropna().to_numpy(float)
 
@@ -202,12 +191,6 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
     """Print `difference` for each column and reference, on how many images the method has more, and p.
 
     All that is printed is one family of tests: p, of no difference, is corrected by `holm` for their number.
-
-    Args:
-        rows: one row per image and method.
-        columns: of numbers.
-        method: to subtract from.
-        references: to subtract.
     """
     pairs = [(column, reference) for column in columns for reference in references]
     gains = [paired(rows, column, method, reference) for column, reference in pairs]
@@ -251,8 +234,7 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     """
     if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
         raise ValueError("hits: wanted zeros and ones, at least one")
-    found = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact")
-    return _pair(found)
+    return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact"))
 
 
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
@@ -289,14 +271,13 @@ def _summarize(
                 values = group[column].dropna().to_numpy(float)
             else:
                 values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
-            low = high = mean = p = np.nan
-            if len(values):
-                exact = not differences and column in proportions and repeats is None and np.isin(values, (0, 1)).all()
-                if differences:
-                    (mean, low, high), p = estimate_and_p(values)
-                else:
-                    mean, (low, high) = values.mean(), proportion_interval(values) if exact else interval(values)
-            cells |= {column: factor * mean, f"{column}_low": factor * low, f"{column}_high": factor * high}
+            found, p = Estimate(np.nan, np.nan, np.nan), np.nan
+            if len(values) and differences:
+                found, p = estimate_and_p(values)
+            elif len(values):
+                exact = column in proportions and repeats is None and np.isin(values, (0, 1)).all()
+                found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
+            cells |= entries(column, found, factor)
             cells |= {f"{column}_p": p} if differences else {}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
@@ -350,15 +331,9 @@ def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataF
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-    """`mean(a) / mean(b)` along an axis, the share of b that is left in a: a statistic for `interval`.
+    """`mean(a) / mean(b)` along an axis, the share of b, not negative, that is left in a: a statistic for `interval`.
 
-    Args:
-        a: (..., n).
-        b: (..., n), of the same images, non-negative.
-        axis: of the n values.
-
-    Returns:
-        (...), unbounded; 0 where the mean of b is 0 (**ours**: nothing to keep).
+    Unbounded; 0 where the mean of b is 0 (**ours**: nothing to keep).
     """
     over, under = a.mean(axis), b.mean(axis)
     return over * (under > 0) / np.where(under > 0, under, 1)
@@ -367,13 +342,7 @@ def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman rank correlation along an axis, ties sharing their mean rank: a statistic for `interval`.
 
-    Args:
-        a: (..., n).
-        b: (..., n).
-        axis: of the n values.
-
-    Returns:
-        (...) in [-1,1]; 0 where one side is constant (**ours**: no order, no agreement).
+    In [-1,1]; 0 where one side is constant (**ours**: no order, no agreement).
     """
     ranks = (stats.rankdata(values, axis=axis) for values in (a, b))
     x, y = (values - values.mean(axis, keepdims=True) for values in ranks)
@@ -406,8 +375,7 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
         hits = bits.reshape(len(group), 4, -1)
         cells: dict[str, float] = {}
         for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
-            found = _best_share(hits[:, kinds])
-            cells |= zip((column, f"{column}_low", f"{column}_high"), (100 * number for number in found), strict=True)
+            cells |= entries(column, _best_share(hits[:, kinds]), 100)
         accuracies[method] = cells
     return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
 

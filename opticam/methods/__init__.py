@@ -61,13 +61,7 @@ def one_per_map(
     """The methods without those that are Grad-CAM under another name on this network.
 
     Where global average pooling and one linear layer follow, XGrad-CAM and HiRes-CAM are Grad-CAM by algebra. Whether
-    they are is seen from their maps.
-
-    Args:
-        model: takes `images` and returns logits (B,C). Left as found.
-        images: (B,3,H,W) float in [0,1]; two or three are enough.
-        class_idx: (B,) int64.
-        methods: name -> `method(model, images, class_idx)`.
+    they are is seen from their maps; those of two or three images are enough.
 
     Returns:
         The methods to use; and name -> "grad_cam" for each that was left out.
@@ -117,22 +111,3 @@ def find_methods(names: Collection[str], **options: Mapping[str, Any]) -> dict[s
     for name in options:
         find_method(name)
     return {name: partial(find_method(name), **options.get(name, {})) for name in names}
-
-
-__all__ = [
-    "METHODS",
-    "OBJECTIVES",
-    "SCHEDULES",
-    "Method",
-    "OptiCAMResult",
-    "class_logit",
-    "fake_cam",
-    "find_method",
-    "find_methods",
-    "grad_cam",
-    "light_methods",
-    "method_color",
-    "method_label",
-    "one_per_map",
-    "opti_cam",
-]

@@ -13,19 +13,8 @@ from opticam.saliency import saliency_map
 def raw_attention(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """Attention of the class token in the last block, averaged over heads; does not depend on the class.
 
-    Args:
-        model: a ViT or DeiT of timm or torchvision with a class token; takes `images`, returns logits (B,C). Left as
-            found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64, the class to explain.
-        layer: not used.
-
-    Returns:
-        (B,1,H,W) in [0,1].
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range; a model without attention or without a class token.
+    Arguments, result and errors as `grad_cam`, but `layer` is not used, and the model has to be a ViT or DeiT of timm
+    or torchvision with a class token.
 
     Reference:
         Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, arXiv 2010.11929.
@@ -92,7 +81,7 @@ def _identity(maps: Tensor) -> Tensor:
 
 
 def _of_class_token(rollout: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """The map of the first row of (B,N,N), without the tokens that are no part of the image."""
+    """The map of the first row of (B,N,N), without the tokens that stand for no part of the image."""
     grid = class_token_grid(model, images.shape[-2:])
     assert grid is not None  # noqa: S101  (or there was no attention)
     return saliency_map(grid(rollout[:, 0, :, None]), images.shape[-2:])

@@ -42,27 +42,21 @@ def library_map(
 ) -> Tensor:
     """The map of another library's method by the one rule: what it gives before its own scaling, then `saliency_map`.
 
-    Of an attribution of captum, what it gives is the signed sum over channels.
+    Of an attribution of captum, what it gives is the signed sum over channels. Arguments, result and errors as
+    `grad_cam`, and:
 
     Args:
-        model: takes `images` and returns logits (B,C). Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64, the class to explain.
         library: a key of `LIBRARIES`.
         name: of the library's class, such as IntegratedGradients, Occlusion or LayerGradCam of captum.
-        layer: a module or its dotted name, or several where the library takes them; by default the model's own target
-            layer. Of several, the library makes one map in its own way. Not used by a class that takes no layer.
+        layer: also several where the library takes them, of which it makes one map in its own way. Not used by a class
+            that takes no layer.
         seed: of what the library draws.
         options: handed to the library's class, or to captum's `attribute`. Without them, the library's own defaults,
             but 32 steps for IntegratedGradients, and windows of 16 pixels, 8 apart, for Occlusion.
 
-    Returns:
-        (B,1,H,W) in [0,1].
-
     Raises:
         ImportError: the library is not installed.
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: no such method, or the library refuses it for this model; wrong shape, device or range.
+        ValueError: no such method, or the library refuses it for this model.
 
     Reference:
         Kokhlikyan et al., Captum: A unified and generic model interpretability library for PyTorch, 2020,

@@ -86,39 +86,23 @@ def class_logit(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Ten
 
 
 def logit_difference(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-    """Keep the logit: `-|f(x)_c - f(x * S)_c|`, an option of the ablation. Arguments as `class_logit`.
-
-    Returns:
-        (B,), at most 0; higher is better.
-    """
+    """Keep the logit: `-|f(x)_c - f(x * S)_c|`, at most 0; an option of the ablation. All else as `class_logit`."""
     return -(class_logit(logits, logits, class_idx) - class_logit(masked_logits, logits, class_idx)).abs()
 
 
 def logit_margin(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-    """Lead over the strongest other class, `f(x * S)_c - max_{j != c} f(x * S)_j`. Arguments as `class_logit`.
-
-    Returns:
-        (B,), positive where c wins; higher is better.
-    """
+    """Lead over the strongest other class, `f(x * S)_c - max_{j != c} f(x * S)_j`. All else as `class_logit`."""
     others = masked_logits.scatter(1, class_idx[:, None], -torch.inf).amax(1)
     return class_logit(masked_logits, logits, class_idx) - others
 
 
 def probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-    """`softmax(f(x * S))_c`: saturates near 1, its gradient vanishes; not the paper's. Arguments as `class_logit`.
-
-    Returns:
-        (B,), in [0,1]; higher is better.
-    """
+    """`softmax(f(x * S))_c`: saturates near 1, where its gradient vanishes. Not the paper's. Else as `class_logit`."""
     return class_logit(masked_logits.softmax(1), logits, class_idx)
 
 
 def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
-    """`log softmax(f(x * S))_c`. Arguments as `class_logit`.
-
-    Returns:
-        (B,), at most 0; higher is better.
-    """
+    """`log softmax(f(x * S))_c`, at most 0. All else as `class_logit`."""
     return class_logit(masked_logits.log_softmax(1), logits, class_idx)
 
 

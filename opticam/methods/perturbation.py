@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_inputs, examine
 from opticam.classifier import class_logit, for_autograd, probabilities, read
 from opticam.features import Layer, prepared
 from opticam.folding import folded
@@ -55,8 +55,7 @@ def rise(
     with frozen(model), torch.no_grad():
         x, c = prepared(model, images), for_autograd(class_idx)
         total = torch.zeros_like(x[:, :1], dtype=dtype)
-        logits = examine(model, x[:1]).logits
-        check_class_range(c, logits.shape[1])
+        logits = examine(model, x[:1], c).logits
         network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
@@ -143,8 +142,7 @@ def extremal_perturbation(
                 mask = smooth_mask(coarse, kernel, size)
                 seen = from_pyramid(pyramid, mask).to(x.dtype)
                 if step == 0:
-                    logits = examine(model, seen).logits
-                    check_class_range(c, logits.shape[1])
+                    logits = examine(model, seen, c).logits
                     network = folded(model, seen.detach(), logits.detach())
                 else:
                     logits = read(network, seen.flip(3) if step % 2 else seen).logits

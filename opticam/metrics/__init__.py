@@ -37,13 +37,7 @@ from opticam.metrics.localization import (
     saliency_metric,
     soft_f1,
 )
-from opticam.metrics.randomization import (
-    cascading,
-    independent,
-    randomized,
-    rank_correlation,
-    structural_similarity,
-)
+from opticam.metrics.randomization import cascading, independent, randomized, rank_correlation, structural_similarity
 from opticam.metrics.record import Metric
 
 METRICS: dict[str, Metric] = {
@@ -98,44 +92,3 @@ def headings(columns: Collection[str], unit: bool = True) -> dict[str, str]:
     """Column -> its heading in a table, `AD % ↓`, or in a figure, `AD ↓`; a column without a record by its own name."""
     known = {column: COLUMNS[column] for column in columns if column in COLUMNS}
     return {column: known[column].heading_with(unit) if column in known else column for column in columns}
-
-
-__all__ = [
-    "COLUMNS",
-    "METRICS",
-    "Metric",
-    "adcc",
-    "arcc",
-    "average_drop",
-    "average_gain",
-    "average_increase",
-    "box_experiment_masks",
-    "box_hits",
-    "box_mask",
-    "cascading",
-    "class_probability",
-    "coherency",
-    "complexity",
-    "deletion",
-    "energy_pointing_game",
-    "factors",
-    "gain_minus_drop",
-    "headings",
-    "impute",
-    "independent",
-    "insertion",
-    "insertion_deletion",
-    "localization_error",
-    "log_odds_change",
-    "max_box_accuracy",
-    "official_metric",
-    "pointing_game",
-    "predicted_box",
-    "probability_metrics",
-    "randomized",
-    "rank_correlation",
-    "road",
-    "saliency_metric",
-    "soft_f1",
-    "structural_similarity",
-]

@@ -18,10 +18,10 @@ from torchvision.transforms import functional as TF
 from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
 from opticam.classifier import (
     Head,
+    as_classifier,
     as_softmax,
     class_logit,
     for_autograd,
-    own,
     probs_of_class,
     read,
     with_absence,
@@ -68,7 +68,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
     Kept: the pixels the map calls salient; removed: the rest. Lower is better: an ideal map loses nothing.
 
     Args:
-        probs: (B,) p in (0,1].
+        probs: (B,) p in [0,1].
         masked_probs: (B,) o in [0,1].
 
     Returns:
@@ -88,19 +88,10 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Increase of each image, `1[o > p]`, strict.
 
     Kept: the pixels the map calls salient; removed: the rest. Higher is better. It counts wins and ignores their size.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Arguments, errors and reference as `average_drop`.
 
     Returns:
         (B,) float64, 0 or 1; NaN where a probability is NaN.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
-
-    Reference:
-        Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
     return torch.where(p.isnan() | o.isnan(), torch.nan, (o > p).double())
@@ -110,16 +101,10 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Gain of each image, `max(0, o - p)/(1 - p)`: the mirror image of Average Drop.
 
     Kept: the pixels the map calls salient; removed: the rest. Higher is better: the share of the possible gain made.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Arguments and errors as `average_drop`.
 
     Returns:
         (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted; NaN where a probability is.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
 
     Reference:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002, where it is given in percent.
@@ -131,17 +116,11 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
 def gain_minus_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Gain minus Average Drop of each image: gains count for the map and losses against it.
 
-    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes.
-
-    Args:
-        probs: (B,) p in [0,1].
-        masked_probs: (B,) o in [0,1].
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes. Arguments and
+    errors as `average_drop`.
 
     Returns:
         (B,) float64 in [-1,1]; NaN where a probability is NaN.
-
-    Raises:
-        ValueError: shapes differ or a value is outside [0,1].
     """
     return average_gain(probs, masked_probs) - average_drop(probs, masked_probs)
 
@@ -156,16 +135,13 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
     q has to be clipped near 0 or 1.
 
     Args:
-        logits: (B,C) of the image; or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
+        logits: of the image, as `class_probability` takes them, like `class_idx` and `head`.
         masked_logits: of the masked image, of the same shape.
         class_idx: (B,) int64.
-        head: of the network: "softmax", one class per image, or "sigmoid", each class for itself.
+        head: of the network.
 
     Returns:
-        (B,) float64, unbounded; NaN where logits are.
-
-    Raises:
-        ValueError: shapes differ, or an unknown head.
+        (B,) float64, unbounded; NaN where logits are. ValueError: shapes differ, or an unknown head.
     """
     if masked_logits.shape != logits.shape:
         raise ValueError(
@@ -284,21 +260,14 @@ def road(
     code: one field of noise for all images, fractions and both orders, so that an image's value does not depend on its
     batch and that of a constant map is 0; the noise is added to images in [0,1], before mean/std, and not clipped.
 
+    Arguments and errors as `insertion`, and:
+
     Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
-        saliency: (B,1,H,W) in [0,1].
         fractions: of the pixels, each in (0,1).
         seed: of the noise, the same on every device.
-        batch_size: imputed images in flight; the result does not depend on it.
 
     Returns:
         (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022,
@@ -371,7 +340,7 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
     Higher is better.
 
     Args:
-        saliency: (B,1,H,W) S of the image x.
+        saliency: (B,1,H,W) S in [0,1] of the image x.
         saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
 
     Returns:
@@ -392,21 +361,12 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
 
 
 def complexity(saliency: Tensor) -> Tensor:
-    """Complexity of each map, `mean(S)`: the share of the image that it keeps.
+    """Complexity of each map, `mean(S)`: the share of the image that it keeps. Lower is better.
 
-    Lower is better.
-
-    Args:
-        saliency: (B,1,H,W) in [0,1].
+    Maps, errors and reference as for `coherency`.
 
     Returns:
         (B,) float64 in [0,1]; NaN where the map has a NaN.
-
-    Raises:
-        ValueError: wrong shape.
-
-    Reference:
-        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
     """
     (maps,) = _checked_maps(saliency)
     return maps.mean(1)
@@ -415,11 +375,9 @@ def complexity(saliency: Tensor) -> Tensor:
 def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     """ADCC of each image, `3/(1/coh + 1/(1 - com) + 1/(1 - AD))`: one number from `coherency`, `complexity` and drop.
 
-    Higher is better: the harmonic mean is small where one of the three is.
+    Higher is better: the harmonic mean is small where one of the three is. Maps and reference as for `coherency`, and:
 
     Args:
-        saliency: (B,1,H,W) S in [0,1] of the image x.
-        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
         drop: (B,) from `average_drop`.
 
     Returns:
@@ -427,9 +385,6 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
 
     Raises:
         ValueError: wrong shapes, or a drop outside [0,1].
-
-    Reference:
-        Poppi et al., CVPR workshops 2021, arXiv 2104.10252.
     """
     if drop.shape != saliency.shape[:1]:
         raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
@@ -450,15 +405,10 @@ def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) ->
     """ARCC of each image, `3/(1/coh + 1/(1 - com) + 1/r)` with `r = clip(2 ROADCombined, 0, 1)`: the successor of ADCC.
 
     ROAD takes the place of drop, since masking by a map shows the network images that it has never seen. Higher is
-    better: the harmonic mean is small where one of the three is.
+    better. Maps and result as for `adcc`, and:
 
     Args:
-        saliency: (B,1,H,W) S in [0,1] of the image x.
-        saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
         road_combined: (B,) from `road`, in [-1/2, 1/2].
-
-    Returns:
-        (B,) float64 in [0,1]; 0 where a term is 0, or undefined since a map is constant; NaN where an argument is.
 
     Raises:
         ValueError: wrong shapes, or a ROAD outside [-1/2, 1/2].
@@ -503,7 +453,7 @@ def _prepared(
     *_, channels, height, width = images.shape
     step = 8 * width if pixels_per_step is None else pixels_per_step
     check_at_least(1, pixels_per_step=step)
-    classifier = own(model)
+    classifier = as_classifier(model)
     mean = classifier.mean if mean is None and classifier is not None else mean
     if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
         got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
@@ -553,9 +503,8 @@ def _probabilities(
     with frozen(model), torch.no_grad():
         for masked, rows in batches:
             masked = prepared(model, masked)
-            logits, head = read(network, masked) if probs else examine(model, masked)
+            logits, head = read(network, masked) if probs else examine(model, masked, class_idx)
             if not probs:
-                check_class_range(class_idx, logits.shape[1])
                 network = folded(model, masked, logits)
             probs.append(probs_of_class(logits, class_idx[rows], head))
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)

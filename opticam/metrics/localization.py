@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_inputs, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -60,7 +60,7 @@ def predicted_box(saliency: Tensor) -> Tensor:
 def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """LE of each image, `1 - max_box 1[IoU(predicted box, box) > 0.5]`, strict. Lower is better.
 
-    Areas are counted in pixels; the predicted box includes its end, as `predicted_box` says.
+    Areas are counted in pixels; the predicted box includes its end, as `predicted_box` says, where the reference is.
 
     Args:
         saliency: (B,1,H,W) in [0,1].
@@ -72,9 +72,6 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
-
-    Reference:
-        Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
     """
     _check(saliency, boxes)
     predicted = predicted_box(saliency).cpu()
@@ -90,16 +87,13 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
 
     The localization error of the ImageNet challenge: box and class have to be right.
 
-    Arguments and errors as `localization_error`, and:
+    Arguments, errors and reference as `localization_error`, and:
 
     Args:
         correct: (B,) bool, whether the network's first guess is the image's class.
 
     Returns:
         (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
-
-    Reference:
-        Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
     """
     if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
         raise TypeError(f"correct: wanted a bool tensor, got {getattr(correct, 'dtype', type(correct).__name__)}")
@@ -139,20 +133,10 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
 
     The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame,
     p is by the head of the network. One batched forward pass. Where no box is predicted (see `predicted_box`) the whole
-    image is taken, a = 1: **ours**.
-
-    Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1].
-        class_idx: (B,) int64.
-        saliency: (B,1,H,W) in [0,1].
+    image is taken, a = 1: **ours**. Arguments and errors as `metrics.insertion`.
 
     Returns:
         (B,) float64, at least log 0.05 = -3.0, unbounded above; NaN for a map with a NaN.
-
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
 
     Reference:
         Dabkowski, Gal, Real time image saliency for black box classifiers, NeurIPS 2017, arXiv 1705.07857.
@@ -167,8 +151,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
         for image, (x0, y0, x1, y1) in zip(for_autograd(images).detach(), crops.tolist(), strict=True)
     ]
     with frozen(model), torch.no_grad():
-        logits, head = examine(model, prepared(model, torch.cat(resized)))
-    check_class_range(class_idx, logits.shape[1])
+        logits, head = examine(model, prepared(model, torch.cat(resized)), class_idx)
     two, c = as_softmax(logits.double(), for_autograd(class_idx), head)
     log_prob = class_logit(two.log_softmax(1), c)
     area = _areas(crops).to(log_prob) / (height * width)
@@ -271,7 +254,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
 
 def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
-    """MaxBoxAcc and MaxBoxAccV2 of a data set: the share of images right at the best threshold. Higher is better.
+    """MaxBoxAcc and MaxBoxAccV2, see `box_hits`: the share of images right at the best threshold. Higher is better.
 
     Args:
         hits_sum: (4,T), the sum of `box_hits` over images, shards added up.
@@ -283,9 +266,6 @@ def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
 
     Raises:
         ValueError: wrong shape; fewer images than hits.
-
-    Reference:
-        see `box_hits`.
     """
     if hits_sum.ndim != 2 or hits_sum.shape[0] != 4 or hits_sum.shape[1] < 1:
         raise ValueError(f"hits_sum: wanted shape (4,T), got {tuple(hits_sum.shape)}")

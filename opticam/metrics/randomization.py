@@ -37,8 +37,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
         A network of the same class, flags, device and dtype.
 
     Reference:
-        Adebayo et al., see above; the distribution: He et al., Delving deep into rectifiers, ICCV 2015,
-        arXiv 1502.01852.
+        He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
     """
     network = deepcopy(model)
     random = deepcopy(model).cpu()
@@ -69,9 +68,6 @@ def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = No
 
     Raises:
         ValueError: no such module, or one without parameters.
-
-    Reference:
-        Adebayo et al., see above.
     """
     return _randomized_by_stage(model, seed, stages, cumulative=True)
 
@@ -79,18 +75,14 @@ def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = No
 def independent(
     model: nn.Module, seed: int = 0, stages: Sequence[str] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Networks of which one stage each is randomised and the others are as trained.
-
-    Arguments, order, result and errors as `cascading`.
-
-    Reference:
-        Adebayo et al., see above.
-    """
+    """Networks of which one stage each is randomised and the others are as trained; all else as `cascading`."""
     return _randomized_by_stage(model, seed, stages, cumulative=False)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman rank correlation over the pixels of each pair of maps; ties share their mean rank.
+
+    Maps here are non-negative, so that the variant with absolute values is not needed.
 
     Args:
         a: (B,1,H,W).
@@ -103,9 +95,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: wrong shape.
-
-    Reference:
-        Adebayo et al., see above; maps here are non-negative, so that no variant of absolute values is needed.
     """
     from scipy import stats
 
@@ -119,21 +108,14 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     Settings of the paper of SSIM: Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances,
     mean over the windows that lie wholly inside.
 
+    Result and errors as `rank_correlation`, but 1 is for equal maps.
+
     Args:
         a: (B,1,H,W) in [0,1], sides of 11 pixels or more.
         b: likewise.
 
-    Returns:
-        (B,) float64 in [-1,1], 1 for equal maps; 0 where a map is constant, to be counted, as such a map tells nothing;
-        NaN where a map has a NaN. In a sanity check lower is better.
-
-    Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: wrong shape.
-
     Reference:
-        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004; Adebayo et
-        al., see above.
+        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004.
     """
     from skimage.metrics import structural_similarity as ssim
 

@@ -164,6 +164,49 @@ def test_class_folders_in_an_order_that_is_not_clear(tmp_path, folders, sentence
     assert {photo.name.split("/")[0]: photo.label for photo in said.records} == {f: i for i, f in enumerate(folders)}
 
 
+@pytest.mark.parametrize(
+    ("folders", "names", "told"),
+    [
+        (["cat", "dog"], ["Dog", "Cat"], "'Cat' has place 1, but the class folder 'cat' by its name label 0"),
+        (["cat", "dog"], ["dog", "cow"], "'dog' has place 0, but the class folder 'dog' by its name label 1"),
+        (["no finding", "x"], ["x", "No_Finding"], "'No_Finding' has place 1, but the class folder 'no finding' by"),
+        (["NORMAL", "ill"], ["normal", "Ill"], ""),
+        (["cat", "dog"], ["Hund", "Katze"], ""),
+    ],
+)
+def test_class_names_that_are_spelled_otherwise_are_not_put_on_other_folders(tmp_path, folders, names, told):
+    for folder in folders:
+        write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
+    if told:
+        with pytest.raises(ValueError, match=f"^class_names: {told}.*; wanted the names of the folders as they are w"):
+            imagefolder(tmp_path, 8, 8, class_names=names)
+    else:
+        assert [photo.label for photo in imagefolder(tmp_path, 8, 8, class_names=names).records] == [0, 1]
+
+
+def test_boxes_outside_of_their_photo_are_refused(tmp_path):
+    for name in "abc":
+        write(tmp_path / "c" / f"{name}.png", Image.new("RGB", (40, 20)))
+    rows = "a.png,0,0,40,20\nb.png,0,0,20,40\nc.png,1,1,41,21\n"  # b has x and y exchanged, c counts from 1
+    (tmp_path / "boxes.csv").write_text(f"image,xmin,ymin,xmax,ymax\n{rows}")
+    photos = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv")
+    assert [photos.get(index)[0] for index in (0, 2)] == ["c/a.png", "c/c.png"]
+    assert photos.get(1).reason == ("annotation: box (0.0, 0.0, 20.0, 40.0) lies outside of the photo of 40x20 pixels")
+    assert len(photos.readable()) == 2
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_tables_with_other_marks_than_commas_are_refused(tmp_path, mark):
+    write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
+    (tmp_path / "b.csv").write_text("image, xmin, ymin, xmax, ymax\r\na.png, 1, 2, 3, 4\r\n", encoding="utf-8-sig")
+    assert imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv").records[0].boxes == ((1, 2, 3, 4),)
+    (tmp_path / "b.csv").write_text(mark.join(["image", "xmin", "ymin", "xmax", "ymax"]) + "\n")
+    with pytest.raises(
+        ValueError, match=r"^b\.csv: wanted a table with .* \(no image among image.xmin.ymin.xmax.ymax\)$"
+    ):
+        imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "b.csv")
+
+
 def test_boxes_in_fractions_of_the_photo_are_refused(tmp_path):
     write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
     write(tmp_path / "c" / "b.png", Image.new("RGB", (8, 8)))
@@ -183,6 +226,54 @@ def test_pixels_without_a_range_are_refused(tmp_path):
     for window in ((1, 0), (1, 1), (0, np.inf), (np.nan, 1), (0, 1, 2)):
         with pytest.raises(ValueError, match=r"window: wanted two numbers \(low, high\) with low < high, got"):
             read_image(tmp_path / "wide.tif", window=window)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "webp", "png"])
+def test_of_several_pages_or_frames_none_is_chosen(tmp_path, suffix):
+    first, second = (Image.new("RGB", (8, 6), color) for color in ("red", "blue"))
+    first.save(tmp_path / f"one.{suffix}")
+    assert read_image(tmp_path / f"one.{suffix}").getpixel((0, 0))[2] < 3
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second, first])
+    with pytest.raises(ValueError, match=rf"^image: .*a.{suffix} holds 3 pages or frames; wanted a file of one$"):
+        read_image(tmp_path / f"a.{suffix}")
+
+
+def test_a_photo_of_a_phone_with_a_preview_of_its_own(tmp_path):
+    Image.new("RGB", (8, 6), "red").save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (4, 3))]
+    )
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[0] > 250
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize(("dtype", "kind"), [("u1", 1), ("u2", 1), ("f4", 3), ("u4", 1), ("i4", 2)])
+def test_deep_tiffs_by_their_own_words(tmp_path, white, dtype, kind):
+    """Their PhotometricInterpretation says which end is white, their SampleFormat whether there is a sign."""
+    shown = np.array([[0, 51, 255]], dtype=np.uint8)
+    most = {"u1": 255, "u2": 65535, "f4": 1, "u4": 2**32 - 1, "i4": 4080}[dtype]
+    pixels = (shown / 255 * most).astype(f"<{dtype}").tobytes()
+    names = (256, 257, 258, 259, 262, 273, 277, 278, 279, 339)
+    tags = dict(zip(names, (3, 1, 8 * int(dtype[1]), 1, white, 8, 1, 1, len(pixels), kind), strict=True))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
+    (tmp_path / "a.tif").write_bytes(header + entries + bytes(4))
+    window = {"f4": (0, 1), "u4": (0, most), "i4": (0, most)}.get(dtype)
+    if not white and dtype in ("u4", "i4"):  # Pillow reads no such file
+        with pytest.raises(OSError, match=r"^image: .*a\.tif is not an image that can be read$"):
+            read_image(tmp_path / "a.tif", window=window)
+        return
+    found = np.asarray(read_image(tmp_path / "a.tif", window=window))
+    assert found.tolist() == np.stack([shown if white else 255 - shown] * 3, 2).tolist()
+
+
+def test_a_range_that_the_file_says_itself(tmp_path, recwarn):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 819, 1023], dtype=">u2").tobytes())
+    assert np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 51, 64]
+    assert not recwarn.list
+    with pytest.raises(ValueError, match=r"^window: .* says the range of its pixels itself; wanted no window$"):
+        read_image(tmp_path / "a.pgm", window=(0, 1023))
 
 
 @pytest.mark.filterwarnings("error")

@@ -285,7 +285,7 @@ def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
     method = partial(METHODS["opti_cam"], num_steps=2, layer="features.0")
     boxes = [torch.tensor([[b, 2.0, 20.0, 9.0 + b]]) for b in range(5)]
     samples = [sample._replace(boxes=box) for sample, box in zip(samples, boxes, strict=True)]
-    rows = evaluate(tiny, samples, {"opti_cam": method}, scores=list(COLUMN_GROUPS), batch_size=5)
+    rows = evaluate(tiny, samples, {"opti_cam": method}, scores=[*COLUMN_GROUPS, "road"], batch_size=5)
     saliency = method(tiny, images, class_idx)
     correct = tiny(images).argmax(1) == class_idx
     assert not correct.all()

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from opticam.lab.plotting import (
     condition_panels,
@@ -106,6 +107,25 @@ def test_saved_figures_are_byte_identical_and_whole(tmp_path):
         assert len(written[0]) > 1000
         assert mpl.__version__.encode() not in written[0]
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
+
+
+def test_charts_have_a_palette_that_cannot_be_told_from_their_colours(tmp_path):
+    figure = mpl.figure.Figure(figsize=(3, 2))
+    ax = figure.subplots()
+    for shade, color in enumerate(("#d55e00", "#0173b2", "#029e73", "#e69f00")):
+        ax.fill_between([0, 1], shade, shade + 2, color=color, alpha=0.2, lw=0)
+        ax.plot([0, 1], [shade, shade + 2], color=color)
+    written, full = save_figure(figure, tmp_path / "chart.png"), tmp_path / "full.png"
+    figure.savefig(full, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02)
+    with Image.open(written) as chart, Image.open(full) as wanted:
+        assert (chart.mode, chart.size, chart.info["dpi"]) == ("P", wanted.size, wanted.info["dpi"])
+        off = np.abs(np.asarray(chart.convert("RGB"), int) - np.asarray(wanted.convert("RGB"), int)).max(2)
+    assert off.mean() < 0.2
+    assert (off > 8).mean() < 0.005, "nothing but edges"
+    assert written.stat().st_size < full.stat().st_size / 2
+    ax.imshow(np.ones((2, 2, 3)))
+    with Image.open(save_figure(figure, tmp_path / "picture.png")) as picture:
+        assert picture.mode == "RGBA", "a picture keeps all its colours"
 
 
 def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -262,10 +282,12 @@ def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
     assert [dot.get_xdata()[0] for dot in dots[:2]] == [1, -2]
     assert [dot.get_markerfacecolor() == "w" for dot in dots[:2]] == [True, False]
     assert np.isnan(dots[2].get_xdata()[0])
-    labels = {text.get_text(): text.get_position()[1] for text in ax.get_yticklabels()}
+    texts = ax.get_yticklabels()
+    bold = {text.get_text() for text in texts if text.get_fontweight() == "bold"}
+    places = {text.get_text(): text.get_position()[1] for text in texts}
+    labels, heads = ({name: places[name] for name in places if (name in bold) == head} for head in (False, True))
     assert [*labels] == ["early", "late", "random"]
     assert [dot.get_ydata()[0] for dot in dots] == [*labels.values()]
-    heads = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert heads["layer"] < labels["early"] < labels["late"] < heads["start"] < labels["random"]
     assert ax.yaxis_inverted()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clear after Holm's correction", "not clear"]
