@@ -185,6 +185,7 @@ def main() -> None:
         "network": views.model.name,
         "judge": views.judge.name,
         "chosen": CHOSEN,
+        "images": sorted(set(table.image)),
         "tried": len(set(table.variant) - {*CONTROLS}),
     }
     report("robust", [summary(table, name) for name in VARIANTS if name in set(table.variant)], **of_all)
