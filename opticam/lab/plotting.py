@@ -496,7 +496,7 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     groups = list(dict.fromkeys(differences.index.get_level_values(0)))
     places, variants, headings_at, position = [], [], [], 0.0
     for group in groups:
-        headings_at.append(position)
+        headings_at.append((position, group))
         for variant in differences.loc[[group]].index.get_level_values(1):
             position += 1
             places.append(position)
@@ -517,9 +517,13 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             ax.plot(mean, place, "o", ms=3.5, color=color, mfc=color if holds else "w")
         ax.set_title(textwrap.fill(title, 12) if len(columns) > 2 else title)  # narrow panels
         ax.tick_params(axis="y", length=0)
-    axes[0, 0].set_yticks([*places, *headings_at], [*variants, *groups])
-    for label in axes[0, 0].get_yticklabels()[len(places) :]:
-        label.set_fontweight("bold")
+        ax.patch.set_visible(False)  # the names of groups run on into it, and cover its line
+    axes[0, 0].set_yticks(places, variants)
+    axes[0, 0].set_zorder(1)
+    for place, group in headings_at:
+        over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
+        over |= {"bbox": {"fc": "w", "ec": "none", "pad": 0.6}}
+        axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
     axes[0, 0].set_ylim(position - 0.6, -0.8)
     key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")

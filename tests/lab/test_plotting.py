@@ -282,12 +282,10 @@ def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
     assert [dot.get_xdata()[0] for dot in dots[:2]] == [1, -2]
     assert [dot.get_markerfacecolor() == "w" for dot in dots[:2]] == [True, False]
     assert np.isnan(dots[2].get_xdata()[0])
-    texts = ax.get_yticklabels()
-    bold = {text.get_text() for text in texts if text.get_fontweight() == "bold"}
-    places = {text.get_text(): text.get_position()[1] for text in texts}
-    labels, heads = ({name: places[name] for name in places if (name in bold) == head} for head in (False, True))
+    labels = {text.get_text(): text.get_position()[1] for text in ax.get_yticklabels()}
     assert [*labels] == ["early", "late", "random"]
     assert [dot.get_ydata()[0] for dot in dots] == [*labels.values()]
+    heads = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert heads["layer"] < labels["early"] < labels["late"] < heads["start"] < labels["random"]
     assert ax.yaxis_inverted()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clear after Holm's correction", "not clear"]
