@@ -559,8 +559,8 @@ def imagefolder(
             passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
-            a photo with a malformed row is listed with its fault; one with a box outside of it is skipped when it is
-            read. Rows that match no photo give a warning.
+            a photo with a malformed row is listed with what is wrong. A photo with a box outside of it is skipped when
+            it is read. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
