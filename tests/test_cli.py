@@ -223,7 +223,7 @@ def test_list(capsys):
     assert cli.main(["run", "--list"]) == 0
     printed = capsys.readouterr().out
     assert "03_faithfulness" in printed
-    assert "limit: int = 10" in printed
+    assert "limit: int = 6" in printed
 
 
 def test_help_of_a_notebook_shows_its_parameters(capsys):
