@@ -535,10 +535,11 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
 
-    Bands: 95 % intervals. Each method has a marker too, so that curves differ by more than their colour.
+    Bands: 95 % intervals, where `curves` has them. Each method has a marker too, so that curves differ by more than
+    their colour.
 
     Args:
-        curves: index (order, position, stage, method), from `summary.summarize` for each order and stage.
+        curves: index (order, position, stage, method), means of each similarity, as from `summary.summarize`.
         columns: similarity -> label of its axis, one row of panels each.
         orders: order -> title, one column of panels each.
     """
@@ -552,9 +553,10 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
         for marker, method in zip(itertools.cycle(_MARKERS), methods, strict=False):
             curve = panel.xs(method, level="method")
             places = np.array([stages.index(stage) for stage in curve.index.get_level_values("stage")])
-            mean, low, high = curve[[column, f"{column}_low", f"{column}_high"]].to_numpy().T
-            ax.plot(places, mean, f"{marker}-", ms=3, lw=0.9, **_named(method))
-            ax.fill_between(places, low, high, color=method_color(method), alpha=0.1, lw=0)
+            ax.plot(places, curve[column].to_numpy(), f"{marker}-", ms=3, lw=0.9, **_named(method))
+            if f"{column}_low" in curve:
+                low, high = curve[[f"{column}_low", f"{column}_high"]].to_numpy().T
+                ax.fill_between(places, low, high, color=method_color(method), alpha=0.1, lw=0)
         ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right")
         if i == 0:
             ax.set_title(orders[order], fontsize=7.5)
