@@ -184,7 +184,8 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
 
 def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
     """Mean of `paired` with its 95 % interval, times the column's factor: for a fraction, percentage points."""
-    return estimate(factors([column])[column] * paired(rows, column, method, reference))
+    factor = factors([column])[column]
+    return _within(estimate(factor * paired(rows, column, method, reference)), column, factor, difference=True)
 
 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
@@ -198,7 +199,15 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
     corrected = holm([p for _, p in found])
     for (column, reference), gained, (shown, _), p in zip(pairs, gains, found, corrected, strict=True):
         title = f"{headings([column])[column]}: {method_label(method)} minus {method_label(reference)}"
+        shown = _within(shown, column, factors([column])[column], difference=True)
         print(f"{title} {shown:.1f}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
+
+
+def _within(found: Estimate, column: str, factor: float, difference: bool) -> Estimate:
+    """The interval, which by t may go beyond, cut off where the values of the metric, or their differences, end."""
+    low, high = COLUMNS[column].span if column in COLUMNS else (-np.inf, np.inf)
+    ends = (low - high, high - low) if difference else (low, high)
+    return Estimate(found.value, *np.clip(found[1:], *(factor * end for end in ends)).tolist())
 
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
@@ -240,7 +249,8 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
     """Means over images with 95 % intervals, per method; see `interval`, for proportions `proportion_interval`.
 
-    Rows that were skipped do not count, nor values that are not defined, such as those that need a box.
+    Intervals end where the values of a metric do, by the `span` of its record. Rows that were skipped do not count, nor
+    values that are not defined, such as those that need a box.
 
     Args:
         rows: from `evaluate`, `results.read_shards` or `results.read_rows`.
@@ -277,7 +287,7 @@ def _summarize(
             elif len(values):
                 exact = column in proportions and repeats is None and np.isin(values, (0, 1)).all()
                 found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
-            cells |= entries(column, found, factor)
+            cells |= entries(column, _within(found, column, 1, differences), factor)
             cells |= {f"{column}_p": p} if differences else {}
         summary[method] = cells
     return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")

@@ -40,10 +40,12 @@ from opticam.metrics.localization import (
 from opticam.metrics.randomization import cascading, independent, randomized, rank_correlation, structural_similarity
 from opticam.metrics.record import Metric
 
+_UNIT, _SIGNED = (0.0, 1.0), (-1.0, 1.0)
+
 METRICS: dict[str, Metric] = {
-    "average_drop": Metric(average_drop, "AD", higher=False),
-    "average_gain": Metric(average_gain, "AG", higher=True),
-    "average_increase": Metric(average_increase, "AI", higher=True, proportion=True),
+    "average_drop": Metric(average_drop, "AD", higher=False, span=_UNIT),
+    "average_gain": Metric(average_gain, "AG", higher=True, span=_UNIT),
+    "average_increase": Metric(average_increase, "AI", higher=True, proportion=True, span=_UNIT),
 }
 """Those of the probabilities p of the image and o of the masked image that lie in [0,1]."""
 
@@ -54,24 +56,26 @@ _LOGITS = ("logits", "masked_logits", "class_idx", "head")
 
 COLUMNS: ChainMap[str, Metric] = ChainMap(
     {
-        "gain_minus_drop": Metric(gain_minus_drop, "AG - AD", True),
+        "gain_minus_drop": Metric(gain_minus_drop, "AG - AD", True, span=_SIGNED),
         "log_odds": Metric(log_odds_change, "log-odds", True, factor=1, needs=_LOGITS),
         "masked_logit": Metric(class_logit, "masked logit", True, factor=1, needs=("masked_logits", "class_idx")),
-        "insertion": Metric(insertion, "insertion", True, needs=_PASSES),
-        "deletion": Metric(deletion, "deletion", False, needs=_PASSES),
-        "road": Metric(road, "ROAD", True, needs=_PASSES),
-        "coherency": Metric(coherency, "coherency", True, needs=_PAIR),
-        "complexity": Metric(complexity, "complexity", False, needs=_MAP),
-        "adcc": Metric(adcc, "ADCC", True, needs=(*_PAIR, "drop")),
-        "arcc": Metric(arcc, "ARCC", True, needs=(*_PAIR, "road")),
-        "localization_error": Metric(localization_error, "LE", False, proportion=True, needs=_BOXES),
-        "official_metric": Metric(official_metric, "OM", False, proportion=True, needs=(*_BOXES, "correct")),
-        "soft_f1": Metric(soft_f1, "F1", True, needs=_BOXES),
-        "pointing_game": Metric(pointing_game, "SP", True, proportion=True, needs=_BOXES),
-        "energy_pointing_game": Metric(energy_pointing_game, "EP", True, needs=_BOXES),
+        "insertion": Metric(insertion, "insertion", True, span=_UNIT, needs=_PASSES),
+        "deletion": Metric(deletion, "deletion", False, span=_UNIT, needs=_PASSES),
+        "road": Metric(road, "ROAD", True, span=(-1 / 2, 1 / 2), needs=_PASSES),
+        "coherency": Metric(coherency, "coherency", True, span=_UNIT, needs=_PAIR),
+        "complexity": Metric(complexity, "complexity", False, span=_UNIT, needs=_MAP),
+        "adcc": Metric(adcc, "ADCC", True, span=_UNIT, needs=(*_PAIR, "drop")),
+        "arcc": Metric(arcc, "ARCC", True, span=_UNIT, needs=(*_PAIR, "road")),
+        "localization_error": Metric(localization_error, "LE", False, proportion=True, span=_UNIT, needs=_BOXES),
+        "official_metric": Metric(
+            official_metric, "OM", False, proportion=True, span=_UNIT, needs=(*_BOXES, "correct")
+        ),
+        "soft_f1": Metric(soft_f1, "F1", True, span=_UNIT, needs=_BOXES),
+        "pointing_game": Metric(pointing_game, "SP", True, proportion=True, span=_UNIT, needs=_BOXES),
+        "energy_pointing_game": Metric(energy_pointing_game, "EP", True, span=_UNIT, needs=_BOXES),
         "saliency_metric": Metric(saliency_metric, "SM", False, factor=1, needs=_PASSES),
-        "rank_correlation": Metric(rank_correlation, "rank correlation", False, factor=1, needs=_PAIR),
-        "ssim": Metric(structural_similarity, "SSIM", False, factor=1, needs=_PAIR),
+        "rank_correlation": Metric(rank_correlation, "rank correlation", False, factor=1, span=_SIGNED, needs=_PAIR),
+        "ssim": Metric(structural_similarity, "SSIM", False, factor=1, span=_SIGNED, needs=_PAIR),
     },
     METRICS,
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
+from math import inf
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class Metric:
         factor: to multiply with for people, 100 for a percentage.
         proportion: whether the mean over images counts hits. The pointing game also gives parts of a hit.
         needs: the names of what the function takes: for `evaluate`, attributes of `BatchWithMaps`.
+        span: the smallest and the largest value that there can be, where intervals of means end.
     """
 
     function: Callable[..., Any]
@@ -25,6 +27,7 @@ class Metric:
     factor: float = 100
     proportion: bool = False
     needs: tuple[str, ...] = ("probs", "masked_probs")
+    span: tuple[float, float] = (-inf, inf)
 
     def __post_init__(self) -> None:
         update_wrapper(self, self.function)

@@ -168,8 +168,8 @@ def test_proportion_interval_is_that_of_clopper_and_pearson():
 
 
 def test_summarize():
-    rows = pd.DataFrame({"method": ["b", "b", "a", "a"], "average_gain": [0.1, 0.3, 1.0, 1.0]})
-    summary = summarize(rows, {"average_gain": 100})
+    rows = pd.DataFrame({"method": ["b", "b", "a", "a"], "masked_logit": [0.1, 0.3, 1.0, 1.0]})
+    summary = summarize(rows, {"masked_logit": 100})
     assert list(summary.index) == ["b", "a"]
     half = 12.706205 * 10  # t with one degree of freedom, standard error 0.1
     assert summary.loc["b"].tolist() == pytest.approx([20, 20 - half, 20 + half])
@@ -183,6 +183,28 @@ def test_summarize_gives_proportions_their_own_interval():
     other = rows.assign(method="b", average_increase=0.0)
     differences = summarize_differences(pd.concat([rows, other]), {"average_increase": 100}, "b")
     assert differences.loc["a"].tolist()[:3] == [100, 100, 100]  # of which no proportion is asked
+
+
+def test_intervals_end_where_the_values_of_the_metric_end(capsys):
+    values = {
+        "average_gain": [0.9, 1.0, 1.0, 0.2],
+        "gain_minus_drop": [-1.0, -0.9, -1.0, 0.5],
+        "log_odds": [9, 1, 9, 9],
+    }
+    parts = [pd.DataFrame(values).assign(method="a"), pd.DataFrame(dict.fromkeys(values, [0.0] * 4)).assign(method="b")]
+    rows = pd.concat([part.assign(image=list("wxyz")) for part in parts])
+    by_t = {name: interval(np.array(column, float)) for name, column in values.items()}
+    assert by_t["average_gain"][1] > 1
+    assert by_t["gain_minus_drop"][0] < -1
+    summary, apart = summarize(rows, list(values)).loc["a"], summarize_differences(rows, list(values), "b").loc["a"]
+    assert summary["average_gain_high"] == 100
+    assert summary["average_gain_low"] == pytest.approx(100 * by_t["average_gain"][0])
+    assert summary["gain_minus_drop_low"] == -100
+    assert summary[["log_odds_low", "log_odds_high"]].tolist() == pytest.approx(list(by_t["log_odds"]))
+    assert apart["average_gain_high"] == difference(rows, "average_gain", "a", "b").high == 100
+    assert apart["gain_minus_drop_low"] == pytest.approx(100 * by_t["gain_minus_drop"][0])  # these may be -200
+    print_differences(rows, ["average_gain"], "a", "b")
+    assert ", 100.0]; higher on 4 of 4" in capsys.readouterr().out
 
 
 def test_summarize_takes_repeats():
@@ -205,10 +227,10 @@ def test_summarize_counts_only_what_is_defined():
         {
             "method": ["a"] * 4 + ["b"],
             "status": ["ok", "degenerate", "ok", "skipped", "ok"],
-            "soft_f1": [0.2, 0.4, np.nan, 0.9, np.nan],
+            "saliency_metric": [0.2, 0.4, np.nan, 0.9, np.nan],
         }
     )
-    summary = summarize(rows, {"soft_f1": 10})
+    summary = summarize(rows, {"saliency_metric": 10})
     assert summary.loc["a"].tolist() == pytest.approx([3, 3 - 12.706205, 3 + 12.706205])  # of 2 and 4
     assert summary.loc["b"].isna().all()
 
