@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,9 @@ try:
     from opticam.jobs.side_by_side import run_notebooks
 except ModuleNotFoundError as error:
     clone = "run, render, verify and batch need a clone of the repository too"
-    print(f"opticam: the command needs the extra lab: pip install 'opticam[lab]'; {clone} ({error})", file=sys.stderr)
+    print(
+        f"opticam: the command needs the extra lab: pip install '.[lab]' in a clone; {clone} ({error})", file=sys.stderr
+    )
     sys.exit(2)
 from opticam.lab.files import EVIDENCE, REPOSITORY
 
@@ -96,7 +100,9 @@ def explain(options: argparse.Namespace) -> int:
         method = find_method(options.method)
         if options.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {options.schedule!r}")
-        default = f"{Path(options.photo).stem}.{options.method.replace(':', '-')}.png"
+        told = [options.method, options.schedule, options.class_name]
+        words = "-".join(re.sub(r"[^\w.+]+", "-", word) for word in told if word is not None)
+        default = f"{Path(options.photo).stem}.{words}.png"
         output = _writable(default if options.output is None else options.output, (".png", ".pdf", ".svg"))
         if output.resolve() == Path(options.photo).resolve():
             raise ValueError(f"output: {output} is the photo itself; wanted another name")
@@ -268,7 +274,7 @@ def batch(options: argparse.Namespace) -> int:
         if not options.dry_run and options.ship is None:
             import opticam.jobs.cluster  # noqa: F401  (what it lacks is said here)
     except ModuleNotFoundError as error:
-        raise ValueError(f"batch: needs the extra batch: pip install 'opticam[batch]' ({error})") from error
+        raise ValueError(f"batch: needs the extra batch: pip install '.[batch]' in a clone ({error})") from error
     parts = read_batches(options.file)
     if options.ship is not None:
         written = {path: text for part in parts for path, text in write_evidence(part, Path(options.ship)).items()}
@@ -325,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opticam", description="Opti-CAM: explain the decisions of image classifiers."
     )
+    parser.add_argument("--version", action="version", version=f"opticam {version('opticam')}")
     commands = parser.add_subparsers(required=True, metavar="explain | run | verify | batch | render")
 
     def command(function: Callable, words: str, **options: Any) -> Callable:
@@ -342,10 +349,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--class", dest="class_name", metavar="CLASS", help="index or name; default: the predicted class")
     libraries = "captum:NAME, grad-cam:NAME, torchcam:NAME; an unknown name lists all"
     add("--method", default="opti_cam", help=f"opti_cam (default), grad_cam, ..., {libraries}")
-    add("--schedule", help="of opti_cam: paper (default, 100 steps) or fast (18)")
+    add("--schedule", help="of opti_cam: paper (default), fast or robust; 102, 20 and 59 passes")
     add("--layer", help="dotted name of the target layer; default: the model's own")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--output", help="picture to write; default: PHOTO.METHOD.png in the current folder")
+    add(
+        "--output",
+        help="picture to write; default: PHOTO.METHOD.png here, with the schedule and the class if they were given",
+    )
 
     notebooks = {"nargs": "*", "metavar": "NOTEBOOK", "help": "number, name or path; default: all"}
     at_once = {"type": int, "metavar": "N", "help": "notebooks at the same time; default: one per core"}

@@ -299,7 +299,7 @@ def _library(name: str, extra: str = "lab") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"model: needs the package {name}: pip install 'opticam[{extra}]'") from error
+        raise ImportError(f"model: needs the package {name}: pip install '.[{extra}]' in a clone of opticam") from error
 
 
 def _lite(variant: int, pretrained: bool, num_classes: int = 1000) -> nn.Module:

@@ -35,6 +35,12 @@ def quick(monkeypatch):
     monkeypatch.setitem(METHODS, "opti_cam", short)
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert re.fullmatch(r"opticam \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
     assert cli.main(["explain", PHOTO]) == 0
     printed = capsys.readouterr().out
@@ -81,7 +87,10 @@ def test_explain_by_a_schedule(monkeypatch, folder):
     monkeypatch.setitem(METHODS, "opti_cam", spy)
     assert cli.main(["explain", PHOTO]) == 0
     assert cli.main(["explain", PHOTO, "--schedule", "fast"]) == 0
-    assert given == [{"layer": None}, {"layer": None, **SCHEDULES["fast"]}]
+    assert cli.main(["explain", PHOTO, "--schedule", "robust", "--class", "bald eagle"]) == 0
+    assert given == [{"layer": None}, *({"layer": None, **SCHEDULES[name]} for name in ("fast", "robust"))]
+    written = {path.name.removeprefix("imagenet_17_22.") for path in folder.glob("*.png")}
+    assert written == {"opti_cam.png", "opti_cam-fast.png", "opti_cam-robust-bald-eagle.png"}
 
 
 @pytest.mark.slow
@@ -249,7 +258,10 @@ def test_no_words_and_unknown_words_end_with_two(capsys):
 def test_without_an_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     assert cli.main(["explain", PHOTO, "--method", "captum:Saliency"]) == 2
-    assert capsys.readouterr().err == "opticam: method: captum is not installed: pip install 'opticam[captum]'\n"
+    assert (
+        capsys.readouterr().err
+        == "opticam: method: captum is not installed: pip install '.[captum]' in a clone of opticam\n"
+    )
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_the_command_says_in_one_sentence_that_the_laboratory_is_missing(install
     done = run(BLOCKED.format(names=LABORATORY) + "from opticam.cli import main\nsys.exit(main())", installed, "--help")
     assert done.returncode == 2
     assert done.stderr == (
-        "opticam: the command needs the extra lab: pip install 'opticam[lab]'; "
+        "opticam: the command needs the extra lab: pip install '.[lab]' in a clone; "
         "run, render, verify and batch need a clone of the repository too (No module named 'tqdm')\n"
     )
 

@@ -516,7 +516,9 @@ def test_without_its_library_a_network_is_refused_in_one_sentence(monkeypatch):
     for library, extra in (("timm", "lab"), ("transformers", "hf")):
         monkeypatch.setitem(sys.modules, library, None)
         name = {"timm": "timm/resnet18", "transformers": "hf/some/network"}[library]
-        with pytest.raises(ImportError, match=rf"model: needs the package {library}: pip install 'opticam\[{extra}\]'"):
+        with pytest.raises(
+            ImportError, match=rf"model: needs the package {library}: pip install '\.\[{extra}\]' in a clone of opticam"
+        ):
             load_model(name, pretrained=False)
 
 

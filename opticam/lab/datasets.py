@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_window
@@ -245,8 +244,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     Raises:
         OSError: the file is missing, no image, or damaged.
         ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or the pixels have 8 bits; the image has more pixels than Pillow opens, or
-            the file more than one page or frame.
+            the window is not two numbers, or shows nothing of the image, or the pixels have 8 bits; the image has more
+            pixels than Pillow opens, or the file more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -314,7 +313,11 @@ def _shown(values: np.ndarray, path: Path, window: tuple[float, float] | None) -
         if bits < 16:
             told = f"pixels of 16 bits that are all below {2**bits} are read as {bits} bits"
             warnings.warn(f"image: {told}; window=(0, 65535) would keep 16", stacklevel=3)
-    return ((values.astype(np.float64) - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+    shown = ((values.astype(np.float64) - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+    if window is not None and shown.min() == shown.max() and (values != values.flat[0]).any():
+        told = f"pixels from {values.min():g} to {values.max():g}"
+        raise ValueError(f"window: ({low:g}, {high:g}) shows nothing of {path}, with {told}; wanted one that they fill")
+    return shown
 
 
 def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Tensor:
@@ -643,8 +646,9 @@ def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
 
 
 def _images(folder: Path, pattern: str) -> list[Path]:
-    """Images in a folder, in the order of their paths."""
-    paths = (path for path in folder.glob(pattern) if path.suffix.lower() in IMG_EXTENSIONS)
+    """Files with an ending of an image that Pillow opens, in the order of their paths."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = (path for path in folder.glob(pattern) if path.suffix.lower() in endings)
     return sorted((p for p in paths if not any(map(_passed_over, p.relative_to(folder).parts))), key=Path.as_posix)
 
 

@@ -175,7 +175,9 @@ def class_of(library: str, name: str) -> Any:
     try:
         module = importlib.import_module(LIBRARIES[library][0])
     except ImportError as error:
-        raise ImportError(f"method: {library} is not installed: pip install 'opticam[{library}]'") from error
+        raise ImportError(
+            f"method: {library} is not installed: pip install '.[{library}]' in a clone of opticam"
+        ) from error
     known = {key: value for key, value in vars(module).items() if inspect.isclass(value) and _explains(value)}
     if name not in known:
         raise ValueError(f"method: no {name!r} in {library}; wanted one of {', '.join(sorted(known))}")

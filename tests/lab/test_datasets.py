@@ -131,6 +131,18 @@ def test_hounsfield_units_want_a_window(tmp_path, dtype):
     assert (shown.min(), shown.max()) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("values", "window"), [((0, 1), (0, 4095)), ((100, 3000), (70000, 80000)), ((100, 3000), (-50, 0))]
+)
+def test_a_window_that_shows_nothing_is_refused(tmp_path, values, window):
+    assert cv2.imwrite(str(tmp_path / "a.tif"), np.linspace(*values, 16 * 16).reshape(16, 16).astype(np.float32))
+    sentence = rf"window: \({window[0]}, {window[1]}\) shows nothing of .*a\.tif, with pixels from {values[0]} to "
+    with pytest.raises(ValueError, match=sentence):
+        read_image(tmp_path / "a.tif", window=window)
+    assert cv2.imwrite(str(tmp_path / "blank.tif"), np.full((16, 16), 7.0, np.float32))
+    assert read_image(tmp_path / "blank.tif", window=window).getextrema()[0] in ((0, 0), (255, 255))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "1", "P", "RGBA", "CMYK"])
 def test_a_window_on_8_bits_is_refused(tmp_path, mode):
     write(tmp_path / "set" / "ill" / "a.tif", Image.fromarray(RAMP.astype(np.uint8)).convert(mode))
@@ -797,6 +809,14 @@ def lungs(tmp_path):
 
 def boxes_csv(folder, *rows, header="image,xmin,ymin,xmax,ymax"):
     return write(folder / "boxes.csv", "\n".join([header, *rows]) + "\n")
+
+
+def test_every_ending_of_an_image_is_listed(tmp_path):
+    for name in ("a.gif", "b.jfif", "c.JPG", "d.txt", "e.webp"):
+        write(tmp_path / "ill" / name, "" if name == "d.txt" else Image.new("RGB", (20, 20)))
+    photos = imagefolder(tmp_path, 16, 16)
+    assert photos.names == ["ill/a.gif", "ill/b.jfif", "ill/c.JPG", "ill/e.webp"]
+    assert len(photos.readable()) == 4
 
 
 def test_imagefolder(lungs):
