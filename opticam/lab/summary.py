@@ -205,9 +205,11 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
 
 def _within(found: Estimate, column: str, factor: float, difference: bool) -> Estimate:
     """The interval, which by t may go beyond, cut off where the values of the metric, or their differences, end."""
-    low, high = COLUMNS[column].span if column in COLUMNS else (-np.inf, np.inf)
-    ends = (low - high, high - low) if difference else (low, high)
-    return Estimate(found.value, *np.clip(found[1:], *(factor * end for end in ends)).tolist())
+    least, most = COLUMNS[column].span if column in COLUMNS else (-np.inf, np.inf)
+    if difference:
+        least, most = least - most, most - least
+    low, high = np.clip(found[1:], factor * least, factor * most).tolist()
+    return Estimate(found.value, low, high)
 
 
 def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
