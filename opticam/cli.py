@@ -113,6 +113,10 @@ def explain(options: argparse.Namespace) -> int:
         with frozen(model), torch.no_grad():
             logits, head = examine(model, prepared(model, images))
     top = probabilities(logits.double(), head)[0].topk(min(5, logits.shape[1]))
+    if top.values.isnan().any():
+        raise ValueError(
+            f"model: {model.name} gives NaN for this photo; wanted weights without NaN, or another precision"
+        )
     side = model.input_size
     print(f"{options.photo}  {photo.width}x{photo.height}, seen by {model.name} as its centre, {side}x{side}")
     for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):

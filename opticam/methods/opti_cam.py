@@ -28,7 +28,7 @@ class OptiCAMResult(NamedTuple):
     """What `opti_cam` returns.
 
     Attributes:
-        saliency: (B,1,H,W) in [0,1], the best map seen.
+        saliency: (B,1,H,W) in [0,1], the best map seen; NaN where the objective always was.
         weights: (B,K), of that map, softmax(u), non-negative, sum 1; of several layers one after the other, each sum 1.
         objective: (B,T+1), the objective before the first step and after each of the T; NaN once an image has stopped.
         num_steps: (B,) int64, the steps after which the kept map was reached: the position of the maximum.
@@ -287,6 +287,7 @@ def opti_cam(
                 batch, point = _keep(batch, working, model), keep_rows(point, working, ascent)
         with torch.no_grad():
             S = normalize(_added(space.sums(progress.best, features), size))
+            S = S.masked_fill(progress.history.isnan().all(1)[:, None, None, None], torch.nan)  # no map was better
             steps = progress.history.nan_to_num(-torch.inf).argmax(1)
             return OptiCAMResult(S, space.weights(progress.best, features), progress.history, steps)
 

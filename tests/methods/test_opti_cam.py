@@ -330,12 +330,21 @@ def test_constant_feature_maps_give_zeros(images, class_idx, constant, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_network_that_returns_nan_gives_a_finite_map(tiny, images, class_idx, schedule):
+def test_where_the_network_returns_nan_the_map_is_nan(tiny, images, class_idx, schedule):
     with torch.no_grad():
         tiny.fc.bias.fill_(torch.nan)
     result = opti_cam(tiny, images, class_idx, layer="features", **SCHEDULES[schedule])
     assert result.objective.isnan().all()
-    assert result.saliency.isfinite().all()
+    assert result.saliency.isnan().all()
+
+
+def test_nan_stays_with_its_image(tiny, images, class_idx):
+    expected = opti_cam(tiny, images, class_idx, layer="features", num_steps=3).saliency
+    images[1, 0, 3, 4] = torch.nan
+    found = opti_cam(tiny, images, class_idx, layer="features", num_steps=3).saliency
+    rest = torch.tensor([0, 2, 3, 4])
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[rest], expected[rest])
 
 
 def steep():
