@@ -210,6 +210,7 @@ def test_other_dtypes(data, dtype, name):
     assert (torch.tensor(table["prob"].to_numpy()) - wanted).abs().max() <= apart * scale
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=25)
 @given(
     size=st.tuples(*[st.integers(1, 4)] * 2),

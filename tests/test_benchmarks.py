@@ -20,6 +20,7 @@ def run(command, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
 
 
+@pytest.mark.slow
 def test_every_benchmark_finds_what_it_imports():
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
     done = run([sys.executable, "-c", f"import {', '.join(names)}"], PYTHONPATH=f"{BENCHMARKS}{os.pathsep}{REPOSITORY}")

@@ -46,12 +46,14 @@ def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
     assert picture.width > 2 * picture.height
 
 
+@pytest.mark.slow
 def test_explain_another_class_by_name_with_another_method(capsys, folder):
     assert cli.main(["explain", PHOTO, "--class", "Kite", "--method", "grad_cam", "--output", "deep/out.pdf"]) == 0
     assert "Grad-CAM for kite (21)" in capsys.readouterr().out
     assert (folder / "deep" / "out.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outputs", "head"), [(14, "sigmoid"), (1, "softmax")])
 def test_explain_a_network_of_another_head(capsys, monkeypatch, outputs, head):
     body = [torch.nn.Conv2d(3, 4, 9, 8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
@@ -96,6 +98,7 @@ def test_explain_shows_in_a_terminal_that_it_works(quick, capsys, monkeypatch):
     assert lines[-1] == "", "nothing stays"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
 def test_memory_is_kept_by_a_process_of_the_command_line(folder):
     program = """

@@ -67,6 +67,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_logits_and_gradients(name):
     torch.manual_seed(0)

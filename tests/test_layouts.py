@@ -162,6 +162,7 @@ def test_the_inside_of_window_attention_is_refused(name, layer):
         feature_maps(network, torch.rand(1, 3, 64, 64), layer)
 
 
+@pytest.mark.slow
 def test_channels_last_layers_of_torchvisions_swin():
     network = models.swin_t(num_classes=3).eval()
     images = torch.rand(1, 3, 96, 72)
@@ -173,6 +174,7 @@ def test_channels_last_layers_of_torchvisions_swin():
         torch.testing.assert_close(maps[5], maps[4])
 
 
+@pytest.mark.slow
 def test_the_tokens_of_hiera_are_put_in_place():
     torch.manual_seed(0)
     network = timm.create_model("hiera_tiny_224", img_size=128, num_classes=3).eval()

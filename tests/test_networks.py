@@ -42,6 +42,7 @@ def test_classifier_normalises_inside(lite0):
         torch.testing.assert_close(lite0(images), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -490,6 +491,7 @@ def test_a_network_published_without_classes_wants_their_number():
         load_model(name, num_classes=2)
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_only_if_asked_for(monkeypatch):
     asked = []
 

@@ -197,6 +197,7 @@ def test_a_run_uses_its_parameters_and_the_notebooks_folder(notebook, tmp_path):
     assert [file.name for file in output.parent.iterdir()] == ["o.ipynb"]
 
 
+@pytest.mark.slow
 def test_a_failing_cell_leaves_a_failed_notebook_and_the_old_result(notebook, tmp_path):
     output = run_notebook(notebook("print('old')"), tmp_path / "o.ipynb")
     with pytest.raises(
@@ -211,6 +212,7 @@ def test_a_failing_cell_leaves_a_failed_notebook_and_the_old_result(notebook, tm
     assert sorted(file.name for file in tmp_path.iterdir()) == ["07_tiny.ipynb", "o.ipynb"]
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_is_a_failure(notebook, tmp_path):
     path = notebook("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "print('after')")
     with pytest.raises(NotebookError, match="the kernel died"):
@@ -285,6 +287,7 @@ display({"text/plain": "a page", **{k: v for k, v in box._repr_mimebundle_().ite
 """
 
 
+@pytest.mark.slow
 def test_of_widgets_only_the_text_is_rendered(notebook):
     path = notebook(PAGE)
     first = render_notebook(path).read_bytes()
@@ -294,6 +297,7 @@ def test_of_widgets_only_the_text_is_rendered(notebook):
     assert b"widget-view" not in first
 
 
+@pytest.mark.slow
 def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     path = notebook("1 / 0")
     before = path.read_bytes()

@@ -455,6 +455,7 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
         evaluate(tiny, [(samples[0].image, 0)], {"fake_cam": METHODS["fake_cam"]})
 
 
+@pytest.mark.slow
 def test_layers_are_recorded_by_the_name_that_finds_them(samples):
     model = load_model("efficientnet_lite0").double()
     given = "bn2", model.network.bn2

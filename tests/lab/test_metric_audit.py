@@ -74,6 +74,7 @@ def planted(targets=40):
     return pd.DataFrame(rows, columns=["target", "method", "truth", "random", "steepness", "oracle"])
 
 
+@pytest.mark.slow
 def test_the_audit_finds_a_metric_of_random_numbers_useless_and_the_truth_perfect():
     rows = planted().assign(truth_itself=lambda rows: rows.truth)
     metrics = {"random": True, "steepness": False, "oracle": True, "truth_itself": True}
@@ -127,6 +128,7 @@ def square_images():
     return torch.rand(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_every_metric_judges_every_map_and_order_is_not_changed_by_monotone_changes(classifier):
     images, class_idx = square_images(), torch.tensor([0, 3, 4])
     methods = {name: METHODS[name] for name in ("equal_weights", "grad_cam", "layer_cam")}
@@ -165,6 +167,7 @@ def test_blur_stays_in_range_and_loses_detail():
     assert blurred.diff(dim=3).abs().mean() < S.diff(dim=3).abs().mean()
 
 
+@pytest.mark.slow
 def test_evidence_is_collected_once_per_mosaic_and_pair(classifier, monkeypatch):
     photos = torch.rand(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     class_idx = classifier(photos).argmax(1)

@@ -109,6 +109,7 @@ def test_saved_figures_are_byte_identical_and_whole(tmp_path):
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_charts_have_a_palette_that_cannot_be_told_from_their_colours(tmp_path):
     figure = mpl.figure.Figure(figsize=(3, 2))
     ax = figure.subplots()

@@ -26,6 +26,7 @@ from opticam.lab.summary import (
 from opticam.metrics import max_box_accuracy
 
 
+@pytest.mark.slow
 def test_interval_of_many_images_is_bca():
     values = np.random.default_rng(1).exponential(3, 400)
     low, high = interval(values)

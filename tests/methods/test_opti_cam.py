@@ -171,6 +171,7 @@ def test_one_view_in_a_list_is_one_view(tiny, images, class_idx, options):
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
+@pytest.mark.slow
 def test_a_map_far_too_dear_to_leave_stays_at_its_anchor(tiny, images, class_idx):
     u = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     anchor = opti_cam(tiny, images, class_idx, layer="features", num_steps=0, u=u).saliency
