@@ -16,7 +16,8 @@ from opticam.features import for_autograd
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
-    return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
+    with torch.autocast(features.device.type, enabled=False):  # of the caller, whose sums would be coarse
+        return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
 
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -102,11 +103,13 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         name: of the argument that they came as.
 
     Raises:
-        TypeError: the map is not a tensor.
+        TypeError: the map is not a tensor, or not floating-point.
         ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):
         raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
+    if not saliency.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating-point dtype, got {saliency.dtype}")
     wanted = None if images is None else (len(images), 1, *images.shape[-2:])
     if wanted is None and (saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape):
         raise ValueError(f"{name}: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
