@@ -207,7 +207,9 @@ def _tensors(returned: Any) -> Iterator[Tensor]:
 
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _OF_FEATURES = re.compile(r"feat|embed|hidden|pool|represent|latent", re.IGNORECASE)  # in names of what is no logits
-_OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout|height|width|forward|not implemented for)\b")  # what torch says of a misfit
+_OF_TENSORS = re.compile(  # what torch says of a misfit
+    r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout|height|width|missing the required|not implemented for)\b"
+)
 
 
 def differentiate(model: nn.Module, total: Tensor, inputs: Tensor | Sequence[Tensor], **options: Any) -> Any:
