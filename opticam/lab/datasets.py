@@ -178,10 +178,16 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
     """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
 
     Raises:
-        ValueError: no sample.
+        ValueError: no sample; images of different sizes; a label that is not a whole number.
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
+    for _, image, label, _ in samples:
+        if image.shape != samples[0].image.shape:
+            shapes = tuple(samples[0].image.shape), tuple(image.shape)
+            raise ValueError(f"samples: wanted images of one size, got {shapes[0]} and {shapes[1]}")
+        if not isinstance(label, int | np.integer):
+            raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
     images = torch.stack([sample.image for sample in samples]).to(device)
     return images, torch.tensor([sample.label for sample in samples], device=device)
 
