@@ -223,9 +223,9 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         silent = twin_of(network, copies)
         for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
             vars(copy)["_forward_hooks"] = OrderedDict()
-        before = _kept(copies.values())
+        before = kept(copies.values())
         first, head = read(silent, pair)
-        if list(map(id, before)) != list(map(id, _kept(copies.values()))):
+        if list(map(id, before)) != list(map(id, kept(copies.values()))):
             turns.setdefault(bare(model), threading.RLock())
         told = _told(first, head)
         with torch.no_grad():
@@ -242,7 +242,7 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         _check_ending(model, image, head)
 
 
-def _kept(modules: Iterable[nn.Module]) -> list[Any]:
+def kept(modules: Iterable[nn.Module]) -> list[Any]:
     """All that modules hold in attributes, and in lists and tables there."""
     held = [value for module in modules for value in vars(module).values()]
     inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]

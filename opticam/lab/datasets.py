@@ -27,7 +27,7 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_window
+from opticam.checks import check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -334,6 +334,8 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     Returns:
         (3,input_size,input_size) float32 in [0,1].
     """
+    if not isinstance(photo, Image.Image):
+        raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
     _check_frame(input_size, resize)
     # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
     spare = [max(0, side - 100 * min(photo.size)) // 2 for side in photo.size]
@@ -355,6 +357,7 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
         (n,4) float32; not clipped, so what was cropped away still counts.
     """
     _check_frame(input_size, resize)
+    check_tensors(boxes=boxes)
     width, height = photo_size
     short = min(width, height)
     resized = torch.tensor([int(resize * width / short), int(resize * height / short)])  # torchvision truncates
