@@ -1,5 +1,6 @@
 """What networks return, and what is read from it."""
 
+import copy
 import math
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
@@ -217,7 +218,7 @@ def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
 @pytest.mark.parametrize("name", ["grad_cam", "opti_cam", "ablation_cam", "score_cam"])
 def test_a_network_compiled_in_part_stays_as_it_was(tiny, images, class_idx, name):
     options = {"num_steps": 2} if name == "opti_cam" else {}
-    expected = METHODS[name](tiny, images, class_idx, layer="features", **options)
+    expected = METHODS[name](copy.deepcopy(tiny), images, class_idx, layer="features", **options)
     tiny.features = torch.compile(tiny.features.append(nn.Dropout()), backend="eager")
     modules, before = list(tiny.modules()), state(tiny)
     found = METHODS[name](tiny, images, class_idx, layer="features", **options)

@@ -498,14 +498,6 @@ def test_autocast_reduces_the_passes_of_the_masked_image_only(images, class_idx)
     torch.testing.assert_close(gained(result), gained(exact), rtol=0, atol=0.04)
 
 
-def test_the_callers_autocast_does_not_make_maps_coarse(images, class_idx):
-    model, x = steep(), images.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = opti_cam(model, x, class_idx, layer="features", num_steps=0).saliency
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, opti_cam(model, x, class_idx, layer="features", num_steps=0).saliency)
-
-
 def test_memory_does_not_grow_with_the_steps(tiny, images, class_idx):
     graphs, alive = [], []
 
