@@ -5,6 +5,7 @@ arXiv 2301.07002.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from opticam.features import for_autograd
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
-    with torch.autocast(features.device.type, enabled=False):  # of the caller, whose sums would be coarse
+    kind = features.device.type
+    coarse = torch.is_autocast_enabled(kind)  # by the caller
+    with torch.autocast(kind, enabled=False) if coarse else nullcontext():
         return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
 
 
