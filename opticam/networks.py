@@ -92,9 +92,9 @@ def wrap(
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
-        TypeError: `network` is not a module; `to_logits` or `layout` is not a function.
+        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is one text.
         ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
-            together.
+            together, or for a network that normalises its images itself.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
