@@ -137,15 +137,16 @@ def wrap(
 
 
 def _normalises(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether a module is a `Classifier` that normalises, or holds this mean and std, under whatever names."""
+    """Whether a module is a `Classifier` or a transform that normalises, or holds this mean and std as tensors."""
     if isinstance(module, Classifier):
         return bool((module.mean != 0).any() or (module.std != 1).any())
+    if type(module).__name__ == "Normalize" and vars(module).keys() >= {"mean", "std"}:  # torchvision's
+        return True
     wanted = torch.broadcast_tensors(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
     places: list[set[str]] = [set(), set()]
     for name, value in (*vars(module).items(), *module._buffers.items()):
-        numbers = isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
-        if numbers or (isinstance(value, Tensor) and value.numel() == wanted[0].numel() and not value.is_meta):
-            row = torch.as_tensor(value).detach().flatten().cpu().double()
+        if isinstance(value, Tensor) and value.numel() == wanted[0].numel() and not value.is_meta:
+            row = value.detach().flatten().cpu().double()
             for place, values in zip(places, wanted, strict=True):
                 if row.shape == values.shape and torch.allclose(row, values, rtol=1e-3):
                     place.add(name)
