@@ -163,6 +163,11 @@ def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
             for name, value in weights.items()
             if name in own and not _fits(value, own[name])
         ),
+        *(
+            f"{name} holds NaN"
+            for name, value in weights.items()
+            if name in own and _fits(value, own[name]) and value.isnan().any()
+        ),
     ]
 
 

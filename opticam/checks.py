@@ -126,6 +126,13 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
         raise ValueError(f"class_idx: wanted indices in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Refuse, by a TypeError, what is not a tensor, such as an array of numpy or a number."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+
+
 def check_window(window: Sequence[float] | None) -> None:
     """Refuse what is not two numbers (low, high) with low < high; None passes."""
     if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
@@ -215,10 +222,10 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         copies: dict[nn.Module, nn.Module] = {}
         silent = twin_of(network, copies)
         for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
-            copy._forward_hooks = OrderedDict()
-        before = _kept(copies.values())
+            vars(copy)["_forward_hooks"] = OrderedDict()
+        before = kept(copies.values())
         first, head = read(silent, pair)
-        if list(map(id, before)) != list(map(id, _kept(copies.values()))):
+        if list(map(id, before)) != list(map(id, kept(copies.values()))):
             turns.setdefault(bare(model), threading.RLock())
         told = _told(first, head)
         with torch.no_grad():
@@ -235,7 +242,7 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         _check_ending(model, image, head)
 
 
-def _kept(modules: Iterable[nn.Module]) -> list[Any]:
+def kept(modules: Iterable[nn.Module]) -> list[Any]:
     """All that modules hold in attributes, and in lists and tables there."""
     held = [value for module in modules for value in vars(module).values()]
     inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -133,7 +133,9 @@ def read(model: nn.Module, images: Tensor) -> Output:
             told = f"model: {name} wants {', '.join(wanted)} beside the images"
             raise TypeError(f"{told}; wanted a module that takes the images alone and gives it the rest") from error
         raise
-    except (RuntimeError, IndexError, AttributeError) as error:
+    except (RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        if _IN_PLACE.search(str(error)):
+            raise _without_gradients(model, error) from error
         if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
             raise
         reason = str(error).partition("\n")[0]
@@ -156,8 +158,8 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     Args:
         model: the network.
         returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
-            the name `logits` or as the only tensor with a number or a row per image that is not named as features,
-            embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
+            the name `logits` or as the only tensor, at any depth, with a number or a row per image that is not named as
+            features, embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
         num_images: B.
 
     Raises:
@@ -183,11 +185,7 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    if isinstance(returned, Mapping):
-        parts = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
-    else:
-        parts = list(returned) if isinstance(returned, tuple | list) else []
-    tensors = [part for part in parts if isinstance(part, Tensor)]
+    tensors = list(_tensors(returned))
     found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
@@ -197,9 +195,41 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     return found[0]
 
 
+def _tensors(returned: Any) -> Iterator[Tensor]:
+    if isinstance(returned, Mapping):
+        returned = [part for name, part in returned.items() if not _OF_FEATURES.search(str(name))]
+    if isinstance(returned, Tensor):
+        yield returned
+    elif isinstance(returned, tuple | list):
+        for part in returned:
+            yield from _tensors(part)
+
+
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
-_OF_FEATURES = re.compile(r"feat|embed|hidden|pool", re.IGNORECASE)  # in names of what is no logits
-_OF_TENSORS = re.compile(r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout)\b")  # what torch says of a misfit
+_OF_FEATURES = re.compile(r"feat|embed|hidden|pool|represent|latent", re.IGNORECASE)  # in names of what is no logits
+_OF_TENSORS = re.compile(  # what torch says of a misfit
+    r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout|height|width|missing the required|not implemented for)\b"
+)
+
+
+def differentiate(model: nn.Module, total: Tensor, inputs: Tensor | Sequence[Tensor], **options: Any) -> Any:
+    """As `torch.autograd.grad`, of what the network gave. ValueError: something in it cannot be differentiated."""
+    try:
+        return torch.autograd.grad(total, inputs, **options)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _OF_GRADIENTS.search(str(error)):
+            raise
+        raise _without_gradients(model, error) from error
+
+
+def _without_gradients(model: nn.Module, error: Exception) -> ValueError:
+    reason = str(error).partition(". ")[0].partition("\n")[0]
+    told = f"model: {type(bare(model)).__name__} cannot be differentiated ({reason})"
+    return ValueError(f"{told}; wanted a network that can, or a method without gradients")
+
+
+_IN_PLACE = re.compile("modified (by an )?inplace|used in an in-place")
+_OF_GRADIENTS = re.compile("inplace|checkpoint|derivative|vjp|backward")  # what torch says of those it cannot make
 
 
 def _further_inputs(network: nn.Module) -> list[str]:

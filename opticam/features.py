@@ -22,6 +22,7 @@ from opticam.classifier import (
     as_softmax,
     bare,
     class_logit,
+    differentiate,
     find_logits,
     for_autograd,
     read,
@@ -199,7 +200,8 @@ def features_and_gradients(
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
         gradients = None
         if scores.requires_grad:
-            (gradients,) = torch.autograd.grad(scores.sum(), features, allow_unused=True)
+            captured.clear()  # a network that runs again in the backward pass, to save memory, does not run it twice
+            (gradients,) = differentiate(model, scores.sum(), features, allow_unused=True)
     if gradients is None:
         raise ValueError(
             "layer: the logits do not depend on its output, or the network hides how (no_grad, inference_mode or "
@@ -243,11 +245,13 @@ def attention_maps(
         with torch.set_grad_enabled(with_gradients):
             logits = examine(unwrapped(model), x, class_idx).logits
         _check_attention(model, captured, grid, len(images))
+        attention = list(captured)  # to which a network that runs again in the backward pass would add
         gradients: Sequence[Tensor] = ()
         if with_gradients:
             class_logits = class_logit(logits, for_autograd(class_idx))
-            gradients = torch.autograd.grad(class_logits.sum(), captured, allow_unused=True, materialize_grads=True)
-    return [maps.detach() for maps in captured], list(gradients), logits.detach()
+            options = {"allow_unused": True, "materialize_grads": True}
+            gradients = differentiate(model, class_logits.sum(), attention, **options)
+    return [maps.detach() for maps in attention], list(gradients), logits.detach()
 
 
 def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tensor) -> tuple[list[Tensor], Tokens]:
@@ -292,7 +296,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
         total = sum(class_logit(score, for_autograd(class_idx)).sum() for score in scores)
-        gradients = torch.autograd.grad(total, captured)  # type: ignore[arg-type]
+        gradients = differentiate(model, total, captured)  # type: ignore[arg-type]
     return list(gradients), grid
 
 

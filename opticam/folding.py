@@ -86,7 +86,10 @@ def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
             name: value.copy() if type(value) in (list, dict) and name not in _OF_TORCH else value
             for name, value in vars(module).items()
         }
-        twin._modules = {name: child and twin_of(child, known) for name, child in module._modules.items()}
+        inner = {name: child and twin_of(child, known) for name, child in module._modules.items()}
+        vars(twin)["_modules"] = inner  # a compiled part would set it in the network itself
+        if type(module).__name__ == "OptimizedModule":
+            vars(twin)["forward"] = inner["_orig_mod"]  # as it was written
     return known[module]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
@@ -92,9 +92,9 @@ def wrap(
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
-        TypeError: `network` is not a module; `to_logits` or `layout` is not a function.
+        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is one text.
         ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
-            together.
+            together, or for a network that normalises its images itself.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
@@ -104,11 +104,18 @@ def wrap(
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
     check_at_least(1, input_size=input_size, resize=resize)
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: wanted one name per class, got {class_names!r}")
     if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
         got = f"got {mean} with std {std}"
         raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
     if len({len(mean), len(std)} - {1}) > 1 or not all(value > 0 for value in std):
         raise ValueError(f"std: wanted positive numbers, as many as mean, {mean}, got {std}")
+    if any(mean) or set(std) != {1}:
+        for module in network.modules():
+            if _normalises(module, mean, std):
+                told = f"mean: {type(module).__name__} inside {type(network).__name__} normalises the images already"
+                raise ValueError(f"{told}; wanted neither mean nor std here")
     if len(class_names) == 1:
         class_names = [*class_names, f"not {class_names[0]}"]
     classifier = Classifier(
@@ -127,6 +134,23 @@ def wrap(
     )
     resolve_layer(classifier)
     return classifier
+
+
+def _normalises(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether a module is a `Classifier` or a transform that normalises, or holds this mean and std as tensors."""
+    if isinstance(module, Classifier):
+        return bool((module.mean != 0).any() or (module.std != 1).any())
+    if type(module).__name__ == "Normalize" and vars(module).keys() >= {"mean", "std"}:  # torchvision's
+        return True
+    wanted = torch.broadcast_tensors(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
+    places: list[set[str]] = [set(), set()]
+    for name, value in (*vars(module).items(), *module._buffers.items()):
+        if isinstance(value, Tensor) and value.numel() == wanted[0].numel() and not value.is_meta:
+            row = value.detach().flatten().cpu().double()
+            for place, values in zip(places, wanted, strict=True):
+                if row.shape == values.shape and torch.allclose(row, values, rtol=1e-3):
+                    place.add(name)
+    return len(places[0] | places[1]) > 1 and all(places)
 
 
 def class_index(name: str | int, class_names: list[str]) -> int:

@@ -5,6 +5,7 @@ arXiv 2301.07002.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from opticam.features import for_autograd
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
-    return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
+    kind = features.device.type
+    coarse = torch.is_autocast_enabled(kind)  # by the caller
+    with torch.autocast(kind, enabled=False) if coarse else nullcontext():
+        return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
 
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -102,7 +106,7 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         name: of the argument that they came as.
 
     Raises:
-        TypeError: the map is not a tensor.
+        TypeError: the map is not a tensor, or not floating-point.
         ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):
@@ -114,8 +118,10 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if images is not None and saliency.device != images.device:
         raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
-    if ((saliency < 0) | (saliency > 1)).any():
+    if not saliency.is_complex() and ((saliency < 0) | (saliency > 1)).any():
         raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
+    if not saliency.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating-point dtype, got {saliency.dtype}")
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, opti_cam, score, wrap
 from opticam.checks import check_at_least, check_inputs, check_network, examine
@@ -313,12 +314,18 @@ def test_a_classifier_inside_another_network_keeps_its_head_or_is_refused(tiny, 
         refused(ValueError, message, lambda outer=outer: grad_cam(outer, images, class_idx, layer=tiny.features))
 
 
+def fail(reason):
+    raise AssertionError(reason)
+
+
 MISFITS = {
     "channels": (lambda inner, x: inner(x[:, :1]), r"expected input.*1 channels"),
     "size": (lambda inner, x: inner.fc(x[:, 0].flatten(1)), "shapes cannot be multiplied"),
     "dtype": (lambda inner, x: inner(x.float()), "type"),
     "a dict": (lambda inner, x: inner(x["pixel_values"]), "too many indices for tensor"),
     "a record": (lambda inner, x: inner(x.pixel_values), "'Tensor' object has no attribute 'pixel_values'"),
+    "an assertion": (lambda inner, x: inner(x) if x.shape[2] == 64 else fail("Input height (24)"), "Input height"),
+    "no forward": (lambda inner, x: nn.ModuleList([inner])(x), 'missing the required "forward" function'),
 }
 
 
@@ -434,6 +441,52 @@ def test_networks_without_gradients(tiny, images, class_idx, kind):
         expected = METHODS[name](tiny, images, class_idx, **options)
         named = {key: f"inner.{value}" if key == "layer" else value for key, value in options.items()}
         torch.testing.assert_close(call(name, **named), expected)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.clone()
+
+
+def again(use_reentrant, inner, x):
+    return inner.fc(checkpoint(inner.features, x, use_reentrant=use_reentrant).mean((2, 3)))
+
+
+NOT_DIFFERENTIABLE = {
+    "checkpointing of the old kind": (lambda inner, x: again(True, inner, x), "checkpoint is incompatible with"),
+    "in place": (lambda inner, x: inner.fc((maps := inner.features(x).sigmoid()).mul_(maps).mean((2, 3))), "inplace"),
+    "a function of one's own": (lambda inner, x: inner(NoBackward.apply(x)), "must implement either the backward"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("kind", NOT_DIFFERENTIABLE)
+def test_networks_that_cannot_be_differentiated(tiny, images, class_idx, kind):
+    forward, reason = NOT_DIFFERENTIABLE[kind]
+    model = Own(tiny, forward)
+    message = rf"model: Own cannot be differentiated \(.*{reason}.*\); wanted a network that can"
+    for name in ("opti_cam", "extremal_perturbation"):
+        options = {"layer": "inner.features"} if name == "opti_cam" else {}
+        call = lambda n=name, o=options: METHODS[n](model, images, class_idx, num_steps=1, **o)  # noqa: E731
+        refused(ValueError, message, call)
+
+
+def test_a_backward_hook_before_what_works_in_place(tiny, images, class_idx):
+    tiny.features[3] = nn.ReLU(inplace=True)
+    tiny.features[2].register_full_backward_hook(lambda *_: None)
+    message = r"model: TinyCNN cannot be differentiated \(.*is being modified inplace"
+    refused(ValueError, message, lambda: opti_cam(tiny, images, class_idx, layer="features", num_steps=1))
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(tiny, images, class_idx, recwarn):
+    model = Own(tiny, lambda inner, x: again(False, inner, x))
+    for name, options in {"grad_cam": {}, "opti_cam": {"num_steps": 2}}.items():
+        found, expected = (
+            METHODS[name](network, images, class_idx, layer=tiny.features[2], **options) for network in (model, tiny)
+        )
+        torch.testing.assert_close(found, expected)
+    assert not recwarn.list  # of a layer that runs twice
 
 
 def test_class_names_that_are_not_one_per_class(tiny, images, class_idx):

@@ -1,11 +1,13 @@
 """What networks return, and what is read from it."""
 
+import copy
 import math
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import state
 from torch import nn
 
 from opticam import METHODS, wrap
@@ -45,7 +47,8 @@ FORMS = {
     "dict of another name": lambda y: {"scores": y, "loss": y.sum()},
     "named tuple": lambda y: Named(y, y + 1),
     "tuple": lambda y: (y.sum(), y),
-    "list": lambda y: [y, y.argmax(1), (y, y)],
+    "list": lambda y: [y, y.argmax(1), (y.sum(), y[..., None])],
+    "inner tuple": lambda y: {"out": (y.sum(), [y]), "latent": y},
 }
 
 
@@ -71,6 +74,10 @@ def test_logits_are_found_in_what_the_network_returns(tiny, images, form):
         (lambda y: {"scores": y.argmax(1)}, "dict with 0 tensors"),
         (lambda y: {"last_hidden_state": y[..., None], "pooler_output": y}, "dict with 0 tensors"),
         (lambda y: {"image_embeds": y}, "dict with 0 tensors"),
+        (lambda y: {"representation": y, "loss": y.sum()}, "dict with 0 tensors"),
+        (lambda y: (y, (y, y)), "tuple with 3 tensors"),
+        (lambda y: (y + 1, {"out": y}), "tuple with 2 tensors"),
+        (lambda y: {"code": y + 1, "heads": {"a": y, "b": [y]}}, "dict with 3 tensors"),
     ],
 )
 def test_what_may_be_several_things_is_refused_until_it_is_said(tiny, images, form, found):
@@ -206,6 +213,18 @@ def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
             found = METHODS["grad_cam"](model, images, class_idx)
         assert passes == [5, 5]
         torch.testing.assert_close(found, METHODS["grad_cam"](plain, images, class_idx))
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "opti_cam", "ablation_cam", "score_cam"])
+def test_a_network_compiled_in_part_stays_as_it_was(tiny, images, class_idx, name):
+    options = {"num_steps": 2} if name == "opti_cam" else {}
+    expected = METHODS[name](copy.deepcopy(tiny), images, class_idx, layer="features", **options)
+    tiny.features = torch.compile(tiny.features.append(nn.Dropout()), backend="eager")
+    modules, before = list(tiny.modules()), state(tiny)
+    found = METHODS[name](tiny, images, class_idx, layer="features", **options)
+    torch.testing.assert_close(found, expected)
+    assert list(tiny.modules()) == modules
+    assert state(tiny) == before
 
 
 @pytest.mark.parametrize(

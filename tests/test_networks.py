@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 from torchvision import models as tv
+from torchvision.transforms import Normalize
 
 from opticam import METHODS, check_layout, grad_cam
 from opticam.features import feature_maps
@@ -344,6 +345,7 @@ def test_the_number_of_classes_is_read_only_where_nothing_else_differs(own):
             lambda weights: under("a.", weights) | {"b.0.weight": weights["0.weight"]},
             r"b\.0\.weight lies beside those",
         ),
+        (3, lambda weights: weights | {"3.bias": torch.tensor([0, torch.nan, 0])}, r"3\.bias holds NaN$"),
     ],
 )
 def test_weights_of_another_network_are_refused(own, num_classes, saved, fault):
@@ -687,6 +689,7 @@ def test_families_of_transformers_are_right_or_refused(tmp_path, family):
         ({"input_size": 0}, "input_size: wanted at least 1, got 0"),
         ({"layout": (14, 14, 1)}, r"layout: wanted a function, got \(14, 14, 1\)"),
         ({"to_logits": "neg"}, "to_logits: wanted a function, got 'neg'"),
+        ({"class_names": "cat"}, "class_names: wanted one name per class, got 'cat'"),
     ],
 )
 def test_what_wrap_cannot_use_is_refused_at_once(given, message):
@@ -698,6 +701,41 @@ def test_one_mean_and_std_serve_all_channels():
     network = nn.Sequential(nn.Conv2d(3, 2, 3))
     images = torch.rand(1, 3, 4, 4)
     assert torch.equal(wrap(network, "0", mean=0.5, std=0.25)(images), network((images - 0.5) / 0.25))
+
+
+class Standardised(nn.Module):
+    """A network that normalises by itself, under names of its own."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 2, 3))
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.spread = torch.tensor(std).view(1, 3, 1, 1)
+        self.mean, self.std = [0.5], [0.5]  # a record, which nothing reads
+
+    def forward(self, images):
+        return self.net((images - self.pixel_mean) / self.spread)
+
+
+def test_images_are_not_normalised_twice():
+    mean, std, conv = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), nn.Sequential(nn.Conv2d(3, 2, 3))
+    given = {"mean": mean, "std": std}
+    for network, layer, name in (
+        (nn.Sequential(Normalize(mean, std), conv), "1.0", "Normalize"),
+        (nn.Sequential(Normalize([0.5], [0.5]), conv), "1.0", "Normalize"),
+        (Standardised(mean, std), "net.0", "Standardised"),
+        (wrap(conv, "0", mean=0.5, std=0.25), "network.0", "Classifier"),
+    ):
+        with pytest.raises(ValueError, match=f"mean: {name} inside .* normalises the images already; wanted neither"):
+            wrap(network, layer, **given)
+        wrap(network, layer)
+        wrap(network, layer, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    for network, layer in ((Standardised((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "net.0"), (wrap(conv, "0"), "network.0")):
+        assert wrap(network, layer, **given).mean.flatten().tolist() == pytest.approx(mean)
+    recorded = nn.Sequential(conv)
+    recorded.mean, recorded.std = [*mean], [*std]  # as libraries note what the caller is to do
+    assert wrap(recorded, "0.0", **given).std.flatten().tolist() == pytest.approx(std)
+    wrap(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv3d(1, 1, 1)), "0", mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5))
 
 
 def test_a_layer_of_one_cell_is_warned_of():

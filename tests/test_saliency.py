@@ -29,6 +29,13 @@ def test_combine_is_the_weighted_sum():
         np.testing.assert_allclose(combine(features, weights)[b, 0], expected, atol=1e-13)
 
 
+def test_the_callers_autocast_does_not_make_the_sum_coarse():
+    features, weights = torch.rand(2, 4, 3, 5), torch.rand(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = combine(features, weights)
+    assert torch.equal(found, combine(features, weights))
+
+
 @pytest.mark.parametrize("size", [(9, 13), (24, 32), (3, 5), (2, 2)])
 def test_upsample_is_bilinear_with_pixel_centres(size):
     maps = rand(2, 1, 3, 5)

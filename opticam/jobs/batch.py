@@ -375,12 +375,15 @@ def _dotted(place: Place) -> str:
 def _walk(
     node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]], seen: set[int]
 ) -> None:
-    """Note the line of every place, and names that are given twice, which YAML's reader accepts."""
+    """Note the line of every place, and what YAML's reader accepts: names given twice, 010 as 8, 1:30 as 90."""
     lines[place] = node.start_mark.line + 1
     if id(node) in seen:  # an alias may stand for what it is in
         return
     seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
+        if re.match(r"[-+]?0[0-9_]|.*:", node.value):
+            faults.append((place, f"wanted a decimal number, got {node.value}; as text, in quotes"))
+    elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             _walk(item, (*place, number), lines, faults, seen)
     elif isinstance(node, yaml.MappingNode):

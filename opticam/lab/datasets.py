@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_window
+from opticam.checks import check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -177,10 +177,16 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
     """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
 
     Raises:
-        ValueError: no sample.
+        ValueError: no sample; images of different sizes; a label that is not a whole number.
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
+    for _, image, label, _ in samples:
+        if image.shape != samples[0].image.shape:
+            shapes = tuple(samples[0].image.shape), tuple(image.shape)
+            raise ValueError(f"samples: wanted images of one size, got {shapes[0]} and {shapes[1]}")
+        if not isinstance(label, int | np.integer):
+            raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
     images = torch.stack([sample.image for sample in samples]).to(device)
     return images, torch.tensor([sample.label for sample in samples], device=device)
 
@@ -331,6 +337,8 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     Returns:
         (3,input_size,input_size) float32 in [0,1].
     """
+    if not isinstance(photo, Image.Image):
+        raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
     _check_frame(input_size, resize)
     # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
     spare = [max(0, side - 100 * min(photo.size)) // 2 for side in photo.size]
@@ -352,6 +360,7 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
         (n,4) float32; not clipped, so what was cropped away still counts.
     """
     _check_frame(input_size, resize)
+    check_tensors(boxes=boxes)
     width, height = photo_size
     short = min(width, height)
     resized = torch.tensor([int(resize * width / short), int(resize * height / short)])  # torchvision truncates

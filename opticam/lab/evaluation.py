@@ -25,7 +25,7 @@ from opticam import metrics
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
 from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
-from opticam.lab.datasets import Photos, Sample, Skipped, letters
+from opticam.lab.datasets import Photos, Sample, Skipped, letters, stack
 from opticam.lab.files import library_versions
 from opticam.lab.identity import digest_of, key_of
 from opticam.lab.results import is_done, write_rows
@@ -471,11 +471,12 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
     batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
     if batch:
-        images = torch.stack([sample.image for sample in batch.values()]).to(device, _dtype(model))
+        images, class_idx = stack(list(batch.values()), device)
+        images = images.to(_dtype(model))
         with frozen(model), torch.no_grad():
             logits, head = examine(model, prepared(model, images))
         known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]
-        images, output = images[known], Output(logits[known], head)
+        images, class_idx, output = images[known], class_idx[known], Output(logits[known], head)
         for i in [i for i, right in zip(batch, known, strict=True) if not right]:
             reasons[i] = f"label: wanted a class in 0..{logits.shape[1] - 1}, got {batch.pop(i).label}"
     tables = []
@@ -483,7 +484,6 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
         work.bar.set_postfix_str(name)
         tables.append(pd.DataFrame({"reason": pd.Series(reasons, dtype=object)}).assign(status="skipped", method=name))
         if batch:
-            class_idx = torch.tensor([sample.label for sample in batch.values()], device=device)
             boxes = [sample.boxes for sample in batch.values()]
             table = _scored(work, name, images, class_idx, boxes, output)
             tables.append(table.set_axis(list(batch)).assign(method=name))

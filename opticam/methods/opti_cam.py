@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_class_range, check_inputs
-from opticam.classifier import Output, as_softmax, for_autograd, read
+from opticam.classifier import Output, as_softmax, differentiate, for_autograd, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
 from opticam.methods.ascent import Optimizer, Progress, Space, adam, keep_rows, weight_space
@@ -278,7 +278,7 @@ def opti_cam(
                 on_step(Step(step, rows, S.detach(), value.detach(), *first))
             if step == num_steps or progress.over:
                 break
-            (point[0].grad,) = torch.autograd.grad(value.sum(), point[0])
+            (point[0].grad,) = differentiate(model, value.sum(), point[0])
             ascent.step()
             space.settle(point, A)
             if decay is not None:

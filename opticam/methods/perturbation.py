@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_at_least, check_inputs, examine
-from opticam.classifier import class_logit, for_autograd, probabilities, read
+from opticam.classifier import class_logit, differentiate, for_autograd, probabilities, read
 from opticam.features import Layer, prepared
 from opticam.folding import folded
 from opticam.methods.record import Method
@@ -148,7 +148,7 @@ def extremal_perturbation(
                     logits = read(network, seen.flip(3) if step % 2 else seen).logits
                 reward = class_logit(logits, c).to(dtype)
                 penalty = (mask.flatten(1).sort(1).values - wanted).square().mean(1)
-                (coarse.grad,) = torch.autograd.grad((reward - 300 * 1.0035**step * penalty).sum(), coarse)
+                (coarse.grad,) = differentiate(model, (reward - 300 * 1.0035**step * penalty).sum(), coarse)
                 ascent.step()
                 with torch.no_grad():
                     coarse.clamp_(0, 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, examine
+from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, check_tensors, examine
 from opticam.classifier import (
     Head,
     as_classifier,
@@ -143,6 +143,7 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
     Returns:
         (B,) float64, unbounded; NaN where logits are. ValueError: shapes differ, or an unknown head.
     """
+    check_tensors(logits=logits, masked_logits=masked_logits)
     if masked_logits.shape != logits.shape:
         raise ValueError(
             f"masked_logits: wanted the shape of logits, {tuple(logits.shape)}, got {tuple(masked_logits.shape)}"
@@ -347,7 +348,8 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
         (B,) float64 in [0,1]; NaN where it is undefined, a map being constant, or where a map has a NaN.
 
     Raises:
-        ValueError: wrong shapes.
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shape or range.
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
@@ -386,6 +388,7 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shapes, or a drop outside [0,1].
     """
+    check_tensors(drop=drop, saliency=saliency)
     if drop.shape != saliency.shape[:1]:
         raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
     if ((drop < 0) | (drop > 1)).any():
@@ -416,6 +419,7 @@ def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) ->
     Reference:
         Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
     """
+    check_tensors(road_combined=road_combined, saliency=saliency)
     if road_combined.shape != saliency.shape[:1]:
         raise ValueError(f"road_combined: wanted shape ({len(saliency)},), got {tuple(road_combined.shape)}")
     if (road_combined.abs() > 0.5).any():
@@ -528,9 +532,9 @@ def _neighbors(height: int, width: int) -> tuple["sparse.csr_array", "sparse.csr
 
 def _checked_maps(saliency: Tensor, *others: Tensor) -> list[Tensor]:
     """The maps as (B,HW) float64."""
-    if saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape:
-        raise ValueError(f"saliency: wanted shape (B,1,H,W), got {tuple(saliency.shape)}")
+    check_saliency(None, saliency)
     for other in others:
+        check_saliency(None, other, "saliency_of_masked")
         if other.shape != saliency.shape:
             raise ValueError(
                 f"saliency_of_masked: wanted the shape of saliency, {tuple(saliency.shape)}, got {tuple(other.shape)}"
@@ -543,6 +547,7 @@ def _constant(maps: Tensor) -> Tensor:
 
 
 def _checked(probs: Tensor, masked_probs: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensors(probs=probs, masked_probs=masked_probs)
     if probs.shape != masked_probs.shape:
         raise ValueError(
             f"masked_probs: wanted the shape of probs, {tuple(probs.shape)}, got {tuple(masked_probs.shape)}"

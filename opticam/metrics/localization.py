@@ -391,3 +391,5 @@ def _check_boxes(boxes: Sequence[Tensor]) -> None:
             raise ValueError(f"boxes: wanted tensors (n,4), one an image, got shape {tuple(truth.shape)}")
         if not (truth.isfinite().all() and (truth[:, :2] <= truth[:, 2:]).all()):
             raise ValueError(f"boxes: wanted finite xmin <= xmax and ymin <= ymax, got {truth.tolist()}")
+        if truth.numel() and (truth >= 0).all() and (truth <= 1).all() and (truth % 1 != 0).any():
+            raise ValueError(f"boxes: wanted pixels, got fractions {truth.tolist()}")

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opticam.checks import kept
 from opticam.classifier import bare
 from opticam.features import resolve_layer
+from opticam.saliency import check_saliency
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -39,8 +41,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
     """
-    network = deepcopy(model)
-    random = deepcopy(model).cpu()
+    network = _copied(model)
+    random = deepcopy(network).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices
         for module in random.modules():
@@ -120,6 +122,8 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     from skimage.metrics import structural_similarity as ssim
 
     _check_pair(a, b)
+    check_saliency(None, a, "a")
+    check_saliency(None, b, "b")
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"a: wanted sides of at least 11 pixels, the window of SSIM, got {tuple(a.shape[-2:])}")
     settings = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -130,7 +134,7 @@ def _randomized_by_stage(
     model: nn.Module, seed: int, stages: Sequence[str] | None, *, cumulative: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     groups = _groups(model, stages)
-    trained, random = deepcopy(model), randomized(model, seed)
+    trained, random = _copied(model), randomized(model, seed)
 
     def networks() -> Iterator[tuple[str, nn.Module]]:
         network = trained
@@ -141,6 +145,12 @@ def _randomized_by_stage(
             yield stage, deepcopy(network)  # what the caller does to it must not reach the next
 
     return networks()
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also where the network keeps results of a pass, which `deepcopy` refuses."""
+    held = [value for value in kept(model.modules()) if isinstance(value, Tensor) and not value.is_leaf]
+    return deepcopy(model, {id(value): value.detach().clone() for value in held})
 
 
 def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:

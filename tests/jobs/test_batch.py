@@ -95,6 +95,8 @@ def test_without_a_grid_there_is_one_run_and_a_place_of_its_own(folder):
         ("parameters:\n  cuont: 1", ["line 3: parameters.cuont: unknown to the notebook; wanted one of count, rate"]),
         ("parameters: {count: many}", ["line 2: parameters.count: wanted a whole number, got 'many'"]),
         ("parameters: {count: 1.5}", ["parameters.count: wanted a whole number, got 1.5"]),
+        ("parameters: {count: 010}", ["parameters.count: wanted a decimal number, got 010; as text, in quotes"]),
+        ("grid: {rate: [0.5, 1:30.5]}", ["grid.rate[1]: wanted a decimal number, got 1:30.5"]),
         ("parameters: {name: no}", ["parameters.name: wanted text, got False"]),
         ("parameters: {rate: .nan}", ["parameters.rate: wanted a number, got nan"]),
         ("parameters: {rate: .inf}", ["parameters.rate: wanted a number, got inf"]),

@@ -787,6 +787,14 @@ def test_readable_photos_make_a_batch(folders):
         stack([])
 
 
+def test_pixels_and_boxes_of_another_kind():
+    for photo, got in ((torch.rand(3, 8, 8), "Tensor"), (np.zeros((8, 8, 3), np.uint8), "ndarray")):
+        with pytest.raises(TypeError, match=f"photo: wanted an image of Pillow, as read_image gives it, got {got}"):
+            to_input(photo)
+    with pytest.raises(TypeError, match="boxes: wanted a tensor, got list"):
+        boxes_to_input([[1, 2, 3, 4]], (8, 8))
+
+
 def test_read_image_names_what_no_one_expects(tmp_path, monkeypatch):
     def stumble(photo):
         raise KeyError("tile")

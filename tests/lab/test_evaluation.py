@@ -453,6 +453,14 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
             evaluate(tiny, samples, {"own": method})
     with pytest.raises(ValueError, match="dataset: wanted items of type Sample, got tuple"):
         evaluate(tiny, [(samples[0].image, 0)], {"fake_cam": METHODS["fake_cam"]})
+    one = samples[0]
+    for other, message in (
+        (one._replace(image=one.image[:, :-1]), r"images of one size, got \(3, 24, 32\) and \(3, 23, 32\)"),
+        (one._replace(label=torch.tensor(1)), r"whole numbers as labels, got tensor\(1\)"),
+        (one._replace(label="cat"), "whole numbers as labels, got 'cat'"),
+    ):
+        with pytest.raises(ValueError, match=f"samples: wanted {message}"):
+            evaluate(tiny, [one, other], {"fake_cam": METHODS["fake_cam"]})
 
 
 @pytest.mark.slow

@@ -213,6 +213,14 @@ def test_legrad_refuses_a_network_with_a_further_head(vit, images, class_idx):
         legrad(model, images, class_idx)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "legrad", "grad_cam"])
+def test_checkpointing_changes_nothing(vit, images, class_idx, name):
+    options = {"layer": "network.blocks.1.norm1"} if name == "grad_cam" else {}
+    expected = METHODS[name](vit, images, class_idx, **options)
+    vit.network.set_grad_checkpointing(True)
+    torch.testing.assert_close(METHODS[name](vit, images, class_idx, **options), expected)
+
+
 def test_class_out_of_range(vit, images):
     with pytest.raises(ValueError, match=r"class_idx: wanted indices in 0\.\.4, got 7"):
         METHODS["raw_attention"](vit, images, torch.tensor([0, 1, 2, 3, 7]))

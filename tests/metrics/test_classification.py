@@ -108,6 +108,8 @@ def test_change_of_log_odds_refuses():
     logits, class_idx = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"masked_logits: wanted the shape of logits, \(2, 3\), got \(2, 4\)"):
         log_odds_change(logits, torch.zeros(2, 4), class_idx)
+    with pytest.raises(TypeError, match="masked_logits: wanted a tensor, got ndarray"):
+        log_odds_change(logits, np.zeros((2, 3)), class_idx)
     with pytest.raises(ValueError, match="head: wanted one of softmax, sigmoid, got 'tanh'"):
         log_odds_change(logits, logits, class_idx, "tanh")
 
@@ -122,6 +124,8 @@ def test_nan_stays_nan(name):
 def test_bad_input(name):
     with pytest.raises(ValueError, match=r"masked_probs: wanted the shape of probs, \(2,\), got \(3,\)"):
         OF_PROBABILITIES[name](torch.rand(2), torch.rand(3))
+    with pytest.raises(TypeError, match="masked_probs: wanted a tensor, got float"):
+        OF_PROBABILITIES[name](torch.rand(2), 0.5)
     with pytest.raises(ValueError, match="probs: wanted probabilities"):
         OF_PROBABILITIES[name](torch.tensor([50.0]), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="masked_probs: wanted probabilities"):
@@ -493,8 +497,16 @@ def test_adcc_is_zero_where_a_term_is_zero_or_undefined(saliency):
 def test_maps_that_do_not_fit_are_refused(saliency):
     with pytest.raises(ValueError, match=r"saliency_of_masked: wanted the shape of saliency, \(5, 1, 24, 32\), got"):
         coherency(saliency, saliency[:4])
-    with pytest.raises(ValueError, match=r"saliency: wanted shape \(B,1,H,W\), got \(5, 24, 32\)"):
+    with pytest.raises(ValueError, match=r"saliency: wanted shape \(B,1,H,W\) .*, got \(5, 24, 32\)"):
         complexity(saliency[:, 0])
+    with pytest.raises(ValueError, match=r"saliency: wanted values in \[0,1\]"):
+        complexity(255 * saliency)
+    with pytest.raises(ValueError, match=r"saliency_of_masked: wanted values in \[0,1\]"):
+        coherency(saliency, saliency - 1)
+    with pytest.raises(TypeError, match="drop: wanted a tensor, got float"):
+        adcc(saliency, saliency, 0.5)
+    with pytest.raises(TypeError, match="road_combined: wanted a tensor, got ndarray"):
+        arcc(saliency, saliency, np.zeros(5))
     with pytest.raises(ValueError, match=r"drop: wanted shape \(5,\), got \(1,\)"):
         adcc(saliency, saliency, torch.zeros(1))
     with pytest.raises(ValueError, match=r"drop: wanted fractions in \[0,1\], not percent"):

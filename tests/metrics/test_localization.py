@@ -421,6 +421,8 @@ def test_bad_input(name):
         metric(maps[:, 0], boxes)
     with pytest.raises(ValueError, match=r"saliency: wanted values in \[0,1\], got \[0.5, 2\]"):
         metric(torch.cat([maps[:1], 2 * maps[1:]]), boxes)
+    with pytest.raises(TypeError, match=r"saliency: wanted a floating-point dtype, got torch.bool"):
+        metric(maps > 0.2, boxes)
     with pytest.raises(ValueError, match=r"boxes: wanted one tensor \(n,4\) an image, 2, got 1"):
         metric(maps, boxes[:1])
     with pytest.raises(ValueError, match=r"boxes: wanted one tensor \(n,4\) an image, got one tensor"):
@@ -433,6 +435,9 @@ def test_bad_input(name):
         metric(maps, [boxes[0], box(1, 4, 4, 1)])
     with pytest.raises(ValueError, match="boxes: wanted finite"):
         metric(maps, [boxes[0], box(1, 1, math.inf, 4)])
+    with pytest.raises(ValueError, match="boxes: wanted pixels, got fractions"):
+        metric(maps, [boxes[0], box(0.25, 0, 1, 0.5)])
+    metric(maps, [box(0, 0, 1, 1), box(-9.5, -9.5, 0.5, 0.5)])  # one pixel, and what was cropped away
 
 
 def test_bad_input_of_single_metrics(tiny, images, class_idx):

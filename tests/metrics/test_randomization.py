@@ -257,6 +257,37 @@ def test_bad_maps(similarity):
         similarity(a, b[1:])
 
 
+class Keeps(nn.Module):
+    """Keeps its maps, alone and in a list, as a network does that draws them later."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inner, self.last, self.all = network, None, []
+
+    def forward(self, images):
+        self.last = self.inner.features(images)
+        self.all.append(self.last)
+        return self.inner.fc(self.last.mean((2, 3)))
+
+
+def test_a_network_that_keeps_results_of_a_pass(tiny, images):
+    model = Keeps(tiny)
+    model(images)
+    kept, weights = model.last, randomized(tiny).state_dict()
+    for network in (randomized(model), list(cascading(model))[-1][1]):
+        assert all(torch.equal(value, weights[name]) for name, value in network.inner.state_dict().items())
+        assert torch.equal(network.last, kept)
+        assert not network.last.requires_grad
+    assert model.last is kept
+
+
+def test_similarity_of_maps_in_another_range_is_refused():
+    maps = torch.rand(2, 1, 12, 12)
+    for pair, name in (((255 * maps, maps), "a"), ((maps, maps - 1), "b")):
+        with pytest.raises(ValueError, match=rf"{name}: wanted values in \[0,1\]"):
+            structural_similarity(*pair)
+
+
 def test_map_smaller_than_the_window_of_ssim():
     with pytest.raises(ValueError, match=r"a: wanted sides of at least 11 pixels, the window of SSIM, got \(10, 19\)"):
         structural_similarity(torch.rand(1, 1, 10, 19), torch.rand(1, 1, 10, 19))
