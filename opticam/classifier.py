@@ -63,10 +63,12 @@ class Classifier(nn.Module):
             constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)
             self.register_buffer(key, constant.view(1, -1, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """The logits of images (B,C,H,W) in [0,1], also of a network that returns them in a record; see `as_output`."""
         returned = self.network((images - self.mean) / self.std)
-        return find_logits(returned if self.to_logits is None else self.to_logits(returned), len(images))
+        returned = returned if self.to_logits is None else self.to_logits(returned)
+        record = isinstance(returned, Mapping | tuple | list) or isinstance(getattr(returned, "logits", None), Tensor)
+        return find_logits(returned, len(images)) if record else returned
 
 
 class Output(NamedTuple):

@@ -19,8 +19,9 @@ def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
     kind = features.device.type
     coarse = torch.is_autocast_enabled(kind)  # by the caller
+    dtype = torch.promote_types(features.dtype, weights.dtype)
     with torch.autocast(kind, enabled=False) if coarse else nullcontext():
-        return torch.einsum("bkhw,bk->bhw", features, weights)[:, None]
+        return torch.einsum("bkhw,bk->bhw", features.to(dtype), weights.to(dtype))[:, None]
 
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -34,6 +34,7 @@ def test_the_callers_autocast_does_not_make_the_sum_coarse():
     with torch.autocast("cpu", torch.bfloat16):
         found = combine(features, weights)
     assert torch.equal(found, combine(features, weights))
+    assert torch.equal(combine(features.bfloat16(), weights), combine(features.bfloat16().float(), weights))
 
 
 @pytest.mark.parametrize("size", [(9, 13), (24, 32), (3, 5), (2, 2)])
