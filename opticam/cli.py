@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -335,7 +335,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opticam", description="Opti-CAM: explain the decisions of image classifiers."
     )
-    parser.add_argument("--version", action="version", version=f"opticam {version('opticam')}")
+    try:
+        installed = version("opticam")
+    except PackageNotFoundError:  # a copy of the package alone
+        installed = "(not installed)"
+    parser.add_argument("--version", action="version", version=f"opticam {installed}")
     commands = parser.add_subparsers(required=True, metavar="explain | run | verify | batch | render")
 
     def command(function: Callable, words: str, **options: Any) -> Callable:

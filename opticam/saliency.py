@@ -5,7 +5,6 @@ arXiv 2301.07002.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from opticam.features import for_autograd
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of feature maps, `sum_k w_k A_k`: (B,1,h,w), unbounded, of features (B,K,h,w) and weights (B,K)."""
-    kind = features.device.type
-    coarse = torch.is_autocast_enabled(kind)  # by the caller
     dtype = torch.promote_types(features.dtype, weights.dtype)
-    with torch.autocast(kind, enabled=False) if coarse else nullcontext():
+    with torch.autocast(features.device.type, enabled=False):  # the caller's would make the sum coarse
         return torch.einsum("bkhw,bk->bhw", features.to(dtype), weights.to(dtype))[:, None]
 
 
@@ -119,10 +116,10 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if images is not None and saliency.device != images.device:
         raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
-    if not saliency.is_complex() and ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
     if not saliency.is_floating_point():
         raise TypeError(f"{name}: wanted a floating-point dtype, got {saliency.dtype}")
+    if ((saliency < 0) | (saliency > 1)).any():
+        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:

@@ -62,6 +62,14 @@ def test_logits_are_found_in_what_the_network_returns(tiny, images, form):
     assert passes == [5, 5]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wrapped_network_returns_these_logits(tiny, images, class_idx, form):
+    recorded, plain = wrap(Returns(tiny, FORMS[form]), "network.features"), wrap(tiny, "features")
+    assert torch.equal(recorded(images), tiny(images))
+    found, expected = (METHODS["opti_cam"](model, images, class_idx, num_steps=2) for model in (recorded, plain))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("form", "found"),
     [

@@ -223,26 +223,3 @@ def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
     model = wrap(one, "inner.features.0", class_names=["Ill "])  # names that differ in spelling alone are the same
     with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
         evaluate(model, data, {"fake_cam": METHODS["fake_cam"]})
-
-
-class Recorded(nn.Module):
-    """A network that returns its logits in something else."""
-
-    def __init__(self, network, put):
-        super().__init__()
-        self.network, self.put = network, put
-
-    def forward(self, x):
-        return self.put(self.network(x))
-
-
-@pytest.mark.parametrize("put", [lambda y: {"logits": y}, lambda y: (y,), lambda y: [y, y.new_zeros(1)]])
-def test_a_wrapped_network_returns_the_logits_of_its_record(tiny, images, class_idx, put):
-    recorded, plain = (
-        wrap(network, "network.features" if network is not tiny else "features", head="softmax")
-        for network in (Recorded(tiny, put).eval(), tiny)
-    )
-    assert torch.equal(recorded(images), tiny(images))
-    assert torch.equal(recorded(images).argmax(1), plain(images).argmax(1))
-    found = [opti_cam(model, images, class_idx, num_steps=3).saliency for model in (recorded, plain)]
-    assert torch.equal(*found)
