@@ -116,10 +116,10 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if images is not None and saliency.device != images.device:
         raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
+    if not saliency.is_complex() and ((saliency < 0) | (saliency > 1)).any():
+        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
     if not saliency.is_floating_point():
         raise TypeError(f"{name}: wanted a floating-point dtype, got {saliency.dtype}")
-    if ((saliency < 0) | (saliency > 1)).any():
-        raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:
