@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import aside, turns
+from opticam.state import all_modules, aside, buffers_of, parameters_of, turns
 
 
 def check_network(model: nn.Module) -> None:
@@ -34,29 +34,30 @@ def check_network(model: nn.Module) -> None:
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
-    for module in model.modules():
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
+    modules = all_modules(model)
+    for kind in {type(module) for module in modules}:
+        if issubclass(kind, torch.jit.ScriptModule):
             raise TypeError("model: TorchScript hides its layers; wanted the network that it was made from")
         if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
             raise TypeError(f"model: {kind.__name__} is quantised and has no gradients; wanted floating-point weights")
+    for module in modules:
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
-                f"model: {kind.__name__} without running statistics makes an image's result depend on its batch; "
-                "wanted track_running_stats=True, or a norm of each image alone"
+                f"model: {type(module).__name__} without running statistics makes an image's result depend on its "
+                "batch; wanted track_running_stats=True, or a norm of each image alone"
             )
         if isinstance(module, Classifier) and module.head != head:
             raise ValueError(
                 f"model: {type(model).__name__} holds a Classifier with head={module.head!r} and does not hand that "
                 f"on; wanted the Classifier itself, or opticam.wrap(..., head={module.head!r}) around the whole"
             )
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and (is_lazy(tensor) or tensor.is_meta):
-                what = "lazy weights" if is_lazy(tensor) else "weights on the meta device"
-                raise ValueError(f"model: {what} have no values; wanted the weights loaded")
-        for tensor in module._parameters.values():
-            if tensor is not None and tensor.dtype in (torch.int8, torch.uint8):
-                raise TypeError(f"model: {kind.__name__} is quantised; wanted floating-point weights")
+        for weights in module._parameters.values():
+            if weights is not None and weights.dtype in (torch.int8, torch.uint8):
+                raise TypeError(f"model: {type(module).__name__} is quantised; wanted floating-point weights")
+    for tensor in (*parameters_of(modules), *buffers_of(modules)):
+        if is_lazy(tensor) or tensor.is_meta:
+            what = "lazy weights" if is_lazy(tensor) else "weights on the meta device"
+            raise ValueError(f"model: {what} have no values; wanted the weights loaded")
 
 
 def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:
@@ -169,13 +170,14 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
         with aside(), torch.enable_grad():
             _check_independence(model, images[:1].detach())
         _independent.add(model)
-    before = _state(model, images)
+    modules = all_modules(model)
+    before = _state(modules, images)
     output = read(model, images)
     classifier = as_classifier(model)
     num_names, num_classes = len(classifier.class_names) if classifier is not None else 0, output.logits.shape[1]
     if num_names not in (0, num_classes):
         raise ValueError(f"class_names: wanted {num_classes}, one per class of the network, got {num_names}")
-    if _state(model, images) != before:
+    if _state(modules, images) != before:
         x = images[:1].detach().repeat(4, 1, 1, 1)  # what is drawn per image or per pass may be the same by chance
         with aside(), torch.no_grad():
             first, *others = (read(model, x).logits for _ in range(6))
@@ -257,12 +259,11 @@ def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:
         )
 
 
-def _state(model: nn.Module, images: Tensor) -> tuple:
+def _state(modules: Iterable[nn.Module], images: Tensor) -> tuple:
     """What a pass changes if it draws random numbers or writes into buffers."""
-    buffers = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
     generator = torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.get_rng_state()
     drawn = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  (networks draw from it)
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in buffers]
+    versions = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in buffers_of(modules)]
     return bytes(generator.numpy()), drawn["key"].tobytes(), drawn["pos"], random.getstate(), versions
 
 

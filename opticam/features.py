@@ -39,7 +39,7 @@ from opticam.layouts import (
     plain_transformer,
     token_grid,
 )
-from opticam.state import changed, frozen, hooked
+from opticam.state import all_modules, changed, frozen, hooked
 
 Layer = nn.Module | str | None
 
@@ -73,7 +73,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
             raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
         layer = classifier.layer
     if isinstance(layer, nn.Module):
-        if not any(module is layer for module in model.modules()):
+        if not any(module is layer for module in all_modules(model)):
             raise ValueError(f"layer: {type(layer).__name__} is not a module of the given model")
         return layer
     if not isinstance(layer, str):
