@@ -249,7 +249,7 @@ class _Board:
 
     def __init__(self, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         self.screen = Screen(_LINES)
-        self.start = time.monotonic()
+        self.start = self.last = time.monotonic()  # of the batch, and the end of a run
         self.total = total
         self.counts = Counter(record["status"] for record in skipped)
         self.over: set[str] = set()
@@ -274,6 +274,7 @@ class _Board:
     def end(self, run: Run, record: Mapping[str, Any]) -> None:
         """A run has ended."""
         self.over.add(run.name)
+        self.last = time.monotonic()
         self.bars.pop(run.name, None)
         self.counts[record["status"]] += 1
         if not self.screen.terminal:
@@ -294,4 +295,5 @@ class _Board:
         passed, left = time.monotonic() - self.start, self.total - self.counts.total()
         if not self.over or not left:
             return f"{timedelta(seconds=round(passed))} passed"
-        return f"about {timedelta(seconds=round(passed / len(self.over) * left))} left"
+        whole = (self.last - self.start) * (1 + left / len(self.over))
+        return f"about {timedelta(seconds=round(max(0, whole - passed)))} left"

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -34,6 +35,7 @@ results: str = ""  # for the table
 BODY = """
 import os, time
 from pathlib import Path
+from types import SimpleNamespace
 with open("log", "a") as log:
     print("start", number, os.getpid(), os.getppid(), time.time(), file=log)
 time.sleep(seconds)
@@ -301,3 +303,17 @@ def test_a_terminated_driver_leaves_nothing_half_done(folder):
     assert driver.returncode == 130
     assert errors.endswith("opticam: interrupted\n")
     assert not [*(folder / "out").glob("*.ipynb"), *(folder / "out").glob(".*.ipynb")]
+
+
+def test_the_time_left_falls_while_nothing_ends(monkeypatch):
+    now = SimpleNamespace(time=0.0)
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now.time))
+    board = cluster._Board(4, [])
+    assert board._left() == "0:00:00 passed"
+    now.time = 100.0
+    board.end(SimpleNamespace(name="first"), {"status": "done"})
+    assert board._left() == "about 0:05:00 left"  # three more of 100 seconds
+    now.time = 130.0
+    assert board._left() == "about 0:04:30 left"
+    now.time = 500.0
+    assert board._left() == "about 0:00:00 left"
