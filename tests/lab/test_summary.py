@@ -354,6 +354,15 @@ def test_each_resample_of_box_accuracies_chooses_its_own_threshold():
     assert expected != pytest.approx(fixed)
 
 
+def test_the_interval_of_a_few_box_accuracies_ends_at_100():
+    hits = np.ones((4, 4, 2), bool)
+    hits[0] = False
+    found = box_accuracies(box_rows(hits)).loc["m"]
+    assert found.max_box_acc == 75
+    assert found.max_box_acc_low < 40
+    assert found.max_box_acc_high == found.max_box_acc_v2_high == 100
+
+
 def test_box_accuracies_of_very_many_images_take_the_best_threshold_of_all():
     hits = np.random.default_rng(3).random((2500, 4, 2)) < [0.4, 0.7]
     found = box_accuracies(box_rows(hits)).loc["m"]
