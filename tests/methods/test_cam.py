@@ -21,7 +21,7 @@ def head_of(tiny, depth):
     return lambda features: tiny.fc(tiny.features[depth:](features).mean((2, 3)))
 
 
-@pytest.fixture(params=DEPTHS)
+@pytest.fixture(params=[pytest.param("features.0", marks=pytest.mark.slow), "features"])
 def layer(request):
     return request.param
 

@@ -54,6 +54,13 @@ def test_agrees_with_the_published_code(name, objective):
     np.testing.assert_allclose(masked_logits, golden["masked_logits"], rtol=0, atol=1e-9)
 
 
+def cases(table, *fast):
+    """Parameters of a test by name; all but these are slow."""
+    return [
+        pytest.param(value, id=name, marks=[] if name in fast else [pytest.mark.slow]) for name, value in table.items()
+    ]
+
+
 LAYERS = {
     "after ReLU": ["features"],
     "both signs": ["features.2"],
@@ -62,7 +69,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("layers", cases(LAYERS, "after ReLU", "both signs"))
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
@@ -86,7 +93,7 @@ def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
     np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("layers", cases(LAYERS, "after ReLU", "both signs"))
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_map_space_agrees_with_the_loop_version(tiny, normalize, layers):
     images = torch.rand(1, 3, 10, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -109,7 +116,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("seen", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("seen", cases(VIEWS, "all"))
 @pytest.mark.parametrize("objective", ["class_logit", "odds_gain"])
 @pytest.mark.parametrize("space", ["weights", "map"])
 def test_views_of_one_mask_agree_with_the_loop_version(tiny, space, objective, seen):
@@ -206,7 +213,7 @@ def test_passes_are_what_is_said(tiny, images, class_idx, options):
 
 @pytest.mark.parametrize("layers", [["features"], ["features.0", "features"]])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("normalize", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+@pytest.mark.parametrize("normalize", cases(NORMALIZATIONS, "min_max"))
 def test_the_map_is_that_of_the_weights(tiny, images, class_idx, normalize, schedule, layers):
     result = opti_cam(tiny, images, class_idx, layer=layers, normalize=normalize, **SCHEDULES[schedule])
     if len(layers) == 1 and normalize is not NORMALIZATIONS["sigmoid"]:  # what map space is made for
@@ -416,7 +423,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", cases(OPTIONS, "paper", "fast, tol", "robust, layers", "complement"))
 def test_batch_and_chunks_do_not_matter_for_any_option(tiny, images, class_idx, options):
     options = {"layer": "features", "num_steps": 12, **options}
     batch = opti_cam(tiny, images, class_idx, **options)
