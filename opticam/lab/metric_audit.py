@@ -30,7 +30,7 @@ from opticam.lab.known_evidence import (
     pixel_auroc,
     uniform,
 )
-from opticam.lab.summary import Estimate, entries, estimate, estimate_and_p, interval, ratio_of_means, spearman
+from opticam.lab.summary import Estimate, clipped, entries, estimate, estimate_and_p, interval, ratio_of_means, spearman
 from opticam.methods import fake_cam
 from opticam.metrics import COLUMNS, adcc, arcc, coherency, complexity, insertion_deletion, road
 from opticam.saliency import BASELINES, apply_mask, min_max
@@ -321,6 +321,9 @@ def _over_methods(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
     return spearman(means[..., : len(columns) // 2], means[..., len(columns) // 2 :], axis=-1)
 
 
+ENDS = dict.fromkeys(("maps", "images", "methods"), (-1, 1)) | {"uninformative": (0, 1)}  # of the values
+
+
 def audit(
     rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[str], truth: str = "truth"
 ) -> pd.DataFrame:
@@ -360,7 +363,7 @@ def audit(
                 cells[change] = estimate(gained, spread, statistic=ratio_of_means)
         found[metric] = {"n": len(values), "maps_p": p}
         for name, cell in cells.items():
-            found[metric] |= entries(name, cell)
+            found[metric] |= entries(name, clipped(cell, *ENDS.get(name, (-np.inf, np.inf))))
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("metric")
 
 

@@ -208,10 +208,11 @@ def _within(found: Estimate, column: str, factor: float, difference: bool) -> Es
     least, most = COLUMNS[column].span if column in COLUMNS else (-np.inf, np.inf)
     if difference:
         least, most = least - most, most - least
-    return _clipped(found, factor * least, factor * most)
+    return clipped(found, factor * least, factor * most)
 
 
-def _clipped(found: Estimate, least: float, most: float) -> Estimate:
+def clipped(found: Estimate, least: float, most: float) -> Estimate:
+    """The estimate with an interval that ends where its values do."""
     return Estimate(found.value, *np.clip(found[1:], least, most).tolist())
 
 
@@ -390,7 +391,7 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
         hits = bits.reshape(len(group), 4, -1)
         cells: dict[str, float] = {}
         for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
-            cells |= entries(column, _clipped(_best_share(hits[:, kinds]), 0, 1), 100)
+            cells |= entries(column, clipped(_best_share(hits[:, kinds]), 0, 1), 100)
         accuracies[method] = cells
     return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
 

@@ -144,7 +144,7 @@ class Progress:
         self.goal, self.stale = self.highest.clone(), torch.zeros_like(self.highest, dtype=torch.int64)
 
     def add(self, step: int, value: Tensor, point: Point) -> Tensor | None:
-        """Note the objective (n,) and the point of the rows at work; which of them go on, (n,) bool, None for all."""
+        """Record objective (n,) and point of the rows at work; returns which continue, (n,) bool, None for all."""
         rows = self.seen = self.rows
         self.history[rows, step] = value
         better = value > self.highest[rows]

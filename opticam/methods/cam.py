@@ -144,7 +144,7 @@ def score_cam(
 ) -> Tensor:
     """Score-CAM maps: `w = softmax_k(f(x * n(up(A_k)))_c - f(0)_c)`, each feature map judged as a mask.
 
-    Of K feature maps, K passes; a constant feature map masks everything and needs none but that of the black image.
+    K + 2 passes for K feature maps; a constant one masks everything and needs none but that of the black image.
     Arguments, result and errors as `grad_cam`. f(0)_c is the same for all k and leaves the softmax as it is.
 
     Args:

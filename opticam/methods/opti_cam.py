@@ -109,8 +109,8 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
 def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
     """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
 
-    Where the masked image has lower log-odds than the image, they count one by one; where it has `enough` more, hardly
-    any more. What an image has gained then leaves the choice of the map to a penalty.
+    Below the image's own log-odds every unit counts fully; beyond `enough` above them, hardly at all. From there on a
+    penalty decides the map.
 
     Returns:
         (B,), below 0; higher is better.

@@ -113,6 +113,7 @@ def test_the_audit_counts_wins_of_uninformative_maps_and_spreads_by_hand():
     )
     found = audit(rows, {"m": True}, ["grad_cam", "a"]).loc["m"]
     assert found["uninformative"] == 0.75
+    assert (found["uninformative_low"], found["uninformative_high"]) == (0, 1)  # by t it would go beyond
     assert found["sharper"] == pytest.approx(2 / 2**0.5)
     lower = audit(rows, {"m": False}, ["grad_cam", "a"]).loc["m"]
     assert lower["uninformative"] == 0.25
