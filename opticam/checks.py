@@ -1,6 +1,5 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
-import itertools
 import math
 import random
 import re
@@ -19,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
 from opticam.folding import twin_of
-from opticam.state import all_modules, aside, buffers_of, parameters_of, turns
+from opticam.state import all_modules, aside, buffers_of, hooked_by_others, of_others, parameters_of, turns
 
 
 def check_network(model: nn.Module) -> None:
@@ -35,7 +34,7 @@ def check_network(model: nn.Module) -> None:
     classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     modules = all_modules(model)
-    for kind in {type(module) for module in modules}:
+    for kind in dict.fromkeys(map(type, modules)):
         if issubclass(kind, torch.jit.ScriptModule):
             raise TypeError("model: TorchScript hides its layers; wanted the network that it was made from")
         if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
@@ -181,7 +180,8 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
         x = images[:1].detach().repeat(4, 1, 1, 1)  # what is drawn per image or per pass may be the same by chance
         with aside(), torch.no_grad():
             first, *others = (read(model, x).logits for _ in range(6))
-        _check_same(model, first, torch.stack(others))
+        if not _same(first, torch.stack(others)):
+            raise ValueError(_UNSTEADY.format(type(bare(model)).__name__))
     logits = output.logits.detach()
     if output.head == "sigmoid" and num_classes == 2:
         logits = logits[:, :1]  # of a network with one logit the second is the first with another sign
@@ -212,51 +212,66 @@ _LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")
 def _check_independence(model: nn.Module, image: Tensor) -> None:
     """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
 
-    In its batch: by a gradient, which is exact, unlike a comparison of values. Before it: a second pass of the same two
-    images in the other order has to give the same logits in the other order. Threads take turns from now on with a
-    network that keeps something in attributes.
+    Threads take turns from now on with such a network: what it keeps during a pass may lie anywhere.
     """
     network = unwrapped(model)
     if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
         return
-    pair, slope, passes, told = torch.cat([image, image.flip(3)]).requires_grad_(), None, [], None
-    with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # it may take no two images, or hide gradients
-        copies: dict[nn.Module, nn.Module] = {}
-        silent = twin_of(network, copies)
-        for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
-            vars(copy)["_forward_hooks"] = OrderedDict()
-        before = kept(copies.values())
-        first, head = read(silent, pair)
-        if list(map(id, before)) != list(map(id, kept(copies.values()))):
-            turns.setdefault(bare(model), threading.RLock())
-        told = _told(first, head)
-        with torch.no_grad():
-            passes = [first.detach().flip(0), read(silent, pair.flip(0)).logits]
-        (slope,) = torch.autograd.grad(first[0, 0], pair)
-    if slope is not None and (slope[1].abs() > 0).any():
-        raise ValueError(
-            f"model: in {type(bare(model)).__name__} the logits of an image depend on the other images of its "
-            "batch, as by batch statistics; wanted a network that takes each image for itself"
-        )
-    if passes:
-        _check_same(model, *passes)
-    if told:
+    turns.setdefault(bare(model), threading.RLock())
+    copies: dict[nn.Module, nn.Module] = {}
+    silent = twin_of(network, copies)
+    for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
+        heard = ((key, hook) for key, hook in copy._forward_hooks.items() if not of_others(hook))
+        vars(copy)["_forward_hooks"] = OrderedDict(heard)
+    fault, head, ending = None, None, None
+    for tried in (silent, network) if hooked_by_others(network) else (silent,):  # hooks may be a part of it
+        with suppress(Exception):  # it may take no two images, or be no network without its hooks
+            fault, head, ending = _look_at(tried, image)
+            if fault is None:
+                break
+    if fault:
+        raise ValueError(fault.format(type(bare(model)).__name__))
+    if head and ending:
         _check_ending(model, image, head)
 
 
-def kept(modules: Iterable[nn.Module]) -> list[Any]:
-    """All that modules hold in attributes, and in lists and tables there."""
-    held = [value for module in modules for value in vars(module).values()]
-    inside = [value.values() if isinstance(value, dict) else value for value in held if isinstance(value, dict | list)]
-    return [*held, *itertools.chain(*inside)]
+def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str | None]:
+    """What makes an image's logits depend on another, in words with a gap for the name; and the head, and `_told`.
+
+    In its batch: by a gradient, which is exact, and beside another image, for what no gradient passes. Before it: a
+    second pass of the same two images in the other order has to give the same logits in the other order.
+    """
+    pair, slope = torch.cat([image, image.flip(3)]).requires_grad_(), None
+    first, head = read(network, pair)
+    with suppress(RuntimeError):  # it may hide gradients
+        (slope,) = torch.autograd.grad(first[0, 0], pair, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        again = read(network, pair.flip(0)).logits.flip(0)
+        others = image.flip(3) / 2, image
+        beside = [read(network, torch.cat([image / 2, other])).logits[0] for other in others]
+    fault = None
+    if slope is not None and (slope[1].abs() > 0).any():
+        fault = _MIXING
+    elif not _same(first.detach(), again):
+        fault = _UNSTEADY
+    elif not _same(*beside):
+        fault = _MIXING
+    return fault, head, _told(first, head)
 
 
-def _check_same(model: nn.Module, first: Tensor, others: Tensor) -> None:
-    if (others - first).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max():
-        raise ValueError(
-            f"model: two passes of {type(bare(model)).__name__} over one image differ in eval mode (dropout by "
-            "function, random numbers or a state that it changes); wanted a network that gives the same each time"
-        )
+_MIXING = (
+    "model: in {} the logits of an image depend on the other images of its batch, as by batch statistics; wanted a "
+    "network that takes each image for itself"
+)
+_UNSTEADY = (
+    "model: two passes of {} over one image differ in eval mode (dropout by function, random numbers or a state that "
+    "it changes); wanted a network that gives the same each time"
+)
+
+
+def _same(first: Tensor, others: Tensor) -> bool:
+    """But for rounding, or where it is not a number."""
+    return not (others - first).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
 
 
 def _state(modules: Iterable[nn.Module], images: Tensor) -> tuple:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -128,7 +128,7 @@ def read(model: nn.Module, images: Tensor) -> Output:
         images = images.clone()
     name = type(bare(model)).__name__
     try:
-        with turns.get(bare(model), nullcontext()):
+        with turn(model):
             returned = model(images)
     except TypeError as error:
         if wanted := _further_inputs(bare(model)):
@@ -152,6 +152,11 @@ def read(model: nn.Module, images: Tensor) -> Output:
             "in its forward); wanted a network that can be differentiated, or a method without gradients"
         )
     return output
+
+
+def turn(model: nn.Module) -> AbstractContextManager[Any]:
+    """While it is open no other thread is inside a pass of a network that may keep something during it."""
+    return turns.get(bare(model), nullcontext())
 
 
 def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:

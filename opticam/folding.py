@@ -1,7 +1,10 @@
 """Batch norms folded into the convolutions before them: the same logits by fewer operations."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -10,12 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from opticam.classifier import as_output
+from opticam.classifier import as_output, turn
+from opticam.state import hooked_by_others
 from opticam.tracing import Tracer
 
 Pair = tuple[str, str]
 
-_OF_TORCH = vars(nn.Module()).keys()
+OF_TORCH = vars(nn.Module()).keys()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
@@ -34,9 +39,9 @@ def folded(model: nn.Module, images: Tensor, logits: Tensor) -> nn.Module:
 
     Returns:
         A network of the same signature; half-precision networks are returned as they are, since folding would round
-        their weights anew.
+        their weights anew, and so are networks with hooks of others.
     """
-    if logits.dtype not in (torch.float32, torch.float64):
+    if logits.dtype not in (torch.float32, torch.float64) or hooked_by_others(model):
         return model
     with torch.no_grad(), contextlib.suppress(Exception):  # a network may be anything; itself, it is always right
         if model not in _pairs:
@@ -61,7 +66,8 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
     if not any(isinstance(module, _BatchNorm) for module in modules.values()):
         return []
     try:
-        graph = Tracer(_holds_norm).trace(twin_of(model, {}))  # networks keep what they meet, proxies too
+        with turn(model):
+            graph = Tracer(_holds_norm).trace(twin_of(model, {}))  # networks keep what they meet, proxies too
     except Exception:  # whatever a tracer may choke on; remembered, so that it is tried once
         return []
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -79,18 +85,37 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
 
 
 def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the tree of modules that shares parameters, buffers and hooks, but not what it keeps during a pass."""
-    if module not in known:
-        known[module] = twin = object.__new__(type(module))
-        twin.__dict__ = {
-            name: value.copy() if type(value) in (list, dict) and name not in _OF_TORCH else value
-            for name, value in vars(module).items()
-        }
-        inner = {name: child and twin_of(child, known) for name, child in module._modules.items()}
-        vars(twin)["_modules"] = inner  # a compiled part would set it in the network itself
-        if type(module).__name__ == "OptimizedModule":
-            vars(twin)["forward"] = inner["_orig_mod"]  # as it was written
-    return known[module]
+    """A copy of the tree of modules that shares parameters, buffers and hooks, but not what it keeps during a pass.
+
+    Parts that talk through a list or a dict still do, since each is copied once. Modules in one are those of the copy,
+    and so are those whose methods are hooks.
+    """
+    return _twin(module, known, {})
+
+
+def _twin(thing: Any, known: dict[nn.Module, nn.Module], copied: dict[int, Any]) -> Any:
+    again = partial(_twin, known=known, copied=copied)
+    if isinstance(thing, nn.Module):
+        if thing not in known:
+            known[thing] = twin = object.__new__(type(thing))
+            vars(twin).update(vars(thing))
+            held = {name: value for name, value in vars(thing).items() if name not in OF_TORCH or name in _HOOKS}
+            vars(twin)["_modules"] = {name: again(child) for name, child in thing._modules.items()}
+            vars(twin).update({name: again(value) for name, value in held.items()})
+            if type(thing).__name__ == "OptimizedModule":
+                vars(twin)["forward"] = vars(twin)["_modules"]["_orig_mod"]  # as it was written
+        return known[thing]
+    if type(thing) in (list, dict, OrderedDict):
+        if id(thing) not in copied:
+            copied[id(thing)] = copy = thing.copy()
+            for key, value in copy.items() if isinstance(copy, dict) else enumerate(copy):
+                copy[key] = again(value)
+        return copied[id(thing)]
+    if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module):
+        return MethodType(thing.__func__, again(thing.__self__))
+    if isinstance(thing, partial):
+        return partial(again(thing.func), *map(again, thing.args), **again(thing.keywords))
+    return thing
 
 
 def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:

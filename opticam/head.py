@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from opticam.classifier import as_output
+from opticam.classifier import as_output, turn
 from opticam.features import Layer, count_calls, layer_outputs, logits_with, prepared, resolve_layer
 from opticam.folding import twin_of
 from opticam.state import frozen
@@ -64,7 +64,7 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
-    with frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad(), turn(model):
         twins: dict[nn.Module, nn.Module] = {}
         twin = twin_of(model, twins)  # or a network that keeps things in attributes would keep proxies
         holders = {twins[m] for m in twins if m is not layer and any(inner is layer for inner in m.modules())}
@@ -87,7 +87,7 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
             per_image = isinstance(value, Tensor) and node in of_images
             known[node] = value[rows] if per_image else value
         known[place] = changed.clone()
-        with frozen(model), torch.no_grad():
+        with frozen(model), torch.no_grad(), turn(model):
             return as_output(model, fx.Interpreter(network).run(initial_env=known), len(rows)).logits
 
     return head

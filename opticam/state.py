@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -120,6 +122,7 @@ def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
 
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         heard = dynamo.disable(heard)  # a compiled network asks in vain in which thread it runs
+    heard.ours = True  # type: ignore[attr-defined]
     with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
         handle = module.register_forward_hook(heard)
     try:
@@ -127,6 +130,21 @@ def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
     finally:
         with _lock:
             handle.remove()
+
+
+def hooked_by_others(model: nn.Module) -> bool:
+    """Whether there are hooks `of_others`."""
+    tables = (table for m in all_modules(model) for table in (m._forward_hooks, m._forward_pre_hooks) if table)
+    return any(of_others(hook) for table in tables for hook in table.values())
+
+
+def of_others(hook: Any) -> bool:
+    """Whether a hook is not ours and may keep something that a later part of the pass reads: a copy would not find it.
+
+    A module's own methods find it, since `folding.twin_of` binds them to the copy. Torch's weight norms keep nothing.
+    """
+    of_torch = type(hook).__module__.startswith("torch.nn.")
+    return not (hasattr(hook, "ours") or isinstance(hook, MethodType | partial) or of_torch)
 
 
 @contextmanager

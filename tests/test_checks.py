@@ -283,6 +283,11 @@ MIXING = {
     "batch norm in training mode": BatchOfItsOwn,
     "centred over the batch": lambda tiny: Own(tiny, lambda inner, x: inner(x - x.mean(0))),
     "centred logits": lambda tiny: Own(tiny, lambda inner, x: (y := inner(x)) - 0.9 * y.mean(0)),
+    "scaled by a number": lambda tiny: Own(tiny, lambda inner, x: inner(x / x.abs().max().item())),
+    "centred out of the graph": lambda tiny: Own(
+        tiny, lambda inner, x: inner(x - x.detach().mean((0, 2, 3))[:, None, None])
+    ),
+    "scaled by NumPy": lambda tiny: Own(tiny, lambda inner, x: inner(x / float(np.percentile(x.detach().numpy(), 99)))),
 }
 
 

@@ -110,7 +110,7 @@ def test_where_hooks_sit_nothing_is_folded():
     network, images, seen = shuffled(Blocks()), torch.rand(2, 3, 16, 16), []
     network.norm_a.register_forward_hook(lambda module, args, output: seen.append(output))
     twin = twin_of(network, images)
-    assert norms(twin) == 4
+    assert norms(twin) == 5  # a hook may keep what a later part reads
     seen.clear()
     torch.testing.assert_close(twin(images), network(images))
     torch.testing.assert_close(*seen)

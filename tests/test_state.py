@@ -3,7 +3,9 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyViT
@@ -89,23 +91,31 @@ class Skipping(nn.Module):
 
     def __init__(self, place):
         super().__init__()
-        self.first, self.place, self.kept = Normed(), place, {"table": {}, "list": [None]}.get(place)
+        self.first, self.place = Normed(), place
+        self.kept = {"table": {}, "list": [None], "nested": [{}], "object": SimpleNamespace()}.get(place)
         self.last = nn.Conv2d(12, 5, 1)
 
     def encode(self, images):
         maps = self.first.features(images)
         if self.place == "attribute":
             self.kept = maps
+        elif self.place == "object":
+            self.kept.maps = maps
         else:
-            self.kept[0] = maps
+            (self.kept[0] if self.place == "nested" else self.kept)[0] = maps
         return self.first.features[3:](self.first.features[:3](images.flip(2)))
 
     def forward(self, images):
         maps = self.encode(images)
-        return self.last(torch.cat([maps, self.kept if self.place == "attribute" else self.kept[0]], 1)).mean((2, 3))
+        return self.last(torch.cat([maps, self.found()], 1)).mean((2, 3))
+
+    def found(self):
+        if self.place == "attribute":
+            return self.kept
+        return self.kept.maps if self.place == "object" else (self.kept[0] if self.place == "nested" else self.kept)[0]
 
 
-@pytest.mark.parametrize("place", ["attribute", "table", "list"])
+@pytest.mark.parametrize("place", ["attribute", "table", "list", "nested", "object"])
 def test_networks_that_keep_something_during_a_pass(place, images, class_idx, eager):
     network = Skipping(place).double().eval()
     work = [(name, i) for name in CALLS for i in range(3)]
@@ -119,8 +129,77 @@ def test_networks_that_keep_something_during_a_pass(place, images, class_idx, ea
     with ThreadPoolExecutor(4) as pool:
         for job, S in enumerate(pool.map(explain, work * 3)):
             torch.testing.assert_close(S, alone[job % len(work)], rtol=0, atol=1e-10)
-    kept = network.kept if place == "attribute" else network.kept[0]
-    assert isinstance(kept, torch.Tensor)  # not what a tracer puts through a network
+    assert isinstance(network.found(), torch.Tensor)  # not what a tracer puts through a network
+
+
+class Writes(nn.Module):
+    """Hands its maps on through a table that another part reads."""
+
+    def __init__(self, body, table):
+        super().__init__()
+        self.body, self.table = body, table
+
+    def forward(self, x):
+        self.table["maps"] = self.body(x)
+        return self.table["maps"]
+
+
+class Talks(nn.Module):
+    """Two parts that talk through a table: nothing of that is in the graph of modules."""
+
+    def __init__(self, by):
+        super().__init__()
+        body, self.last, self.by, self.table = Normed().features, nn.Conv2d(12, 5, 1), by, {}
+        for norm in (body[1], body[4]):
+            norm.running_var.fill_(0.25)
+        self.body = Writes(body, self.table) if by == "a table" else body
+        if by == "a method as hook":
+            self.body.register_forward_hook(self.keep)
+        elif by == "a function as hook":
+            self.body.register_forward_hook(lambda module, args, output: self.table.update(maps=output))
+        elif by == "a list of modules":
+            self.hidden, self.body = [body.double().eval()], nn.Identity()
+
+    def keep(self, module, args, output):
+        self.table["maps"] = output
+
+    def forward(self, x):
+        maps = self.hidden[0](x) if self.by == "a list of modules" else self.body(x)
+        other = self.table["maps"] if "hook" in self.by or self.by == "a table" else maps
+        return self.last(torch.cat([maps.flip(2), other], 1)).relu().mean((2, 3))
+
+
+WAYS = ["a table", "a method as hook", "a function as hook", "a list of modules"]
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["new", "seen"])
+@pytest.mark.parametrize("by", WAYS)
+def test_networks_whose_parts_talk(images, class_idx, by, seen):
+    expected, network = (Talks(way).double().eval() for way in ("", by))
+    layers = {"layer": "last"}
+    for number in (1, 3):
+        x, c = images[:number], class_idx[:number]
+        if seen:  # then it still holds what it kept of this very image
+            network(x)
+        for name, options in CALLS.items():
+            options = options if name == "rise" else options | layers
+            found, right = (METHODS[name](model, x, c, **options) for model in (network, expected))
+            torch.testing.assert_close(found, right, rtol=0, atol=1e-9)
+        found, right = (score(model, x, c, images[:number, :1]) for model in (network, expected))
+        np.testing.assert_allclose(found, right, rtol=1e-9)
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_a_library_is_right_of_networks_whose_parts_talk_or_refuses_them(images, class_idx, by):
+    pytest.importorskip("captum", reason="captum is an extra")
+    expected, network = (Talks(way).double().eval() for way in ("", by))
+    network(images[:1])
+    explain = lambda model: find_method("captum:Saliency")(model, images[:1], class_idx[:1])  # noqa: E731
+    if by == "a function as hook":
+        with pytest.raises(ValueError, match="model: hooks in Talks keep what a later part of the pass reads"):
+            explain(network)
+    else:
+        torch.testing.assert_close(explain(network), explain(expected), rtol=0, atol=1e-9)
 
 
 def test_captum_beside_other_methods(images, class_idx, eager):

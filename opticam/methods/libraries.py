@@ -7,7 +7,7 @@ weights are shared. So the network is left as found, whatever the library does.
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from opticam.checks import check_class_range, check_inputs
 from opticam.classifier import bare, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
-from opticam.folding import twin_of
+from opticam.folding import OF_TORCH, twin_of
 from opticam.saliency import saliency_map
-from opticam.state import frozen
+from opticam.state import frozen, hooked_by_others
 
 REFUSALS = (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, LookupError)
 CAPTUM_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -70,6 +70,7 @@ def library_map(
         check_class_range(class_idx, logits.shape[1])
         shapes = [output.shape[1:] for output in outputs]
         twins = _private(model)
+        _check_twin(model, twins[model], prepared(model, images[:1]))
         places = [twins[resolve_layer(model, one)] for one in layers]
 
         def grid(output: Tensor) -> Tensor:
@@ -101,12 +102,26 @@ class _Logits(nn.Module):
         return read(self.network, images).logits
 
 
+def _check_twin(model: nn.Module, twin: nn.Module, image: Tensor) -> None:
+    """Refuse a network of which a copy is another: its hooks keep what a later part of the pass reads."""
+    if hooked_by_others(model):
+        x = image.flip(3) / 2  # not the last that the network has seen
+        with torch.no_grad(), suppress(Exception):  # what the copy does not find ends its pass
+            found, wanted = (read(network, x).logits for network in (twin, model))
+            if (found - wanted).abs().max() <= 2**13 * torch.finfo(wanted.dtype).eps * wanted.abs().max():
+                return
+        raise ValueError(
+            f"model: hooks in {type(bare(model)).__name__} keep what a later part of the pass reads, and a library "
+            "works on a copy that they do not know; wanted forward methods that hand it on"
+        )
+
+
 def _private(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Module -> its twin, which shares the values of the weights and nothing else that a library may change."""
     twins: dict[nn.Module, nn.Module] = {}
     twin_of(model, twins)
     for twin in twins.values():
-        own = {key: value.copy() for key, value in vars(twin).items() if isinstance(value, dict)}  # hooks among them
+        own = {key: vars(twin)[key].copy() for key in OF_TORCH if isinstance(vars(twin)[key], dict)}  # hooks among them
         own["_parameters"] = {
             name: p if p is None else nn.Parameter(p.detach(), p.is_floating_point())
             for name, p in own["_parameters"].items()

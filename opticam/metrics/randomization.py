@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import kept
 from opticam.classifier import bare
 from opticam.features import resolve_layer
 from opticam.saliency import check_saliency
@@ -149,8 +148,11 @@ def _randomized_by_stage(
 
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy, also where the network keeps results of a pass, which `deepcopy` refuses."""
-    held = [value for value in kept(model.modules()) if isinstance(value, Tensor) and not value.is_leaf]
-    return deepcopy(model, {id(value): value.detach().clone() for value in held})
+    held = [value for module in model.modules() for value in vars(module).values()]
+    for inside in [value for value in held if isinstance(value, dict | list)]:
+        held += inside.values() if isinstance(inside, dict) else inside
+    made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return deepcopy(model, {id(value): value.detach().clone() for value in made})
 
 
 def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:
