@@ -37,6 +37,8 @@ def check_network(model: nn.Module) -> None:
     for kind in dict.fromkeys(map(type, modules)):
         if issubclass(kind, torch.jit.ScriptModule):
             raise TypeError("model: TorchScript hides its layers; wanted the network that it was made from")
+        if kind.__module__.startswith("torchvision.transforms") and _MOVING.search(kind.__name__):
+            raise ValueError(f"model: {kind.__name__} inside moves the pixels; wanted it done to the images before")
         if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
             raise TypeError(f"model: {kind.__name__} is quantised and has no gradients; wanted floating-point weights")
     for module in modules:
@@ -57,6 +59,9 @@ def check_network(model: nn.Module) -> None:
         if is_lazy(tensor) or tensor.is_meta:
             what = "lazy weights" if is_lazy(tensor) else "weights on the meta device"
             raise ValueError(f"model: {what} have no values; wanted the weights loaded")
+
+
+_MOVING = re.compile("Crop|Pad|Flip|Rotation|Affine|Perspective|Elastic")  # transforms; a map would lie elsewhere
 
 
 def check_inputs(model: nn.Module, images: Tensor, class_idx: Tensor) -> None:

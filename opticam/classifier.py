@@ -135,12 +135,18 @@ def read(model: nn.Module, images: Tensor) -> Output:
             told = f"model: {name} wants {', '.join(wanted)} beside the images"
             raise TypeError(f"{told}; wanted a module that takes the images alone and gives it the rest") from error
         raise
-    except (RuntimeError, IndexError, AttributeError, AssertionError) as error:
+    except (RuntimeError, IndexError, AttributeError, AssertionError, ValueError) as error:
         if _IN_PLACE.search(str(error)):
             raise _without_gradients(model, error) from error
-        if isinstance(error, torch.OutOfMemoryError) or not _OF_TENSORS.search(str(error)):
+        if _OF_OWN_HOOKS.search(str(error)):
+            raise ValueError(
+                f"model: {name} sets hooks on its tensors in forward, which a pass without gradients cannot have "
+                f"({error}); wanted a forward without them"
+            ) from error
+        known = (_MISFIT if isinstance(error, ValueError) else _OF_TENSORS).search(str(error))
+        if isinstance(error, torch.OutOfMemoryError) or not (known or isinstance(error, AssertionError)):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"images: {name} cannot take a tensor {tuple(images.shape)} of {images.dtype} ({reason}); "
             "wanted images as it takes them, or a module around it that makes them so"
@@ -215,8 +221,11 @@ def _tensors(returned: Any) -> Iterator[Tensor]:
 _HINT = "say which by opticam.wrap(..., to_logits=lambda output: ...)"
 _OF_FEATURES = re.compile(r"feat|embed|hidden|pool|represent|latent", re.IGNORECASE)  # in names of what is no logits
 _OF_TENSORS = re.compile(  # what torch says of a misfit
-    r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout|height|width|missing the required|not implemented for)\b"
+    r"\b([Tt]ensor|channels?|sizes?|shapes?|dtype|type|layout|height|width|elements|[Dd]imensions?|"
+    r"missing the required|not implemented for)\b"
 )
+_MISFIT = re.compile(r"expected \d.* input|spatial dimensions")  # and where it checks that itself
+_OF_OWN_HOOKS = re.compile("register a hook on a tensor|retain_grad")
 
 
 def differentiate(model: nn.Module, total: Tensor, inputs: Tensor | Sequence[Tensor], **options: Any) -> Any:

@@ -6,6 +6,7 @@ Whatever happens inside, the network is left as it was found: no hook, no change
 import difflib
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,10 +33,12 @@ from opticam.layouts import (
     Tokens,
     channels_first,
     channels_last,
+    check_cells,
     check_patches,
     class_token_grid,
     find_layout,
     parts_of_transformer,
+    path_to,
     plain_transformer,
     token_grid,
 )
@@ -51,7 +54,8 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
     contiguous, since a foreign network may rely on that.
     """
     classifier = as_classifier(model)
-    last = classifier is not None and any(p.ndim == 4 and not p.is_contiguous() for p in classifier.parameters())
+    kernels = [] if classifier is None else [p for p in classifier.parameters() if p.ndim == 4]
+    last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
     memory_format = torch.channels_last if last else torch.contiguous_format
     return for_autograd(images).detach().contiguous(memory_format=memory_format)
 
@@ -137,7 +141,9 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
     captured: list[list[Tensor]] = [[] for _ in layers]
     with frozen(model), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
-            hooks.enter_context(hooked(resolve_layer(model, name), partial(_keep, place)))
+            module = resolve_layer(model, name)
+            views = hooks.enter_context(_views(model, module))
+            hooks.enter_context(hooked(module, partial(_keep, place, views)))
         logits = examine(unwrapped(model), prepared(model, images)).logits
     outputs = [for_autograd(_reached(place, model, images)) for place in captured]
     for name, output in zip(layers, outputs, strict=True):
@@ -189,12 +195,13 @@ def features_and_gradients(
         ValueError: as `feature_maps`; a class index out of range; logits that do not depend on the layer.
     """
     captured: list[Tensor] = []
+    place = resolve_layer(model, layer)
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        captured[:] = [_last(captured, module, output).detach().requires_grad_()]
+        captured[:] = [_last(captured, views, module, output).detach().requires_grad_()]
         return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
-    with frozen(model), hooked(resolve_layer(model, layer), restart_graph):
+    with frozen(model), _views(model, place) as views, hooked(place, restart_graph):
         logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
@@ -240,11 +247,11 @@ def attention_maps(
     """
     grid = class_token_grid(model, images.shape[-2:])
     captured: list[Tensor] = []
-    with frozen(model), _attention_shown(model, captured.append):
+    with frozen(model), _attention_shown(model, captured.append) as shown:
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
             logits = examine(unwrapped(model), x, class_idx).logits
-        _check_attention(model, captured, grid, len(images))
+        _check_attention(model, captured, shown, grid, len(images))
         attention = list(captured)  # to which a network that runs again in the backward pass would add
         gradients: Sequence[Tensor] = ()
         if with_gradients:
@@ -287,11 +294,11 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
         outputs.append(output)
         return output.detach()
 
-    with frozen(model), _attention_shown(model, restart_at_attention), ExitStack() as hooks:
+    with frozen(model), _attention_shown(model, restart_at_attention) as shown, ExitStack() as hooks:
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
         logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
-        _check_attention(model, captured, grid, len(images))
+        _check_attention(model, captured, shown, grid, len(images))
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
@@ -301,16 +308,25 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
 
 
 @contextmanager
-def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Hands every attention map to `show` while it is open; what that returns takes the map's place."""
+def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) -> Iterator[list[str]]:
+    """Hands every attention map to `show` while it is open; what that returns takes the map's place.
+
+    Yields the names of the modules, one for each map.
+    """
+    names: list[str] = []
+
+    def named(name: str, maps: Tensor) -> Tensor | None:
+        names.append(name)
+        return show(maps)
+
     with ExitStack() as undo:
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
-                undo.enter_context(hooked(module, partial(_attend, show)))
+                undo.enter_context(hooked(module, partial(_attend, partial(named, name))))
             elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
                 undo.enter_context(changed([(module, "fused_attn", False)]))
-                undo.enter_context(hooked(dropout, lambda dropout, args, output: show(output)))
-        yield
+                undo.enter_context(hooked(dropout, lambda dropout, args, output, name=name: named(name, output)))
+        yield names
 
 
 def _attend(
@@ -329,12 +345,16 @@ def _attend(
     return mine, None
 
 
-def _check_attention(model: nn.Module, captured: Sequence[Tensor], grid: Tokens | None, num_images: int) -> None:
+def _check_attention(
+    model: nn.Module, captured: Sequence[Tensor], names: Sequence[str], grid: Tokens | None, num_images: int
+) -> None:
+    """Refuse what is not one row of blocks, each of which has run once."""
     transformer = plain_transformer(model, pooled=True)
     blocks = getattr(transformer, "blocks", None)
     tokens = 0 if grid is None else grid.prefix + grid.rows * grid.columns
     plain = all(maps.ndim == 4 and len(maps) == num_images and maps.shape[2:] == (tokens, tokens) for maps in captured)
-    if not (captured and plain and (blocks is None or len(blocks) == len(captured))):
+    one_row = len(set(names)) == len(names) and len({re.sub(r"\d+", "", name) for name in names}) == 1
+    if not (captured and plain and one_row and (blocks is None or len(blocks) == len(captured))):
         raise ValueError(_no_attention(model))
 
 
@@ -420,13 +440,23 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
         yield
 
 
-def _keep(place: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
-    place[:] = [_last(place, module, output).detach().clone()]
+def _keep(place: list[Tensor], views: list[None], module: nn.Module, args: tuple, output: Tensor) -> None:
+    place[:] = [_last(place, views, module, output).detach().clone()]
 
 
-def _last(place: list[Tensor], module: nn.Module, output: Tensor) -> Tensor:
+@contextmanager
+def _views(model: nn.Module, layer: nn.Module) -> Iterator[list[None]]:
+    """Has an entry for each time that a layer's part of the network, the smallest with parameters, has run."""
+    path = path_to(bare(model), layer)
+    part = next((module for module in reversed(path) if next(module.parameters(), None) is not None), layer)
+    views: list[None] = []
+    with hooked(part, lambda module, args, output: views.append(None)):
+        yield views
+
+
+def _last(place: list[Tensor], views: list[None], module: nn.Module, output: Tensor) -> Tensor:
     """The output, which takes the place of an earlier one; said where that may be one of another view."""
-    if place and place[0].shape == _tensor(output).shape and next(module.parameters(), None) is not None:
+    if place and views and place[0].shape == _tensor(output).shape:
         text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
         warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
     return _tensor(output)
@@ -439,6 +469,8 @@ def _name(model: nn.Module) -> str:
 def _tensor(output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"layer: wanted one whose output is a tensor, got a {type(output).__name__}")
+    if not output.is_floating_point():
+        raise ValueError(f"layer: wanted one whose output is floating-point, got {output.dtype}")
     return output
 
 
@@ -466,6 +498,11 @@ def _has_own_layout(model: nn.Module) -> bool:
     return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
 
 
+def _is_told(model: nn.Module) -> bool:
+    classifier = as_classifier(model)
+    return classifier is not None and classifier.layout is not None
+
+
 def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
     """A layer's output as feature maps (B,K,h,w).
 
@@ -491,8 +528,9 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
         if not isinstance(grid, Tensor) or grid.ndim != 4 or len(grid) != number:
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
-        if to_maps not in (channels_first, channels_last):
-            check_patches(model, images.shape[2:], grid.shape[2:])
+        check_patches(model, images.shape[2:], grid.shape[2:])
+        if not _is_told(model):
+            check_cells(images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):
             told = f"cells of {high:.0f} x {wide:.0f} pixels by {to_maps}"

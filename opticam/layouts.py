@@ -95,6 +95,18 @@ def check_patches(model: nn.Module, size: Sequence[int], told: Sequence[int]) ->
             raise ValueError(f"layout: wanted {patches}, got {told[0]}x{told[1]} cells")
 
 
+def check_cells(size: Sequence[int], cells: Sequence[int]) -> None:
+    """Refuse cells that by their shape lie in another order than the pixels: in one row, or upright in a wide image."""
+    (height, width), (rows, columns) = size, cells
+    high, wide = height / rows, width / columns
+    strip = 1 in cells and rows != columns and 1 not in size and max(high, wide) > 4 * min(high, wide)
+    if strip or (rows - columns) * (height - width) < 0:
+        raise ValueError(
+            f"layout: {rows}x{columns} cells of images {height}x{width} may lie in another order than the pixels; "
+            "wanted opticam.wrap(network, layer, layout=channels_first) where they do not, else another layout"
+        )
+
+
 def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
     """The tokens of a network that is one plain sequence headed by a class token that its head reads, or None.
 
@@ -219,8 +231,13 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def path_to(network: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The modules from the network down to the layer."""
+    return [module for _, module in _path(network, layer)]
+
+
 def _path(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules from the network down to the layer, each with its own name."""
+    """As `path_to`, each with its own name."""
     dotted = next((name for name, module in network.named_modules() if module is layer), "")
     path = [("", network)]
     for name in filter(None, dotted.split(".")):
@@ -353,6 +370,8 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
         return None
     network = path[0][1]
     known = set(_channel_numbers(network))
+    if not (first or last) and not (a in known and c not in known):
+        return None
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)
     childless = next(layer.children(), None) is None
     mixed = any(_wants_channels_last(part) for part in network.modules())
@@ -362,7 +381,8 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is attention, by the name of its class."""
     name = type(module).__name__.lower()
-    return any(word in name for word in ("attention", "attn", "mhsa", "gpsa", "xca")) and "block" not in name
+    whole = "block" in name or name.endswith(("net", "model", "classifier"))
+    return any(word in name for word in ("attention", "attn", "mhsa", "gpsa", "xca")) and not whole
 
 
 def _is_convolutional(module: nn.Module) -> bool:

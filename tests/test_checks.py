@@ -1,6 +1,7 @@
 """What is refused at the door, in one sentence, and what must not be."""
 
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from opticam.features import count_passes, feature_maps
 from opticam.lab.datasets import Sample
 from opticam.lab.explorer import explanation_of
 from opticam.state import frozen
+
+from torchvision import transforms  # isort: skip  (after opticam)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,11 @@ FOREIGN = {
     "meta": (lambda tiny: tiny.to("meta"), ValueError, "model: weights on the meta device"),
     "meta in part": (half_on_meta, ValueError, "model: weights on the meta device"),
     "batch norm of the batch": (batch_statistics, ValueError, "model: BatchNorm2d without running statistics"),
+    "a crop inside": (
+        lambda tiny: nn.Sequential(OrderedDict(crop=transforms.CenterCrop(16), features=tiny)),
+        ValueError,
+        "model: CenterCrop inside moves the pixels",
+    ),
     "a function": (
         lambda tiny: lambda images: tiny(images),
         TypeError,
@@ -330,8 +338,23 @@ MISFITS = {
     "a dict": (lambda inner, x: inner(x["pixel_values"]), "too many indices for tensor"),
     "a record": (lambda inner, x: inner(x.pixel_values), "'Tensor' object has no attribute 'pixel_values'"),
     "an assertion": (lambda inner, x: inner(x) if x.shape[2] == 64 else fail("Input height (24)"), "Input height"),
+    "an assertion without words": (lambda inner, x: inner(x) if x.shape[2] == 64 else fail(""), "AssertionError"),
+    "statistics": (lambda inner, x: inner(F.batch_norm(x, torch.zeros(1), torch.ones(1))), "should contain 3 elements"),
+    "rank": (lambda inner, x: inner(nn.BatchNorm1d(3).eval()(x)), "expected 2D or 3D input"),
     "no forward": (lambda inner, x: nn.ModuleList([inner])(x), 'missing the required "forward" function'),
 }
+
+
+def test_a_network_with_hooks_on_its_tensors(tiny, images, class_idx):
+    def forward(inner, x):
+        maps = inner.features(x)
+        maps.register_hook(lambda slope: None)
+        return inner.fc(maps.mean((2, 3)))
+
+    for name in ("score_cam", "rise"):
+        message = "model: Own sets hooks on its tensors in forward, which a pass without gradients cannot have"
+        call = lambda name=name: METHODS[name](Own(tiny, forward), images, class_idx, layer="inner.features")  # noqa: E731
+        refused(ValueError, message, call)
 
 
 @pytest.mark.parametrize("kind", MISFITS)

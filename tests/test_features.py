@@ -53,11 +53,46 @@ def test_a_network_that_sees_several_views_of_an_image_is_warned_of(tiny, images
         def forward(self, x):
             return (self.inner(x) + self.inner(x.flip(3))) / 2
 
-    with pytest.warns(
-        UserWarning, match=r"^layer: \w+ runs several times in a pass, as on several views of an image; "
-    ):
-        flipped = METHODS[name](Views(), images, class_idx, layer="inner.features")
-    torch.testing.assert_close(flipped, METHODS[name](tiny, images.flip(3), class_idx, layer="features"))
+    for layer in ("features", "features.3"):  # and a ReLU, which has no parameters of its own
+        with pytest.warns(
+            UserWarning, match=r"^layer: \w+ runs several times in a pass, as on several views of an image; "
+        ):
+            flipped = METHODS[name](Views(), images, class_idx, layer=f"inner.{layer}")
+        torch.testing.assert_close(flipped, METHODS[name](tiny, images.flip(3), class_idx, layer=layer))
+
+
+def test_a_relu_that_a_block_uses_several_times_gives_no_warning(images, class_idx, recwarn):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.second(self.relu(self.first(x))))
+
+    network = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).double()
+    METHODS["grad_cam"](network, images, class_idx, layer="0.relu")
+    assert not recwarn
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.int64, torch.bool])
+def test_layers_whose_outputs_are_no_real_numbers_are_refused(tiny, images, class_idx, dtype):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.to(dtype)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.cast = tiny, Cast()
+
+        def forward(self, x):
+            self.cast(x)
+            return self.inner(x)
+
+    for name in ("grad_cam", "eigen_cam", "score_cam", "opti_cam"):
+        with pytest.raises(ValueError, match=r"^layer: wanted one whose output is floating-point, got"):
+            METHODS[name](Own(), images, class_idx, layer="cast")
 
 
 def test_frozen_restores_every_flag_after_an_exception(tiny):

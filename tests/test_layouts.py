@@ -107,6 +107,48 @@ def test_maps_that_a_module_of_ones_own_gives_channels_last_are_refused_or_told(
                 feature_maps(network, images, layer)
 
 
+@pytest.mark.parametrize("layer", ["0", "1"])
+def test_maps_channels_last_of_a_block_that_cuts_the_border_are_refused_or_told(layer):
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 11, 4)
+
+        def forward(self, images):
+            return self.conv(images).permute(0, 2, 3, 1)
+
+    network = nn.Sequential(Stem(), nn.ReLU(), Permute(0, 3, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(2, 3, 64, 128)
+    with pytest.raises(ValueError, match=r"^layer: where the cells of \w+'s output .* is not known"):
+        feature_maps(network, images, layer)
+    assert feature_maps(wrap(network, layer, layout=channels_last), images)[0][0].shape == (2, 16, 14, 30)
+
+
+SWAPPED = {
+    "rows and columns": ((64, 128), nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Permute(0, 1, 3, 2), nn.Conv2d(4, 4, 1))),
+    "tokens as a column": ((64, 64), nn.Sequential(nn.Conv2d(3, 4, 5, 4, 2), nn.Flatten(2), nn.Unflatten(2, (256, 1)))),
+    "tokens as a row": ((64, 64), nn.Sequential(nn.Conv2d(3, 4, 5, 4, 2), nn.Flatten(2), nn.Unflatten(2, (1, 256)))),
+    "patches as a column": ((64, 64), nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(2), nn.Unflatten(2, (64, 1)))),
+}
+
+
+@pytest.mark.parametrize("kind", SWAPPED)
+def test_maps_whose_cells_lie_in_another_order_by_their_shape_are_refused(kind):
+    size, body = SWAPPED[kind]
+    network = nn.Sequential(*body, nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layer, images = str(len(body)), torch.rand(2, 3, *size)
+    with pytest.raises(ValueError, match=r"^layout: "):
+        feature_maps(network, images, layer)
+    if "patches" not in kind:  # whoever says that they are right is believed
+        assert len(feature_maps(wrap(network, layer, layout=channels_first), images)[0][0]) == 2
+
+
+@pytest.mark.parametrize("size", [(1, 64), (32, 96), (96, 32)])
+def test_long_images_have_long_maps(size):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert feature_maps(network, torch.rand(1, 3, *size), "1")[0][0].shape[2:] == tuple(-(-side // 2) for side in size)
+
+
 class Windows(nn.Module):
     """Takes every quarter of the image for an image of its own, and back."""
 

@@ -161,6 +161,23 @@ def test_a_transformer_of_ones_own_is_told(vit, images, class_idx, name):
         METHODS[name](wrong, images, class_idx)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["one on two views", "two"])
+def test_two_sequences_in_a_network_are_refused_also_where_tokens_are_told(images, class_idx, kind, name):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = TinyViT()
+            self.second = self.first if kind == "one on two views" else TinyViT()
+
+        def forward(self, x):
+            return self.first(x) + self.second(x.flip(3))
+
+    network = wrap(Views().double().eval(), "first.network.blocks.0", layout=Tokens(3, 4, 1))
+    with pytest.raises(ValueError, match=r"^model: Views has no attention over one plain sequence with a class token"):
+        METHODS[name](network, images, class_idx)
+
+
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "pooled"])
 def test_legrad_agrees_with_differences(images, class_idx, options):
     """Every attention probability of every block is nudged by hand, and the block's own class score watched."""
