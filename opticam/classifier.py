@@ -67,6 +67,7 @@ class Classifier(nn.Module):
         """The logits of images (B,C,H,W) in [0,1], also of a network that returns them in a record; see `as_output`."""
         returned = self.network((images - self.mean) / self.std)
         returned = returned if self.to_logits is None else self.to_logits(returned)
+        _check_distribution(returned, self.head)
         record = isinstance(returned, Mapping | tuple | list) or isinstance(getattr(returned, "logits", None), Tensor)
         return find_logits(returned, len(images)) if record else returned
 
@@ -179,6 +180,9 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         TypeError: no such logits, or several tensors that might be.
         ValueError: the logits are not (B,C).
     """
+    classifier = as_classifier(model)
+    head: Head = "softmax" if classifier is None else classifier.head
+    _check_distribution(returned, head)
     logits = for_autograd(find_logits(returned, num_images))
     if logits.ndim < 2 and (num_images == 1 or logits.shape == (num_images,)):
         logits = logits.reshape(num_images, -1)
@@ -186,10 +190,15 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
         raise ValueError(f"model: wanted logits ({num_images},C), got shape {tuple(logits.shape)}; {_HINT}")
     if not logits.is_floating_point() or logits.layout != torch.strided:
         raise TypeError(f"model: wanted floating-point logits, got {logits.dtype}, {logits.layout}; {_HINT}")
-    classifier = as_classifier(model)
     if logits.shape[1] == 1:
         return Output(with_absence(logits), "sigmoid")
-    return Output(logits, "softmax" if classifier is None else classifier.head)
+    return Output(logits, head)
+
+
+def _check_distribution(returned: Any, head: Head) -> None:
+    several = isinstance(returned, torch.distributions.Bernoulli) and returned.logits.shape[-1] > 1
+    if several and head != "sigmoid":
+        raise ValueError('model: it returns a Bernoulli for each class; wanted opticam.wrap(..., head="sigmoid")')
 
 
 def find_logits(returned: Any, num_images: int) -> Tensor:

@@ -223,3 +223,22 @@ def test_a_dataset_whose_one_name_is_elsewhere_is_refused(one, images):
     model = wrap(one, "inner.features.0", class_names=["Ill "])  # names that differ in spelling alone are the same
     with pytest.raises(ValueError, match="dataset: its classes are in another order than the model's"):
         evaluate(model, data, {"fake_cam": METHODS["fake_cam"]})
+
+
+def test_a_bernoulli_for_each_class_is_said_to_be_sigmoids_or_refused(network, images):
+    class Drawn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x):
+            return torch.distributions.Bernoulli(logits=self.inner(x))
+
+    class_idx = torch.full((5,), C)
+    for model in (Drawn(), wrap(Drawn(), "inner.features")):
+        with pytest.raises(ValueError, match=r"^model: it returns a Bernoulli for each class"):
+            score(model, images, class_idx, images[:, :1])
+    told, same = (
+        wrap(model, layer, head="sigmoid") for model, layer in ((Drawn(), "inner.features"), (network, "features"))
+    )
+    assert score(told, images, class_idx, images[:, :1]).equals(score(same, images, class_idx, images[:, :1]))
