@@ -138,6 +138,13 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
 
 
+def check_corners(boxes: Tensor) -> None:
+    """Refuse, by a ValueError, torchvision's `BoundingBoxes` whose numbers are not corners."""
+    form = getattr(boxes, "format", None)
+    if form is not None and form.name != "XYXY":
+        raise ValueError(f"boxes: wanted format XYXY, got {form.name}")
+
+
 def check_window(window: Sequence[float] | None) -> None:
     """Refuse what is not two numbers (low, high) with low < high; None passes."""
     if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):

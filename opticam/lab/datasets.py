@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_tensors, check_window
+from opticam.checks import check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -361,6 +361,7 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     """
     _check_frame(input_size, resize)
     check_tensors(boxes=boxes)
+    check_corners(boxes)
     width, height = photo_size
     short = min(width, height)
     resized = torch.tensor([int(resize * width / short), int(resize * height / short)])  # torchvision truncates

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_inputs, examine
+from opticam.checks import check_at_least, check_corners, check_inputs, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -387,6 +387,7 @@ def _check_boxes(boxes: Sequence[Tensor]) -> None:
     for truth in boxes:
         if not isinstance(truth, Tensor):
             raise TypeError(f"boxes: wanted a sequence of tensors (n,4), got a {type(truth).__name__} in it")
+        check_corners(truth)
         if truth.ndim != 2 or truth.shape[1] != 4:
             raise ValueError(f"boxes: wanted tensors (n,4), one an image, got shape {tuple(truth.shape)}")
         if not (truth.isfinite().all() and (truth[:, :2] <= truth[:, 2:]).all()):

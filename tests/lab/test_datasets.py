@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
+from torchvision.tv_tensors import BoundingBoxes
 
 from opticam import METHODS, evaluate, load_model
 from opticam.lab import datasets
@@ -793,6 +794,8 @@ def test_pixels_and_boxes_of_another_kind():
             to_input(photo)
     with pytest.raises(TypeError, match="boxes: wanted a tensor, got list"):
         boxes_to_input([[1, 2, 3, 4]], (8, 8))
+    with pytest.raises(ValueError, match=r"^boxes: wanted format XYXY, got XYWH$"):
+        boxes_to_input(BoundingBoxes([[1, 2, 3, 4]], format="XYWH", canvas_size=(8, 8)), (8, 8))
 
 
 def test_read_image_names_what_no_one_expects(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import references
 import torch
 from torch.nn import functional as F
+from torchvision.tv_tensors import BoundingBoxes
 
 from opticam import metrics
 from opticam.lab.evaluation import score
@@ -437,6 +438,10 @@ def test_bad_input(name):
         metric(maps, [boxes[0], box(1, 1, math.inf, 4)])
     with pytest.raises(ValueError, match="boxes: wanted pixels, got fractions"):
         metric(maps, [boxes[0], box(0.25, 0, 1, 0.5)])
+    for form in ("XYWH", "CXCYWH"):
+        with pytest.raises(ValueError, match=rf"^boxes: wanted format XYXY, got {form}$"):
+            metric(maps, [boxes[0], BoundingBoxes(box(1, 1, 4, 4), format=form, canvas_size=(H, W))])
+    metric(maps, [boxes[0], BoundingBoxes(box(1, 1, 4, 4), format="XYXY", canvas_size=(H, W))])
     metric(maps, [box(0, 0, 1, 1), box(-9.5, -9.5, 0.5, 0.5)])  # one pixel, and what was cropped away
 
 
