@@ -5,7 +5,7 @@ import random
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
@@ -143,6 +143,14 @@ def check_corners(boxes: Tensor) -> None:
     form = getattr(boxes, "format", None)
     if form is not None and form.name != "XYXY":
         raise ValueError(f"boxes: wanted format XYXY, got {form.name}")
+
+
+def as_names(class_names: Iterable[Any]) -> list[str]:
+    """Class names as a list of texts; a TypeError for what has no order or is one text."""
+    unclear = str | bytes | Mapping | set | frozenset | Tensor
+    if isinstance(class_names, unclear) or not isinstance(class_names, Iterable):
+        raise TypeError(f"class_names: wanted a list with one name per class, got {class_names!r}")
+    return list(map(str, class_names))
 
 
 def check_window(window: Sequence[float] | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import check_at_least, check_window
+from opticam.checks import as_names, check_at_least, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -92,7 +92,7 @@ def wrap(
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
-        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is one text.
+        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is no list.
         ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
             together, or for a network that normalises its images itself.
     """
@@ -104,8 +104,7 @@ def wrap(
     mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
     check_window(window)
     check_at_least(1, input_size=input_size, resize=resize)
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names: wanted one name per class, got {class_names!r}")
+    class_names = as_names(class_names)
     if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
         got = f"got {mean} with std {std}"
         raise ValueError(f"mean: wanted that of images in [0,1], {got}; of 0..255 divide mean and std by 255")
@@ -128,7 +127,7 @@ def wrap(
         std=std,
         input_size=input_size,
         resize=resize or round(input_size / 0.875),
-        class_names=list(class_names),
+        class_names=class_names,
         layout=layout,
         window=window,
     )
@@ -215,11 +214,13 @@ def load_model(
         device: where the classifier goes.
 
     Raises:
+        TypeError: `class_names` is no list.
         ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
             but a state dict, or one of another network.
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
         ImportError: the library is not installed.
     """
+    class_names = None if class_names is None else as_names(class_names)
     if checkpoint and Path(checkpoint).suffix == ".toml":
         given = {
             "checkpoint_key": checkpoint_key,

@@ -1,11 +1,14 @@
 import argparse
 import os
 import pickle
+import re
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -689,12 +692,32 @@ def test_families_of_transformers_are_right_or_refused(tmp_path, family):
         ({"input_size": 0}, "input_size: wanted at least 1, got 0"),
         ({"layout": (14, 14, 1)}, r"layout: wanted a function, got \(14, 14, 1\)"),
         ({"to_logits": "neg"}, "to_logits: wanted a function, got 'neg'"),
-        ({"class_names": "cat"}, "class_names: wanted one name per class, got 'cat'"),
+        *(
+            (
+                {"class_names": names},
+                f"class_names: wanted a list with one name per class, got {re.escape(repr(names))}",
+            )
+            for names in ("cat", {"dog": 1, "cat": 0}, {0: "dog"}, {"dog"}, 3, torch.tensor([0, 1]))
+        ),
     ],
 )
 def test_what_wrap_cannot_use_is_refused_at_once(given, message):
     with pytest.raises((TypeError, ValueError), match=message):
         wrap(nn.Sequential(nn.Conv2d(3, 2, 3)), "0", **given)
+
+
+@pytest.mark.parametrize("names", [np.array(["a", "b"]), pd.Index(["a", "b"]), pd.Series(["a", "b"]), iter("ab")])
+def test_class_names_of_other_libraries(names):
+    if not isinstance(names, Iterator):
+        assert load_model("torchvision/resnet18", pretrained=False, class_names=names).class_names == ["a", "b"]
+    assert wrap(nn.Sequential(nn.Conv2d(3, 2, 3)), "0", class_names=names).class_names == ["a", "b"]
+
+
+def test_class_names_without_an_order_are_refused_before_anything_is_built():
+    with pytest.raises(
+        TypeError, match=r"class_names: wanted a list with one name per class, got {'dog': 1, 'cat': 0}"
+    ):
+        load_model("resnet50", class_names={"dog": 1, "cat": 0})
 
 
 def test_one_mean_and_std_serve_all_channels():

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_corners, check_tensors, check_window
+from opticam.checks import as_names, check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -578,6 +578,7 @@ def imagefolder(
         window: of pixels of more than 8 bits; see `read_image`.
 
     Raises:
+        TypeError: `class_names` is no list.
         FileNotFoundError: no root, no images in it, or no table.
         ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
             fits no image or several.
@@ -676,7 +677,7 @@ def _labels(
     folders: Sequence[str], with_images: set[str], class_names: Sequence[str] | None
 ) -> tuple[dict[str, int], list[str]]:
     """The label of each class folder, and the names of the classes; see `imagefolder`."""
-    given = list(class_names or ())
+    given = [] if class_names is None else as_names(class_names)
     if set(folders) <= set(given):
         if twice := [folder for folder in folders if given.count(folder) > 1]:
             raise ValueError(f"class_names: wanted the class folder {twice[0]} among them once, got it more often")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opticam import metrics
-from opticam.checks import check_at_least, check_class_range, check_inputs, check_network, examine
+from opticam.checks import as_names, check_at_least, check_class_range, check_inputs, check_network, examine
 from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped, letters, stack
@@ -402,7 +402,8 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
     classifier = as_classifier(model)
     names = [] if classifier is None else classifier.class_names
-    others = list(getattr(dataset, "class_names", None) or [])
+    said = getattr(dataset, "class_names", None)
+    others = [] if said is None else as_names(said)
     if names and others and len(names) != len(others):
         raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
     mine, theirs = ([letters(name) for name in part] for part in (names, others))

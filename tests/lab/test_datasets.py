@@ -905,6 +905,17 @@ def test_class_names_that_hold_the_folders_say_the_labels(tmp_path):
         imagefolder(tmp_path / "pets", class_names=[])
 
 
+@pytest.mark.parametrize("make", [np.array, pd.Index, pd.Series])
+def test_class_names_of_other_libraries(tmp_path, make):
+    assert labels_of(tmp_path, "cat", "dog", class_names=make(["dog", "cat"])) == ({"cat": 1, "dog": 0}, ["dog", "cat"])
+
+
+@pytest.mark.parametrize("names", [{"dog": 1, "cat": 0}, {0: "cat", 1: "dog"}, {"dog", "cat"}, "dc"])
+def test_class_names_without_an_order_are_refused(tmp_path, names):
+    with pytest.raises(TypeError, match="class_names: wanted a list with one name per class, got "):
+        labels_of(tmp_path, "cat", "dog", class_names=names)
+
+
 def test_folders_whose_labels_are_not_clear_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="root: of the class folders only some are named by a number; wanted class_names"
