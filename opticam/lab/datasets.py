@@ -7,6 +7,7 @@ whatever process asks, and what is wrong with one photo stays with that photo (`
 import math
 import os
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -677,11 +678,12 @@ def _labels(
     folders: Sequence[str], with_images: set[str], class_names: Sequence[str] | None
 ) -> tuple[dict[str, int], list[str]]:
     """The label of each class folder, and the names of the classes; see `imagefolder`."""
-    given = [] if class_names is None else as_names(class_names)
-    if set(folders) <= set(given):
-        if twice := [folder for folder in folders if given.count(folder) > 1]:
+    given = [] if class_names is None else list(map(_composed, as_names(class_names)))
+    written = dict(zip(folders, map(_composed, folders), strict=True))
+    if set(written.values()) <= set(given):
+        if twice := [name for name in written.values() if given.count(name) > 1]:
             raise ValueError(f"class_names: wanted the class folder {twice[0]} among them once, got it more often")
-        return {folder: given.index(folder) for folder in folders}, given
+        return {folder: given.index(name) for folder, name in written.items()}, given
     if {folder.lower() for folder in folders} <= _SPLITS:
         raise ValueError(f"root: its folders are {', '.join(folders)}; wanted one of them, with class folders")
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
@@ -717,7 +719,12 @@ def _labels(
 
 def letters(name: str) -> str:
     """What remains of a class name by which two spellings of it agree."""
-    return "".join(filter(str.isalnum, name.casefold()))
+    return "".join(filter(str.isalnum, _composed(name).casefold()))
+
+
+def _composed(name: str) -> str:
+    """A name with each accent in its letter: file systems of macOS part them, who types a name does not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _natural(name: str) -> list[str | int]:

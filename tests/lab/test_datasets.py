@@ -1,5 +1,6 @@
 import re
 import struct
+import unicodedata
 import zlib
 
 import cv2
@@ -903,6 +904,15 @@ def test_class_names_that_hold_the_folders_say_the_labels(tmp_path):
         imagefolder(tmp_path / "pets", class_names=["dog", "cat", "cat"])
     with pytest.raises(ValueError, match="class_names: wanted 2, one per class folder, got 0"):
         imagefolder(tmp_path / "pets", class_names=[])
+
+
+@pytest.mark.parametrize(("on_disk", "typed"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_accents_are_part_of_their_letter_however_they_are_stored(tmp_path, on_disk, typed):
+    folders, names = ([unicodedata.normalize(form, name) for name in ("été", "âne")] for form in (on_disk, typed))
+    found, _ = labels_of(tmp_path, *folders, class_names=names)
+    assert found == {folders[0]: 0, folders[1]: 1}
+    with pytest.raises(ValueError, match="wanted the names of the folders as they are written"):
+        imagefolder(tmp_path, class_names=["Été", "Âne"])
 
 
 @pytest.mark.parametrize("make", [np.array, pd.Index, pd.Series])
