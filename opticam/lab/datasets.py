@@ -10,7 +10,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -258,10 +258,17 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     check_window(window)
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
+    refused = ""
     try:
         with Image.open(path) as opened:
-            deep = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)  # Pillow drops the lower 8 bits
-            inverted = opened.format == "TIFF" and opened.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+            tags: Mapping[int, Any] = opened.tag_v2 if opened.format == "TIFF" else {}  # type: ignore[attr-defined]
+            wide = max(tags.get(258, (8,))) > 8 or ";16" in str(opened.tile)
+            deep = opened.mode in ("RGB", "RGBA") and wide  # Pillow drops the lower 8 bits
+            inverted = tags.get(262) == 0
+            if wide and tags.get(284) == 2 and tags.get(277, 1) > 1:  # of which Pillow and OpenCV make noise
+                refused = "stores colours of more than 8 bits in planes; wanted the channels of a pixel side by side"
+            elif not wide and 2 in tags.get(339, ()):  # which Pillow reads without their sign
+                refused = "has signed pixels of 8 bits; wanted unsigned ones, or more bits"
             unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
             number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
@@ -274,6 +281,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
+    if refused:
+        raise ValueError(f"image: {path} {refused}")
     if number > 1 and opened.format != "MPO":  # a phone's photo, with a preview of its own
         raise ValueError(f"image: {path} holds {number} pages or frames; wanted a file of one")
     if image.mode == "F" or (image.mode.startswith("I") and not ranged):

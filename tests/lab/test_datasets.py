@@ -282,6 +282,45 @@ def test_deep_tiffs_by_their_own_words(tmp_path, white, dtype, kind):
     assert found.tolist() == np.stack([shown if white else 255 - shown] * 3, 2).tolist()
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {258: 16, 277: 3, 284: 2},
+            "stores colours of more than 8 bits in planes; wanted the channels of a pixel side",
+        ),
+        ({258: 16, 277: 3, 284: 1}, ""),
+        ({258: 8, 277: 3, 284: 2}, ""),
+        ({258: 8, 277: 1, 339: 2, 262: 1}, "has signed pixels of 8 bits; wanted unsigned ones, or more bits"),
+    ],
+)
+def test_tiffs_that_pillow_reads_wrongly_are_refused(tmp_path, changed, told):
+    bits, channels = changed[258], changed[277]
+    ramp = np.linspace(0, 2**bits - 1, 12).reshape(3, 4)
+    colors = np.stack([ramp / (channel + 1) for channel in range(channels)]).round().astype(f"<u{bits // 8}")
+    pixels = (colors if changed.get(284) == 2 else np.moveaxis(colors, 0, 2)).tobytes()
+    parts = channels if changed.get(284) == 2 else 1
+    tags = {256: [4], 257: [3], 258: [bits] * channels, 259: [1], 262: [2], 273: [], 277: [1], 278: [3], 279: []}
+    tags |= {tag: [value] for tag, value in changed.items() if tag != 258}
+    tags[273] = [8 + part * len(pixels) // parts for part in range(parts)]
+    tags[279] = [len(pixels) // parts] * parts
+    entries, after = b"", b""
+    end = 8 + len(pixels) + 2 + 12 * len(tags) + 4
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}I", *values)
+        place = packed if len(values) == 1 else struct.pack("<I", end + len(after))
+        after += b"" if len(values) == 1 else packed
+        entries += struct.pack("<HHI", tag, 4, len(values)) + place
+    header = struct.pack("<4sI", b"II*\0", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags))
+    (tmp_path / "a.tif").write_bytes(header + entries + bytes(4) + after)
+    if told:
+        with pytest.raises(ValueError, match=rf"^image: .*a\.tif {told}"):
+            read_image(tmp_path / "a.tif")
+        return
+    shown = np.moveaxis(colors, 0, 2) / (2**bits - 1) * 255
+    assert np.abs(np.asarray(read_image(tmp_path / "a.tif")) - shown).max() <= 1
+
+
 def test_a_range_that_the_file_says_itself(tmp_path, recwarn):
     (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 819, 1023], dtype=">u2").tobytes())
     assert np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 51, 64]
