@@ -10,7 +10,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -533,7 +533,7 @@ def imagenet(
     if not listed and predictions:
         listed = [(images / f"{name}.JPEG", "") for name in predictions]
     elif not listed and places:
-        listed = [(path, "") for path in _images(images, "*")]
+        listed = [(path, "") for path in _images(images.iterdir())]
     if not listed:
         raise FileNotFoundError(
             f"root: no ImageNet in {root}; wanted ILSVRC/Data/CLS-LOC/val/*.JPEG with LOC_val_solution.csv or XML, or "
@@ -578,8 +578,8 @@ def imagefolder(
     Arguments as `load_dataset`, and:
 
     Args:
-        root: the folder; images may lie deeper in their class folder. At any depth, names that begin with a dot are
-            passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
+        root: the folder; images may lie deeper in their class folder, also behind links. At any depth, names that begin
+            with a dot are passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
             a photo with a malformed row is listed with what is wrong. A photo with a box outside of it is skipped when
@@ -666,11 +666,18 @@ def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
     return Path(path)
 
 
-def _images(folder: Path, pattern: str) -> list[Path]:
-    """Files with an ending of an image that Pillow opens, in the order of their paths."""
+def _images(paths: Iterable[Path]) -> list[Path]:
+    """Those with an ending of an image that Pillow opens, in their order."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = (path for path in folder.glob(pattern) if path.suffix.lower() in endings)
-    return sorted((p for p in paths if not any(map(_passed_over, p.relative_to(folder).parts))), key=Path.as_posix)
+    return sorted((p for p in paths if p.suffix.lower() in endings and not _passed_over(p.name)), key=Path.as_posix)
+
+
+def _files(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """What lies in it at any depth, also behind links, but for links to folders above, which would go round."""
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and not _passed_over(path.name) and (place := path.resolve()) not in above:
+            yield from _files(path, above | {place})
 
 
 def _passed_over(name: str) -> bool:
@@ -680,7 +687,12 @@ def _passed_over(name: str) -> bool:
 def _class_folders(root: Path, pattern: str = r".*") -> tuple[list[str], list[tuple[Path, str]]]:
     names = sorted(folder.name for folder in root.iterdir() if re.fullmatch(pattern, folder.name) and folder.is_dir())
     names = [name for name in names if not _passed_over(name)]
-    return names, [(path, name) for name in names for path in _images(root / name, "**/*")]
+    above = {name: (root / name).resolve() for name in names}
+    return names, [
+        (path, name)
+        for name, place in above.items()
+        for path in _images(_files(root / name, frozenset([place, *place.parents, root.resolve()])))
+    ]
 
 
 def _labels(

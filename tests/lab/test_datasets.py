@@ -993,6 +993,17 @@ def test_what_systems_and_notebooks_leave_is_passed_over_at_any_depth(tmp_path):
     assert [photo.label for photo in imagenet(tmp_path).records] == [0, 0, 22]
 
 
+def test_photos_behind_links_are_listed_and_links_that_go_round_are_not_followed(tmp_path):
+    for name in ("set/cat/a.png", "set/dog/b.png", "patient/c.png", "patient/.hidden/d.png"):
+        write(tmp_path / name, Image.new("RGB", (8, 8)))
+    links = {"set/dog/more": "patient", "set/eel": "patient", "set/cat/self": "set/cat", "set/cat/all": "set"}
+    for link, target in (links | {"patient/back": "set/dog", "patient/up": "."}).items():
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    names = imagefolder(tmp_path / "set").names
+    assert {"cat/a.png", "dog/b.png", "dog/more/c.png", "eel/c.png"} <= set(names)
+    assert not any(part in name for name in names for part in ("self", "all", ".hidden", "more/back"))
+
+
 def test_own_checkpoint_on_an_own_folder(lungs, tmp_path):
     torch.manual_seed(0)
     trained = load_model("efficientnet_lite0", pretrained=False, num_classes=2).network
