@@ -1,6 +1,7 @@
 """Checks of arguments: what would fail later or go wrong in silence is refused in one sentence that names it."""
 
 import math
+import operator
 import random
 import re
 import threading
@@ -162,10 +163,14 @@ def check_window(window: Sequence[float] | None) -> None:
 def check_at_least(least: int, **numbers: int | None) -> None:
     """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
     for name, number in numbers.items():
-        if number is not None and not isinstance(number, int):
-            raise ValueError(f"{name}: wanted a whole number, got {number!r}")
-        if number is not None and number < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {number}")
+        if number is None:
+            continue
+        try:
+            whole = operator.index(number)  # also of numpy's integers
+        except TypeError as error:
+            raise ValueError(f"{name}: wanted a whole number, got {number!r}") from error
+        if whole < least:
+            raise ValueError(f"{name}: wanted at least {least}, got {whole}")
 
 
 def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:

@@ -125,8 +125,8 @@ def wrap(
         to_logits=to_logits,
         mean=mean,
         std=std,
-        input_size=input_size,
-        resize=resize or round(input_size / 0.875),
+        input_size=int(input_size),
+        resize=int(resize or round(input_size / 0.875)),
         class_names=class_names,
         layout=layout,
         window=window,
@@ -235,9 +235,8 @@ def load_model(
     known = list(spec.class_names())
     if num_classes is None and class_names is not None:
         num_classes = len(class_names)
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(f"num_classes: wanted at least 1, got {num_classes!r}")
-    classes = len(known) if num_classes is None else num_classes
+    check_at_least(1, num_classes=num_classes)
+    classes = len(known) if num_classes is None else int(num_classes)
     if classes != len(known) and pretrained and not checkpoint:
         raise ValueError(
             f"num_classes: the weights of {name} have {len(known)}; wanted a checkpoint to go with {classes}"

@@ -527,6 +527,10 @@ def test_class_names_that_are_not_one_per_class(tiny, images, class_idx):
 
 
 def test_numbers():
-    check_at_least(1, batch_size=None, cells=1)
+    check_at_least(1, batch_size=None, cells=1, steps=np.int64(3))
+    refused(ValueError, "cells: wanted at least 1, got 0", lambda: check_at_least(1, cells=np.int32(0)))
+    for other in (np.float32(2), np.array([1, 2]), torch.ones(2, dtype=torch.int64), "2"):
+        with pytest.raises(ValueError, match=r"^cells: wanted a whole number, got "):
+            check_at_least(1, cells=other)
     refused(ValueError, "cells: wanted at least 1, got 0", lambda: check_at_least(1, batch_size=3, cells=0))
     refused(ValueError, "cells: wanted a whole number, got 2.5", lambda: check_at_least(1, cells=2.5))

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.transforms import functional as TF
 
-from opticam.checks import as_names, check_corners, check_tensors, check_window
+from opticam.checks import as_names, check_at_least, check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import imagenet_classes
 
@@ -216,9 +216,7 @@ def select(
         ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
-    for name, number in (("draw", draw), ("limit", limit)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name}: wanted at least 1 photo, got {number!r}")
+    check_at_least(1, draw=draw, limit=limit)
     if draw is not None:
         if draw > len(chosen):
             raise ValueError(f"draw: wanted at most the {len(chosen)} photos there are, got {draw}")

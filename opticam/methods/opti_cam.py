@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_class_range, check_inputs
+from opticam.checks import check_at_least, check_class_range, check_inputs
 from opticam.classifier import Output, as_softmax, differentiate, for_autograd, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
@@ -226,9 +226,8 @@ def opti_cam(
         ValueError: wrong shape, device or range, unknown layer, negative `num_steps`, `lr` not above 0.
     """
     check_inputs(model, images, class_idx)
-    for name, number, least in (("num_steps", num_steps, 0), ("patience", patience, 1), ("batch_size", batch_size, 1)):
-        if number is not None and not (isinstance(number, int) and number >= least):
-            raise ValueError(f"{name}: wanted a whole number of at least {least}, got {number!r}")
+    check_at_least(0, num_steps=num_steps)
+    check_at_least(1, patience=patience, batch_size=batch_size)
     functions = {"objective": objective, "normalize": normalize, "penalty": penalty, "optimizer": optimizer}
     functions["on_step"] = on_step or repr
     for name, function in functions.items():
