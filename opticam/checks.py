@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped
+from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped, weights_of
 from opticam.folding import twin_of
 from opticam.state import all_modules, aside, buffers_of, hooked_by_others, of_others, parameters_of, turns
 
@@ -109,7 +109,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
     if images.shape[3] <= 4 < min(images.shape[1:3]):
         raise ValueError(f"images: wanted shape (B,C,H,W), channels before rows, got {tuple(images.shape)}")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    parameter = weights_of(model)
     if parameter is not None and parameter.device != images.device:
         raise ValueError(f"images: wanted on the device of the model, {parameter.device}, got {images.device}")
     if images.is_meta:

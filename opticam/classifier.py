@@ -58,7 +58,8 @@ class Classifier(nn.Module):
         self.class_names = class_names
         self.layout = layout
         self.window = window
-        weights = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+        found = weights_of(network)
+        weights = torch.empty(0) if found is None else found
         for key, values in (("mean", mean), ("std", std)):
             constant = torch.tensor(values, dtype=weights.dtype, device=weights.device)
             self.register_buffer(key, constant.view(1, -1, 1, 1))
@@ -89,6 +90,12 @@ def as_classifier(model: nn.Module) -> Classifier | None:
     """The `Classifier` that the model is, compiled or data-parallel or not; None for any other network."""
     inner = model if isinstance(model, Classifier) else unwrapped(model)
     return inner if isinstance(inner, Classifier) else None
+
+
+def weights_of(model: nn.Module) -> Tensor | None:
+    """The weights whose dtype and device images are to have: no scalar, such as a temperature, if there are others."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    return next((p for p in floating if p.ndim > 1), next(iter(floating), None))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

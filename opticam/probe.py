@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_images, check_network
-from opticam.classifier import bare
+from opticam.classifier import bare, weights_of
 from opticam.features import Layer, all_outputs, feature_maps
 from opticam.layouts import find_layout, is_attention
 
@@ -29,8 +29,8 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
     """
     check_network(network)
     images = torch.rand(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
-    parameter = next((p for p in network.parameters() if p.is_floating_point()), images)
-    outputs = all_outputs(network, images.to(parameter.device, parameter.dtype))
+    weights = weights_of(network)
+    outputs = all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
     modules = dict(bare(network).named_modules())
     attention = {name for name, _, _ in outputs if is_attention(modules[name])}
     found = ""

@@ -2,6 +2,7 @@
 
 import random
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -151,6 +152,18 @@ def test_a_type_error_of_the_networks_own_is_not_hidden(tiny, images, class_idx)
     model = Own(tiny, lambda inner, images: inner(images) + "a")
     with pytest.raises(TypeError, match="unsupported operand"):
         grad_cam(model, images, class_idx, layer="inner.features")
+
+
+def test_a_scalar_of_another_dtype_does_not_say_what_images_are_to_be(tiny, images, class_idx):
+    model = Own(tiny, lambda inner, images: inner(images) * model.scale)
+    model._parameters = {"scale": nn.Parameter(torch.tensor(1.0)), **model._parameters}
+    expected = grad_cam(tiny, images, class_idx, layer="features")
+    assert torch.equal(grad_cam(model, images, class_idx, layer="inner.features"), expected)
+    assert wrap(model, "inner.features", mean=0.5, std=0.5).mean.dtype == images.dtype
+    assert default_layer(model, 24) == f"inner.{default_layer(tiny, 24)}"
+    evaluate(
+        model, [Sample("a", images[0].float(), 0, torch.zeros(0, 4))], {"a": partial(grad_cam, layer="inner.features")}
+    )
 
 
 def test_complex_images_and_other_numbers_of_channels(tiny, images, class_idx):

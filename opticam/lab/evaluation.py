@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from opticam import metrics
 from opticam.checks import as_names, check_at_least, check_class_range, check_inputs, check_network, examine
-from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read
+from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read, weights_of
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped, letters, stack
 from opticam.lab.files import library_versions
@@ -559,7 +559,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    weights = weights_of(model)
+    return None if weights is None else weights.dtype
 
 
 def _now(device: torch.device) -> float:
