@@ -189,7 +189,7 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
         if not isinstance(label, int | np.integer):
             raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
     images = torch.stack([sample.image for sample in samples]).to(device)
-    return images, torch.tensor([sample.label for sample in samples], device=device)
+    return images, torch.tensor([int(sample.label) for sample in samples], device=device)
 
 
 def select(
@@ -338,15 +338,17 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     """The photo as a network's input: shorter side to `resize` (bilinear, antialiased), then the centre crop.
 
     Args:
-        photo: RGB.
+        photo: RGB, or gray for a network of one channel.
         input_size: side of the crop, in pixels.
         resize: shorter side before the crop, in pixels; ValueError where it is smaller than `input_size`.
 
     Returns:
-        (3,input_size,input_size) float32 in [0,1].
+        (3,input_size,input_size) float32 in [0,1], of gray (1,input_size,input_size).
     """
     if not isinstance(photo, Image.Image):
         raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
+    if photo.mode not in ("RGB", "L"):  # others hold the numbers of a palette or of another space of colours
+        raise ValueError(f"photo: wanted mode RGB, as read_image gives it, or L, got {photo.mode}")
     _check_frame(input_size, resize)
     # of a strip, what the crop cannot reach would take gigabytes once its shorter side is resized
     spare = [max(0, side - 100 * min(photo.size)) // 2 for side in photo.size]

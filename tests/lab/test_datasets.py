@@ -825,6 +825,7 @@ def test_readable_photos_make_a_batch(folders):
     assert class_idx.dtype == torch.int64
     assert class_idx.tolist() == [sample.label for sample in samples]
     assert torch.equal(images[-1], samples[-1].image)
+    assert stack([samples[0]._replace(label=np.int32(3))])[1].dtype == torch.int64
     with pytest.raises(ValueError, match="samples: wanted at least one"):
         stack([])
 
@@ -833,6 +834,10 @@ def test_pixels_and_boxes_of_another_kind():
     for photo, got in ((torch.rand(3, 8, 8), "Tensor"), (np.zeros((8, 8, 3), np.uint8), "ndarray")):
         with pytest.raises(TypeError, match=f"photo: wanted an image of Pillow, as read_image gives it, got {got}"):
             to_input(photo)
+    for mode in ("P", "1", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "F"):
+        with pytest.raises(ValueError, match=f"^photo: wanted mode RGB, as read_image gives it, or L, got {mode}$"):
+            to_input(Image.new(mode, (8, 8)), 8, 8)
+    assert to_input(Image.new("L", (8, 8)), 8, 8).shape == (1, 8, 8)
     with pytest.raises(TypeError, match="boxes: wanted a tensor, got list"):
         boxes_to_input([[1, 2, 3, 4]], (8, 8))
     with pytest.raises(ValueError, match=r"^boxes: wanted format XYXY, got XYWH$"):
