@@ -223,7 +223,8 @@ def opti_cam(
 
     Raises:
         TypeError: an argument is not a tensor, has the wrong dtype, or is not a function where one is wanted.
-        ValueError: wrong shape, device or range, unknown layer, negative `num_steps`, `lr` not above 0.
+        ValueError: wrong shape, device or range, also of what a function returns; unknown layer, negative `num_steps`,
+            `lr` not above 0.
     """
     check_inputs(model, images, class_idx)
     check_at_least(0, num_steps=num_steps)
@@ -257,6 +258,8 @@ def opti_cam(
         features, size = batch.features, images.shape[-2:]
         point = tuple(tensor.clone() for tensor in space.start(_start(_part(u, part), batch), features))
         ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
+        with torch.no_grad():  # here, since its range is known only once the device is done
+            check_saliency(batch.images, normalize(_added(space.sums(point, features), size)), "normalize")
         progress = Progress(point, num_steps, tol, patience)
         for step in range(num_steps + 1):
             x, c, y, B, S_0, A = batch
@@ -267,9 +270,13 @@ def opti_cam(
                 output = read(network, views)  # f(x * S(u))
             masked_logits, logits, target = _as_softmax(output, y, c)
             g = objective(masked_logits, logits, target)  # f(x * S(u))_c, a row per view
+            _check_rows("objective", g, len(views))
             value, *hidden = g.unflatten(0, (len(masks), len(B), len(x))).mean(1)  # mean_b, to be maximised
             value = value - sum(complement * of_complement for of_complement in hidden)
-            value = value if S_0 is None else value - penalty(S, S_0)
+            if S_0 is not None:
+                price = penalty(S, S_0)
+                _check_rows("penalty", price, len(x))
+                value = value - price
             working = progress.add(step, value.detach(), point)  # the best so far is kept
             if on_step is not None:
                 rows = torch.arange(len(images), device=x.device)[part][progress.seen]
@@ -313,6 +320,12 @@ def _prepare(
         check_saliency(x, anchor, "anchor")
     S_0 = None if anchor is None else for_autograd(anchor).detach().to(A[0])
     return folded(model, x, y), _Batch(x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
+
+
+def _check_rows(name: str, values: Any, count: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: wanted a function to one number an image, shape ({count},), got {got}")
 
 
 def _start(u: Tensor | None, batch: _Batch) -> Tensor:

@@ -9,13 +9,14 @@ import references
 import torch
 from conftest import TinyCNN
 from torch import nn
+from torch.nn import functional as F
 
 from opticam import METHODS, SCHEDULES, Classifier, opti_cam
 from opticam.features import count_passes, feature_maps
 from opticam.methods.ascent import adam, map_space
 from opticam.methods.cam import grad_cam
 from opticam.methods.opti_cam import OBJECTIVES, class_logit, logit_difference, num_passes, squared_distance
-from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, combine, mean_color, upsample
+from opticam.saliency import BASELINES, NORMALIZATIONS, apply_mask, combine, mean_color, min_max, upsample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -591,6 +592,28 @@ def test_own_optimizer(tiny, images, class_idx):
         ({"anchor": torch.rand(5, 1, 7, 7)}, r"anchor: wanted shape \(5, 1, 24, 32\), got \(5, 1, 7, 7\)"),
         ({"anchor": lambda *_, **__: torch.rand(5, 24, 32)}, r"anchor: wanted shape .*, got \(5, 24, 32\)"),
         ({"anchor": torch.full((5, 1, 24, 32), 2.0)}, r"anchor: wanted values in \[0,1\], got \[2, 2\]"),
+        *(
+            (
+                {"objective": function},
+                rf"^objective: wanted a function to one number an image, shape \(5,\), got {got}$",
+            )
+            for function, got in (
+                (lambda masked, *_: masked.sum(), r"\(\)"),
+                (lambda masked, *_: masked[:, :1], r"\(5, 1\)"),
+                (lambda masked, *_: masked, r"\(5, 5\)"),
+                (lambda *_: None, "NoneType"),
+            )
+        ),
+        (
+            {"objective": lambda masked, *_: masked.amax(), "complement": 1.0},
+            r"^objective: wanted .*, shape \(10,\), got \(\)$",
+        ),
+        (
+            {"anchor": torch.rand(5, 1, 24, 32), "penalty": lambda *maps: F.mse_loss(*maps)},
+            r"^penalty: wanted a function to one number an image, shape \(5,\), got \(\)$",
+        ),
+        ({"normalize": lambda maps: min_max(maps) + 1}, r"^normalize: wanted values in \[0,1\], got \[1, 2\]$"),
+        ({"normalize": lambda maps: maps[:, 0]}, r"^normalize: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)$"),
     ],
 )
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
