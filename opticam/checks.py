@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from numbers import Real
 from typing import Any
 from weakref import WeakSet
 
@@ -146,6 +147,24 @@ def check_corners(boxes: Tensor) -> None:
         raise ValueError(f"boxes: wanted format XYXY, got {form.name}")
 
 
+def as_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """A number, or one per channel in a row of any shape, as a tuple; TypeError or ValueError for anything else."""
+    try:
+        row = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: wanted a number, or one per channel, got {values!r}") from error
+    if max(row.shape, default=1) != row.numel() or not row.isfinite().all():
+        raise ValueError(f"{name}: wanted a finite number, or one per channel, got {row.tolist()}")
+    return tuple(row.flatten().tolist())
+
+
+def check_numbers(**numbers: float) -> None:
+    """Refuse, by a TypeError, what is no number, such as None or a text."""
+    for name, number in numbers.items():
+        if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.ndim == 0)):
+            raise TypeError(f"{name}: wanted a number, got {number!r}")
+
+
 def as_names(class_names: Iterable[Any]) -> list[str]:
     """Class names as a list of texts; a TypeError for what has no order or is one text."""
     unclear = str | bytes | Mapping | set | frozenset | Tensor
@@ -156,7 +175,8 @@ def as_names(class_names: Iterable[Any]) -> list[str]:
 
 def check_window(window: Sequence[float] | None) -> None:
     """Refuse what is not two numbers (low, high) with low < high; None passes."""
-    if window is not None and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+    known = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(value, Real) for value in window)
+    if window is not None and not (known and -math.inf < window[0] < window[1] < math.inf):
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import as_names, check_at_least, check_window
+from opticam.checks import as_names, as_numbers, check_at_least, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -101,7 +101,7 @@ def wrap(
     for argument, function in (("to_logits", to_logits), ("layout", layout)):
         if not (function is None or callable(function)):
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
-    mean, std = ((value,) if isinstance(value, int | float) else tuple(value) for value in (mean, std))
+    mean, std = as_numbers("mean", mean), as_numbers("std", std)
     check_window(window)
     check_at_least(1, input_size=input_size, resize=resize)
     class_names = as_names(class_names)
@@ -214,12 +214,14 @@ def load_model(
         device: where the classifier goes.
 
     Raises:
-        TypeError: `class_names` is no list.
+        TypeError: the name is no text, `checkpoint` no path, or `class_names` no list.
         ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
             but a state dict, or one of another network.
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
         ImportError: the library is not installed.
     """
+    if not isinstance(checkpoint, str | Path | None):
+        raise TypeError(f"checkpoint: wanted the path of a file, got {type(checkpoint).__name__}; see opticam.wrap")
     class_names = None if class_names is None else as_names(class_names)
     if checkpoint and Path(checkpoint).suffix == ".toml":
         given = {
@@ -312,6 +314,8 @@ def find_spec(name: str) -> ModelSpec:
         ImportError: the library is not installed.
         OSError: the record of a network of the hub cannot be had.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"model: wanted the name of a network, got {type(name).__name__}; see opticam.wrap")
     library, slash, own = name.partition("/")
     if name not in MODELS and not (slash and library in _LIBRARIES):
         names = ", ".join([*MODELS, *(f"{library}/NAME" for library in _LIBRARIES)])

@@ -163,7 +163,12 @@ def blur(images: Tensor, side: int = 11, sigma: float = 5.0) -> Tensor:
         images: (B,3,H,W), each side longer than half of the Gaussian's.
         side: of the Gaussian in pixels, odd.
         sigma: of the Gaussian in pixels.
+
+    Raises:
+        ValueError: the images are smaller.
     """
+    if min(images.shape[-2:]) <= side // 2:
+        raise ValueError(f"baseline: blur wants sides of {side // 2 + 1} pixels or more, got {tuple(images.shape)}")
     return TF.gaussian_blur(images, [side, side], [sigma, sigma])
 
 

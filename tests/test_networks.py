@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,11 @@ def test_unreachable_weights_end_in_one_sentence(monkeypatch):
 def test_bad_names():
     with pytest.raises(ValueError, match=r"model: wanted one of efficientnet_lite0, .* got 'resnet51'"):
         load_model("resnet51")
+    for name, got in ((Path("resnet50"), "PosixPath"), (nn.Identity(), "Identity")):
+        with pytest.raises(TypeError, match=rf"^model: wanted the name of a network, got {got}; see opticam\.wrap$"):
+            load_model(name)
+    with pytest.raises(TypeError, match=r"^checkpoint: wanted the path of a file, got dict; see opticam\.wrap$"):
+        load_model("resnet50", checkpoint={"weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="device: wanted one that works here"):
         load_model("efficientnet_lite0", device="gpu")
     for device in ("meta", "hpu", "vulkan"):
@@ -690,6 +696,17 @@ def test_families_of_transformers_are_right_or_refused(tmp_path, family):
     [
         ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "mean: wanted that of images in"),
         ({"mean": 0.5, "std": 128.0}, r"mean: wanted that of images in \[0,1\], got \(0.5,\) with std \(128.0,\)"),
+        *(
+            ({key: wrong}, f"^{key}: wanted a number, or one per channel, got ")
+            for key in ("mean", "std")
+            for wrong in (None, "imagenet", ["0.5"] * 3, {"r": 0.5})
+        ),
+        ({"mean": float("nan")}, r"^mean: wanted a finite number, or one per channel, got nan$"),
+        ({"mean": torch.zeros(2, 3)}, r"^mean: wanted a finite number, or one per channel, got \[\[0"),
+        *(
+            ({"window": wrong}, "^window: wanted two numbers")
+            for wrong in (4095, "01", ("0", "4095"), np.array([0, 9]))
+        ),
         ({"input_size": (224, 224)}, r"input_size: wanted a whole number, got \(224, 224\)"),
         ({"input_size": 0}, "input_size: wanted at least 1, got 0"),
         ({"layout": (14, 14, 1)}, r"layout: wanted a function, got \(14, 14, 1\)"),
@@ -725,7 +742,8 @@ def test_class_names_without_an_order_are_refused_before_anything_is_built():
 def test_one_mean_and_std_serve_all_channels():
     network = nn.Sequential(nn.Conv2d(3, 2, 3))
     images = torch.rand(1, 3, 4, 4)
-    assert torch.equal(wrap(network, "0", mean=0.5, std=0.25)(images), network((images - 0.5) / 0.25))
+    for half in (0.5, np.float32(0.5), torch.tensor(0.5), [0.5] * 3, np.full(3, 0.5), torch.full((1, 3, 1, 1), 0.5)):
+        assert torch.equal(wrap(network, "0", mean=half, std=0.25)(images), network((images - 0.5) / 0.25))
 
 
 class Standardised(nn.Module):

@@ -120,6 +120,9 @@ def test_baselines():
     assert (gray(image).expand_as(image) == 0.5).all()
     flat = torch.full((1, 3, 12, 16), 0.25)
     torch.testing.assert_close(blur(flat), flat)
+    blur(flat[..., :6, :6])
+    with pytest.raises(ValueError, match=r"^baseline: blur wants sides of 6 pixels or more, got"):
+        blur(flat[..., :5, :6])
     spot = torch.zeros(1, 1, 21, 21)
     spot[..., 10, 10] = 1
     weights = torch.exp(-(torch.arange(-5.0, 6) ** 2) / 50)

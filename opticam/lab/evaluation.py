@@ -394,8 +394,13 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     check_network(model)
     if not len(dataset):
         raise ValueError("dataset: wanted at least one image")
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods: wanted a dict of functions by their names, got {type(methods).__name__}")
     if not methods:
         raise ValueError("methods: wanted at least one")
+    for name, method in methods.items():
+        if not callable(method):
+            raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
     known = [*COLUMN_GROUPS, *(name for name in COLUMNS if _is_single(name))]
     for name in scores:
         if name not in known:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_at_least, check_class_range, check_inputs
+from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers
 from opticam.classifier import class_logit, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, feature_maps, features_and_gradients, prepared
 from opticam.folding import folded
@@ -222,6 +222,7 @@ def finer_cam(
     """
     check_inputs(model, images, class_idx)
     check_at_least(1, num_classes=num_classes)
+    check_numbers(alpha=alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: wanted a finite number, got {alpha}")
     score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)

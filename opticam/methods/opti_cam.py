@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_at_least, check_class_range, check_inputs
+from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers
 from opticam.classifier import Output, as_softmax, differentiate, for_autograd, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
@@ -234,6 +234,8 @@ def opti_cam(
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
+    if not isinstance(autocast, torch.dtype | None):
+        raise TypeError(f"autocast: wanted a dtype, such as torch.bfloat16, got {autocast!r}")
     if not isinstance(space, Space):
         raise TypeError(f"space: wanted a Space, such as weight_space, got {space!r}")
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
@@ -243,6 +245,7 @@ def opti_cam(
     if not several:
         raise ValueError("baseline: wanted at least one")
     shown = [b if callable(b) else baseline_of(images, b) for b in several]
+    check_numbers(complement=complement, lr=lr, tol=tol)
     if not 0 <= complement < torch.inf:
         raise ValueError(f"complement: wanted a number of at least 0, got {complement}")
     if not (anchor is None or callable(anchor)):

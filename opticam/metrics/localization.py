@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_corners, check_inputs, examine
+from opticam.checks import check_at_least, check_corners, check_inputs, check_numbers, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -198,6 +198,7 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
         Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018, arXiv 1608.00507.
     """
     _check(saliency, boxes)
+    check_numbers(tolerance=tolerance)
     if not tolerance >= 0:
         raise ValueError(f"tolerance: wanted a distance in pixels from 0 on, got {tolerance}")
     height, width = saliency.shape[-2:]
@@ -384,6 +385,8 @@ def _check(saliency: Tensor, boxes: Sequence[Tensor]) -> None:
 def _check_boxes(boxes: Sequence[Tensor]) -> None:
     if isinstance(boxes, Tensor) and boxes.ndim != 3:
         raise ValueError(f"boxes: wanted one tensor (n,4) an image, got one tensor of shape {tuple(boxes.shape)}")
+    if not isinstance(boxes, Sequence | Tensor):
+        raise TypeError(f"boxes: wanted a sequence of tensors (n,4), got a {type(boxes).__name__}")
     for truth in boxes:
         if not isinstance(truth, Tensor):
             raise TypeError(f"boxes: wanted a sequence of tensors (n,4), got a {type(truth).__name__} in it")

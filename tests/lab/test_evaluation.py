@@ -451,6 +451,12 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
     ):
         with pytest.raises(ValueError, match=rf"methods: own returned {got}; wanted a tensor \(5, 1, 24, 32\)"):
             evaluate(tiny, samples, {"own": method})
+    with pytest.raises(TypeError, match="methods: wanted a dict of functions by their names, got list"):
+        evaluate(tiny, samples, ["grad_cam"])
+    with pytest.raises(
+        TypeError, match="methods: wanted functions, such as those in METHODS, got 'grad_cam' under 'g'"
+    ):
+        evaluate(tiny, samples, {"g": "grad_cam"})
     with pytest.raises(ValueError, match="dataset: wanted items of type Sample, got tuple"):
         evaluate(tiny, [(samples[0].image, 0)], {"fake_cam": METHODS["fake_cam"]})
     one = samples[0]

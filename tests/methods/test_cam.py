@@ -93,8 +93,9 @@ def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
     for wrong, message in (
         ({"num_classes": 0}, "num_classes: wanted at least 1, got 0"),
         ({"alpha": torch.nan}, "alpha: wanted a"),
+        ({"alpha": None}, "^alpha: wanted a number, got None$"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             run(**wrong)
 
 

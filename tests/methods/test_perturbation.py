@@ -108,6 +108,8 @@ def test_the_area_asked_for_is_kept(tiny, images, class_idx):
     ("method", "change", "message"),
     [
         (rise, {"p": 0.0}, "p: wanted a probability above 0, got 0.0"),
+        (rise, {"p": "0.5"}, r"^p: wanted a number, got '0\.5'$"),
+        (extremal_perturbation, {"area": None}, "^area: wanted a number, got None$"),
         (rise, {"num_masks": 0}, "num_masks: wanted at least 1, got 0"),
         (extremal_perturbation, {"area": 1.0}, "area: wanted a share of the image between 0 and 1, got 1.0"),
         (extremal_perturbation, {"num_steps": -1}, "num_steps: wanted at least 0, got -1"),
@@ -116,5 +118,5 @@ def test_the_area_asked_for_is_kept(tiny, images, class_idx):
     ],
 )
 def test_bad_input_in_one_sentence(tiny, images, class_idx, method, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         method(tiny, images, **{"class_idx": class_idx, **change})

@@ -428,6 +428,8 @@ def test_bad_input(name):
         metric(maps, boxes[:1])
     with pytest.raises(ValueError, match=r"boxes: wanted one tensor \(n,4\) an image, got one tensor"):
         metric(maps, torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"^boxes: wanted a sequence of tensors \(n,4\), got a NoneType$"):
+        metric(maps, None)
     with pytest.raises(TypeError, match=r"boxes: wanted a sequence of tensors \(n,4\), got a list in it"):
         metric(maps, [[1, 1, 4, 4]] * 2)
     with pytest.raises(ValueError, match=r"boxes: wanted tensors \(n,4\), one an image, got shape \(4,\)"):
@@ -453,6 +455,8 @@ def test_bad_input_of_single_metrics(tiny, images, class_idx):
         official_metric(maps, boxes, torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="tolerance: wanted a distance in pixels from 0 on, got -1"):
         pointing_game(maps, boxes, -1)
+    with pytest.raises(TypeError, match="tolerance: wanted a number, got '15'"):
+        pointing_game(maps, boxes, "15")
     with pytest.raises(ValueError, match="num_thresholds: wanted at least 1, got 0"):
         box_hits(maps, boxes, 0)
     with pytest.raises(ValueError, match=r"saliency: wanted shape \(5, 1, 24, 32\), got \(2, 1, 18, 26\)"):
