@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,13 @@ def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
     return content
 
 
-def find_weights(content: Mapping[Any, Any], network: nn.Module, refusal: str, key: str = "") -> dict[str, Tensor]:
+def find_weights(
+    content: Mapping[Any, Any],
+    network: nn.Module,
+    refusal: str,
+    key: str = "",
+    constants: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Tensor]:
     """The weights of a network among what a checkpoint holds.
 
     They may lie in a table of any name, such as "state_dict", "model" or "ema". One prefix may stand before all names,
@@ -74,11 +80,12 @@ def find_weights(content: Mapping[Any, Any], network: nn.Module, refusal: str, k
         refusal: begins the message where they do not fit.
         key: table and prefix of the weights, such as "state_dict_ema" or "state_dict.model". Wanted where different
             weights fit, or where other tensors lie beside them.
+        constants: mean and std, which lie beside the weights of a `Classifier`, and have to agree with those there.
 
     Raises:
         ValueError: no weights fit, or different ones do.
     """
-    found = _found(content, network, key)
+    found = _found(content, network, key, constants or {})
     fitting = [one for one in found if not one.faults]
     if not fitting:
         faults = found[0].faults if found else [f"no weights under {key!r}"]
@@ -124,7 +131,9 @@ def _tables(content: object, place: str = "", depth: int = _DEPTH) -> Iterator[t
             yield from _tables(value, f"{place}{name}.", depth - 1)
 
 
-def _found(content: object, network: nn.Module, key: str) -> list[_Found]:
+def _found(
+    content: object, network: nn.Module, key: str, constants: Mapping[str, Sequence[float]] | None = None
+) -> list[_Found]:
     """Every reading of the content as weights of the network, the best first."""
     own = network.state_dict()
     first = next(iter(own), "")
@@ -141,8 +150,14 @@ def _found(content: object, network: nn.Module, key: str) -> list[_Found]:
                 faults = _faults(weights, own)
                 if not key:
                     told = f"lies beside those under {where.rstrip('.')!r}; wanted checkpoint_key to say which"
+                    said = (constants or {}) if prefix == "network." else {}
                     beside = [name for name in named if not name.startswith(prefix) and name != _COUNTER]
-                    faults += [f"{name} {told}" for name in beside]
+                    faults += [f"{name} {told}" for name in beside if name not in said]
+                    faults += [
+                        f"{name} is {named[name].flatten().tolist()}, wanted {list(said[name])}"
+                        for name in beside
+                        if name in said and not _agree(named[name], said[name])
+                    ]
                 if len(named) == len(tensors):  # no two became one
                     found.append(_Found(where.rstrip("."), weights, faults))
     return sorted(found, key=lambda one: len(one.faults))
@@ -174,6 +189,13 @@ def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
 def _fits(value: Tensor, own: Tensor) -> bool:
     plain = value.layout == torch.strided and not value.is_meta
     return plain and (value.is_floating_point() or not own.is_floating_point())
+
+
+def _agree(found: Tensor, values: Sequence[float]) -> bool:
+    wanted = torch.tensor(values, dtype=torch.float64)
+    return found.numel() in (1, len(wanted)) and bool(
+        (found.flatten().double() - wanted).abs().max() < 5e-3
+    )  # as half precision rounds
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -265,7 +265,8 @@ def load_model(
         if num_classes is None and (found := count_classes(content, network, classes, checkpoint_key)) != classes:
             classes, network = found, spec.build(False, found)
         refusal = f"checkpoint: {checkpoint} does not fit {name} with {classes} classes"
-        network.load_state_dict(find_weights(content, network, refusal, checkpoint_key))
+        constants = {"mean": spec.mean, "std": spec.std}
+        network.load_state_dict(find_weights(content, network, refusal, checkpoint_key, constants))
     if class_names is None:
         class_names = known if classes == len(known) else [f"class {index}" for index in range(classes)]
     classifier = wrap(

@@ -211,6 +211,7 @@ SAVED = {
         "args": argparse.Namespace(lr=0.1, amp=None),
         "metric": np.float64(0.9),
     },
+    "a Classifier's": lambda net: {"model": wrap(net, "0", mean=(0.0, 0.0, 0.0)).state_dict()},
     "numbers of numpy": lambda net: {
         "net": net.state_dict(),
         "best": [np.float32(0.5), np.int64(3), np.bool_(True), np.float16(1)],
@@ -274,6 +275,15 @@ def test_tensors_beside_the_weights_are_left_out_only_where_the_caller_says_so(o
     with pytest.raises(ValueError, match=sentence):
         load_model("small", checkpoint=path, num_classes=3)
     model = load_model("small", checkpoint=path, checkpoint_key="state_dict.model")
+    assert torch.equal(model.network[0].weight, network[0].weight)
+
+
+def test_the_mean_of_a_classifier_has_to_be_that_of_the_network_by_its_name(own):
+    network, path = own
+    torch.save(wrap(network, "0", mean=0.5, std=0.25).state_dict(), path)
+    with pytest.raises(ValueError, match=r"with 3 classes: mean is \[0\.5\], wanted \[0, 0, 0\], and 1 more$"):
+        load_model("small", checkpoint=path, num_classes=3)
+    model = load_model("small", checkpoint=path, num_classes=3, checkpoint_key="network")
     assert torch.equal(model.network[0].weight, network[0].weight)
 
 
