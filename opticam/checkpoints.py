@@ -1,22 +1,34 @@
 """Weights out of a file, as trainers write it: found by the names that the network has, never by running code."""
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 WANTED = "wanted a state dict, as torch.save(network.state_dict(), path) writes it"
-_NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
-_SCALAR = np.float64(0).__reduce__()[0]
-# what trainers keep beside weights and what runs nothing: numbers of numpy, old and new, and options in a Namespace
+
+
+class _Aside:
+    """Stands for an object beside the weights: nothing of what it was is made or kept."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+# what trainers keep beside weights, old and new; of the two that hold tables or lists, a plain one is made
 _HARMLESS: list[Any] = [
-    *((_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")),
-    *{np.dtype, *map(type, _NUMBERS), argparse.Namespace},
+    *((_Aside, f"numpy.{name}") for name in ("dtype", "ndarray")),
+    *((_Aside, f"numpy.{home}.multiarray.{name}") for home in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *((_Aside, f"datetime.{name}") for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *((_Aside, f"{home}.{kind}Path") for home in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *((_Aside, f"builtins.{name}") for name in ("int", "float", "str", "list", "dict", "range", "slice")),
+    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
+    (lambda *args: {}, "collections.defaultdict"),
+    (lambda *args: [], "collections.deque"),
 ]
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its weights
@@ -31,6 +43,8 @@ class _Found(NamedTuple):
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
     """What a file of `torch.save` or of safetensors holds. Only tensors, numbers, text and tables of them are read.
+
+    Of what else trainers keep, such as arrays of numpy, dates and paths, nothing is made.
 
     Raises:
         OSError: no such file.

@@ -1,10 +1,13 @@
 import argparse
 import os
 import pickle
+import random
 import re
 import sys
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from copy import deepcopy
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,6 +219,16 @@ SAVED = {
         "net": net.state_dict(),
         "best": [np.float32(0.5), np.int64(3), np.bool_(True), np.float16(1)],
     },
+    "what trainers keep": lambda net: {
+        "net": net.state_dict(),
+        "names": [np.str_("a"), np.array(["a", "b"]), np.array(["a", None])],
+        "confusion": np.eye(3),
+        "random": [np.random.get_state(), random.getstate(), torch.get_rng_state()],  # noqa: NPY002
+        "history": [defaultdict(list, a=[1]), deque([1.0, 2.0], maxlen=5), Counter("aab"), range(3)],
+        "started": [datetime(2024, 1, 1), timedelta(hours=2)],
+        "options": [SimpleNamespace(a=1), Path("/data"), {np.int64(3): 1}],
+    },
+    "in a defaultdict": lambda net: {"weights": defaultdict(int, net.state_dict())},
 }
 
 
