@@ -52,7 +52,7 @@ def library_map(
             that takes no layer.
         seed: of what the library draws.
         options: handed to the library's class, or to captum's `attribute`. Without them, the library's own defaults,
-            but 32 steps for IntegratedGradients, and windows of 16 pixels, 8 apart, for Occlusion.
+            but 32 steps for IntegratedGradients, and for Occlusion windows of 16 pixels, clipped to the image, 8 apart.
 
     Raises:
         ImportError: the library is not installed.
@@ -136,7 +136,9 @@ def _by_captum(
     """Maps (B,h,w), or (B,H,W) of attributions of the image."""
     if len(layers) > 1:
         raise ValueError("layer: wanted one")
-    options = CAPTUM_DEFAULTS.get(kind.__name__, {}) | options
+    defaults = CAPTUM_DEFAULTS.get(kind.__name__, {})
+    clipped = {k: tuple(map(min, v, x.shape[1:])) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    options = clipped | options
     values = kind(network, *layers).attribute(x, target=class_idx, **options)
     values = values[0] if isinstance(values, tuple) else values
     return (grid(values) if layers else values).detach().sum(1)

@@ -37,6 +37,15 @@ def test_attributions_of_a_layer(tiny, images, class_idx):
     assert saliency_map(torch.ones(1, 1, 2, 2), (4, 4)).sum() == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 24, 32), (3, 10, 12), (3, 20, 5)])
+def test_the_window_of_occlusion_is_clipped_to_the_image(shape):
+    images = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    network(images)
+    assert find_method("captum:Occlusion")(network.eval(), images, torch.tensor([0])).shape == (1, 1, *shape[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("Nothing", "no 'Nothing' in captum; wanted one of"), ("GradientShap", "captum cannot compute GradientShap")],
