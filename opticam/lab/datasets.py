@@ -581,9 +581,9 @@ def imagefolder(
         root: the folder; images may lie deeper in their class folder, also behind links. At any depth, names that begin
             with a dot are passed over, and so are folders that systems make, such as __MACOSX and @eaDir.
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
-            `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes;
-            a photo with a malformed row is listed with what is wrong. A photo with a box outside of it is skipped when
-            it is read. Rows that match no photo give a warning.
+            `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
+            nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
+            photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
@@ -782,7 +782,7 @@ def _box_rows(table: Path, root: Path, paths: Sequence[Path]) -> dict[Path, list
         if len(found) > 1:
             raise ValueError(f"{table.name}: {name} names {len(found)} images; wanted its path relative to {root}")
         for path in found:
-            rows[path].append(box)
+            rows[path] += [box] if any(box) else []
     if not rows:
         raise ValueError(f"{table.name}: wanted images of {root}, got none of them")
     if lost:

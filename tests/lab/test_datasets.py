@@ -894,6 +894,10 @@ def test_imagefolder(lungs):
         assert listed(imagefolder(lungs, boxes_csv=table)) == boxed
     with pytest.warns(UserWarning, match="match no photo"):
         assert listed(imagefolder(lungs, boxes_csv=str(table), shard=(1, 2))) == boxed[1:2]
+    for other in ([], ["PNEUMONIA/one.jpeg,5,6,7,8"]):  # a table of findings says so of photos without one
+        photos = imagefolder(lungs, boxes_csv=boxes_csv(lungs, "two.png,,,,", *other))
+        assert (photos.records[1].boxes, photos.records[1].fault) == ((), "")
+        assert photos.records[2].boxes == (((5, 6, 7, 8),) if other else ())
     table = boxes_csv(lungs, "two.png,1,2,3,", "PNEUMONIA/one.jpeg,5,6,7,8")
     photos = imagefolder(lungs, boxes_csv=table)
     reason = "annotation: cannot read that of two.png (wanted xmin ymin xmax ymax, got 1 2 3 )"
