@@ -262,6 +262,8 @@ def refine_cam(
     Reference:
         Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
     """
+    if not callable(base):
+        raise TypeError(f"base: wanted a function, such as grad_cam, got {base!r}")
     maps = [base(model, images, class_idx, layer=one) for one in as_layers(layer)]
     return min_max(torch.stack(maps).prod(0))
 

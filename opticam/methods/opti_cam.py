@@ -245,7 +245,7 @@ def opti_cam(
     if not several:
         raise ValueError("baseline: wanted at least one")
     shown = [b if callable(b) else baseline_of(images, b) for b in several]
-    check_numbers(complement=complement, lr=lr, tol=tol)
+    check_numbers(complement=complement, lr=lr, tol=tol, num_steps=num_steps, patience=patience)
     if not 0 <= complement < torch.inf:
         raise ValueError(f"complement: wanted a number of at least 0, got {complement}")
     if not (anchor is None or callable(anchor)):

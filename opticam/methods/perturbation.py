@@ -48,7 +48,7 @@ def rise(
     """
     check_inputs(model, images, class_idx)
     check_at_least(1, num_masks=num_masks, cells=cells, batch_size=batch_size)
-    check_numbers(p=p)
+    check_numbers(p=p, seed=seed, num_masks=num_masks, cells=cells)
     if not 0 < p <= 1:
         raise ValueError(f"p: wanted a probability above 0, got {p}")
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
@@ -122,7 +122,7 @@ def extremal_perturbation(
         arXiv 1910.08485, eq. 3, 4 and 7 to 9; constants of the authors' code.
     """
     check_inputs(model, images, class_idx)
-    check_numbers(area=area)
+    check_numbers(area=area, num_steps=num_steps)
     if not 0 < area < 1:
         raise ValueError(f"area: wanted a share of the image between 0 and 1, got {area}")
     check_at_least(0, num_steps=num_steps)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_at_least, check_class_idx, check_class_range, check_inputs, check_tensors, examine
+from opticam.checks import (
+    check_at_least,
+    check_class_idx,
+    check_class_range,
+    check_inputs,
+    check_numbers,
+    check_tensors,
+    examine,
+)
 from opticam.classifier import (
     Head,
     as_classifier,
@@ -275,6 +283,11 @@ def road(
         arXiv 2202.00449; the combination of both orders as in the library grad-cam.
     """
     _check(model, images, class_idx, saliency, batch_size)
+    if not isinstance(fractions, Iterable):
+        raise TypeError(f"fractions: wanted several numbers between 0 and 1, got {fractions!r}")
+    fractions = list(fractions)
+    for fraction in fractions:
+        check_numbers(fractions=fraction)
     counts = [round(fraction * images[0, 0].numel()) for fraction in fractions]
     if len(counts) == 0 or not all(0 < count < images[0, 0].numel() for count in counts):
         raise ValueError(

@@ -120,6 +120,8 @@ def test_refine_cam_is_the_product_of_the_maps(tiny, images, class_idx):
     torch.testing.assert_close(one, grad_cam(tiny, images, class_idx, layer="features"))
     with pytest.raises(ValueError, match="layer: wanted at least one"):
         refine_cam(tiny, images, class_idx, layer=[])
+    with pytest.raises(TypeError, match="base: wanted a function, such as grad_cam, got 'grad_cam'"):
+        refine_cam(tiny, images, class_idx, layer="features", base="grad_cam")
 
 
 @pytest.mark.slow

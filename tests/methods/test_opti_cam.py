@@ -583,6 +583,7 @@ def test_own_optimizer(tiny, images, class_idx):
     ("change", "message"),
     [
         ({"tol": -1.0}, "tol: wanted at least 0"),
+        ({"num_steps": None}, "^num_steps: wanted a number, got None$"),
         ({"tol": "0"}, "^tol: wanted a number, got '0'$"),
         ({"lr": "0.1"}, r"^lr: wanted a number, got '0\.1'$"),
         ({"complement": None}, "^complement: wanted a number, got None$"),

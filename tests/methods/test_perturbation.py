@@ -109,6 +109,8 @@ def test_the_area_asked_for_is_kept(tiny, images, class_idx):
     [
         (rise, {"p": 0.0}, "p: wanted a probability above 0, got 0.0"),
         (rise, {"p": "0.5"}, r"^p: wanted a number, got '0\.5'$"),
+        (rise, {"seed": None}, "^seed: wanted a number, got None$"),
+        (extremal_perturbation, {"num_steps": None}, "^num_steps: wanted a number, got None$"),
         (extremal_perturbation, {"area": None}, "^area: wanted a number, got None$"),
         (rise, {"num_masks": 0}, "num_masks: wanted at least 1, got 0"),
         (extremal_perturbation, {"area": 1.0}, "area: wanted a share of the image between 0 and 1, got 1.0"),

@@ -331,6 +331,9 @@ def test_scores_refuse(model, images, class_idx, saliency, name):
     with pytest.raises(ValueError, match="batch_size: wanted at least 1, got 0"):
         run(class_idx, saliency, batch_size=0)
     if name == "road":
+        for fractions, message in ((0.5, "several numbers between 0 and 1, got 0"), (("0.5",), "a number, got '0")):
+            with pytest.raises(TypeError, match=f"fractions: wanted {message}"):
+                run(class_idx, saliency, fractions=fractions)
         for fractions in ((), (0.0, 0.5), (0.5, 1.0), (0.9999,), (0.0001,), np.array([])):
             with pytest.raises(ValueError, match="fractions: wanted at least one, each between 0 and 1"):
                 run(class_idx, saliency, fractions=fractions)
