@@ -290,7 +290,9 @@ def evaluate(
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
     with _bar(len(dataset) * len(methods), progress) as bar:
-        tables = list(_tables(_Work(model, methods, scores, bar), dataset, batches, num_workers))
+        tables = list(
+            _tables(_Work(model, methods, scores, bar, len(_classes_of(dataset))), dataset, batches, num_workers)
+        )
     return pd.concat(tables, ignore_index=True)
 
 
@@ -382,7 +384,7 @@ def stream(
     batches = [_batches(ranges[k], batch_size) for k in missing]
     total, left = (sum(len(ranges[k]) for k in chosen) * len(methods) for chosen in (range(number), missing))
     with _bar(total, progress, total - left) as bar:
-        work = _Work(model, methods, scores, bar)
+        work = _Work(model, methods, scores, bar, len(_classes_of(dataset)))
         tables = _tables(work, dataset, [*chain.from_iterable(batches)], num_workers)
         for k, some in zip(missing, batches, strict=True):
             rows = pd.concat([next(tables) for _ in some], ignore_index=True)
@@ -407,8 +409,7 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
     classifier = as_classifier(model)
     names = [] if classifier is None else classifier.class_names
-    said = getattr(dataset, "class_names", None)
-    others = [] if said is None else as_names(said)
+    others = _classes_of(dataset)
     if names and others and len(names) != len(others):
         raise ValueError(f"dataset: its labels are {len(others)} classes; wanted the {len(names)} of the model")
     mine, theirs = ([letters(name) for name in part] for part in (names, others))
@@ -420,6 +421,11 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
             f"dataset: whether the network's one logit stands for {others[0]!r}, label 0, is not known; wanted "
             f"opticam.wrap(..., class_names={others}), and to_logits=torch.neg if it stands for {others[1]!r}"
         )
+
+
+def _classes_of(dataset: Samples) -> list[str]:
+    said = getattr(dataset, "class_names", None)
+    return [] if said is None else as_names(said)
 
 
 def _has_one_logit(model: nn.Module, dataset: Samples) -> bool:
@@ -439,6 +445,7 @@ class _Work(NamedTuple):
     methods: Mapping[str, Method]
     scores: Sequence[str]
     bar: tqdm
+    num_named: int
 
 
 def _tables(work: _Work, dataset: Samples, batches: list[list[int]], num_workers: int | None) -> Iterator[pd.DataFrame]:
@@ -481,6 +488,9 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
         images = images.to(_dtype(model))
         with frozen(model), torch.no_grad():
             logits, head = examine(model, prepared(model, images))
+        if work.num_named > logits.shape[1]:
+            told = f"dataset: its labels are {work.num_named} classes"
+            raise ValueError(f"{told}; wanted the {logits.shape[1]} of the model")
         known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]
         images, class_idx, output = images[known], class_idx[known], Output(logits[known], head)
         for i in [i for i, right in zip(batch, known, strict=True) if not right]:
