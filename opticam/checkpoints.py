@@ -207,9 +207,9 @@ def _fits(value: Tensor, own: Tensor) -> bool:
 
 def _agree(found: Tensor, values: Sequence[float]) -> bool:
     wanted = torch.tensor(values, dtype=torch.float64)
-    return found.numel() in (1, len(wanted)) and bool(
-        (found.flatten().double() - wanted).abs().max() < 5e-3
-    )  # as half precision rounds
+    if found.numel() not in (1, len(wanted)):
+        return False
+    return bool((found.flatten().double() - wanted).abs().max() < 5e-3)  # half precision rounds
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -94,8 +94,12 @@ def as_classifier(model: nn.Module) -> Classifier | None:
 
 def weights_of(model: nn.Module) -> Tensor | None:
     """The weights whose dtype and device images are to have: no scalar, such as a temperature, if there are others."""
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    return next((p for p in floating if p.ndim > 1), next(iter(floating), None))
+    first = None
+    for weights in filter(Tensor.is_floating_point, model.parameters()):
+        if weights.ndim > 1:
+            return weights
+        first = weights if first is None else first
+    return first
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -328,7 +328,7 @@ def _prepare(
 def _check_rows(name: str, values: Any, count: int) -> None:
     if not isinstance(values, Tensor) or values.shape != (count,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: wanted a function to one number an image, shape ({count},), got {got}")
+        raise ValueError(f"{name}: wanted a function to one number per image, shape ({count},), got {got}")
 
 
 def _start(u: Tensor | None, batch: _Batch) -> Tensor:

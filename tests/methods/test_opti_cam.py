@@ -600,7 +600,7 @@ def test_own_optimizer(tiny, images, class_idx):
         *(
             (
                 {"objective": function},
-                rf"^objective: wanted a function to one number an image, shape \(5,\), got {got}$",
+                rf"^objective: wanted a function to one number per image, shape \(5,\), got {got}$",
             )
             for function, got in (
                 (lambda masked, *_: masked.sum(), r"\(\)"),
@@ -615,7 +615,7 @@ def test_own_optimizer(tiny, images, class_idx):
         ),
         (
             {"anchor": torch.rand(5, 1, 24, 32), "penalty": lambda *maps: F.mse_loss(*maps)},
-            r"^penalty: wanted a function to one number an image, shape \(5,\), got \(\)$",
+            r"^penalty: wanted a function to one number per image, shape \(5,\), got \(\)$",
         ),
         ({"normalize": lambda maps: min_max(maps) + 1}, r"^normalize: wanted values in \[0,1\], got \[1, 2\]$"),
         ({"normalize": lambda maps: maps[:, 0]}, r"^normalize: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)$"),
