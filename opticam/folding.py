@@ -90,32 +90,33 @@ def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     Parts that talk through a list or a dict still do, since each is copied once. Modules in one are those of the copy,
     and so are those whose methods are hooks.
     """
-    return _twin(module, known, {})
+    copied: dict[int, Any] = {}
 
+    def again(thing: Any) -> Any:
+        if isinstance(thing, nn.Module):
+            if thing not in known:
+                known[thing] = twin = object.__new__(type(thing))
+                vars(twin).update(vars(thing))
+                own = {name: value for name, value in vars(thing).items() if name not in OF_TORCH}
+                own |= {name: table for name in _HOOKS if (table := vars(thing)[name])}
+                vars(twin)["_modules"] = {name: again(child) for name, child in thing._modules.items()}
+                vars(twin).update({name: again(value) for name, value in own.items()})
+                if type(thing).__name__ == "OptimizedModule":
+                    vars(twin)["forward"] = vars(twin)["_modules"]["_orig_mod"]  # as it was written
+            return known[thing]
+        if type(thing) in (list, dict, OrderedDict):
+            if id(thing) not in copied:
+                copied[id(thing)] = copy = thing.copy()
+                for key, value in copy.items() if isinstance(copy, dict) else enumerate(copy):
+                    copy[key] = again(value)
+            return copied[id(thing)]
+        if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module):
+            return MethodType(thing.__func__, again(thing.__self__))
+        if isinstance(thing, partial):
+            return partial(again(thing.func), *map(again, thing.args), **again(thing.keywords))
+        return thing
 
-def _twin(thing: Any, known: dict[nn.Module, nn.Module], copied: dict[int, Any]) -> Any:
-    again = partial(_twin, known=known, copied=copied)
-    if isinstance(thing, nn.Module):
-        if thing not in known:
-            known[thing] = twin = object.__new__(type(thing))
-            vars(twin).update(vars(thing))
-            held = {name: value for name, value in vars(thing).items() if name not in OF_TORCH or name in _HOOKS}
-            vars(twin)["_modules"] = {name: again(child) for name, child in thing._modules.items()}
-            vars(twin).update({name: again(value) for name, value in held.items()})
-            if type(thing).__name__ == "OptimizedModule":
-                vars(twin)["forward"] = vars(twin)["_modules"]["_orig_mod"]  # as it was written
-        return known[thing]
-    if type(thing) in (list, dict, OrderedDict):
-        if id(thing) not in copied:
-            copied[id(thing)] = copy = thing.copy()
-            for key, value in copy.items() if isinstance(copy, dict) else enumerate(copy):
-                copy[key] = again(value)
-        return copied[id(thing)]
-    if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module):
-        return MethodType(thing.__func__, again(thing.__self__))
-    if isinstance(thing, partial):
-        return partial(again(thing.func), *map(again, thing.args), **again(thing.keywords))
-    return thing
+    return again(module)
 
 
 def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
