@@ -404,6 +404,8 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
         if not callable(method):
             raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
     known = [*COLUMN_GROUPS, *(name for name in COLUMNS if _is_single(name))]
+    if isinstance(scores, str):
+        raise TypeError(f"scores: wanted a list of names, got {scores!r}")
     for name in scores:
         if name not in known:
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")

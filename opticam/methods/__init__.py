@@ -85,7 +85,7 @@ def find_method(name: str) -> Callable[..., Tensor]:
         ValueError: no such method.
         ImportError: the library is not installed.
     """
-    library, separator, inner = name.partition(":")
+    library, separator, inner = name.partition(":") if isinstance(name, str) else ("", "", "")
     if separator and library in LIBRARIES:
         class_of(library, inner)  # refused here where there is none
         return partial(library_map, library=library, name=inner)

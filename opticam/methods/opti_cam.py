@@ -274,6 +274,8 @@ def opti_cam(
             masked_logits, logits, target = _as_softmax(output, y, c)
             g = objective(masked_logits, logits, target)  # f(x * S(u))_c, a row per view
             _check_rows("objective", g, len(views))
+            if not g.requires_grad:
+                raise ValueError("objective: wanted a function that can be differentiated by its masked_logits")
             value, *hidden = g.unflatten(0, (len(masks), len(B), len(x))).mean(1)  # mean_b, to be maximised
             value = value - sum(complement * of_complement for of_complement in hidden)
             if S_0 is not None:

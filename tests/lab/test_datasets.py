@@ -931,7 +931,8 @@ def labels_of(root, *folders, **options):
 
 
 def test_folders_named_by_whole_numbers_are_the_labels(tmp_path):
-    found, names = labels_of(tmp_path / "all", *map(str, range(12)))
+    with pytest.warns(UserWarning, match=r"root: class folders named by numbers have these as labels; torchvision"):
+        found, names = labels_of(tmp_path / "all", *map(str, range(12)))
     assert found == {str(i): i for i in range(12)}
     assert names == [str(i) for i in range(12)]
     found, names = labels_of(tmp_path / "some", "007", "10", "3")

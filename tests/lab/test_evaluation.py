@@ -322,6 +322,8 @@ def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
 def test_unknown_scores(tiny, samples):
     with pytest.raises(ValueError, match=r"scores: wanted some of curves, .* got 'area'"):
         evaluate(tiny, samples, {"fake_cam": METHODS["fake_cam"]}, scores=["area"])
+    with pytest.raises(TypeError, match=r"^scores: wanted a list of names, got 'curves'$"):
+        evaluate(tiny, samples, {"fake_cam": METHODS["fake_cam"]}, scores="curves")
 
 
 def run_stream(folder, model, samples, **changed):

@@ -609,6 +609,7 @@ def test_own_optimizer(tiny, images, class_idx):
                 (lambda *_: None, "NoneType"),
             )
         ),
+        ({"objective": lambda masked, *_: torch.zeros(len(masked))}, "^objective: wanted a function that can be diff"),
         (
             {"objective": lambda masked, *_: masked.amax(), "complement": 1.0},
             r"^objective: wanted .*, shape \(10,\), got \(\)$",
