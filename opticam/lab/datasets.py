@@ -717,8 +717,8 @@ def _labels(
             raise ValueError(f"class_names: wanted at least {max(numbers) + 1}, one per label, got {len(names)}")
         if class_names is None and sorted(folders) != sorted(folders, key=int):
             warnings.warn(
-                "root: class folders named by numbers have these as labels; torchvision's ImageFolder puts 10 before 2, "
-                "so for a network trained with it give class_names in its order",
+                "root: class folders named by numbers have these as labels; torchvision's ImageFolder puts 10 before "
+                "2, so for a network trained with it give class_names in its order",
                 stacklevel=3,
             )
         return dict(zip(folders, numbers, strict=True)), names
