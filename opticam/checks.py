@@ -29,7 +29,7 @@ def check_network(model: nn.Module) -> None:
     Raises:
         TypeError: not a module, TorchScript, or quantised.
         ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
-            inside whose head is not that of the model.
+            inside whose head is not that of the model; transforms inside that move the pixels, such as a crop.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
@@ -159,7 +159,7 @@ def as_numbers(name: str, values: Any) -> tuple[float, ...]:
 
 
 def check_numbers(**numbers: float) -> None:
-    """Refuse, by a TypeError, what is no number, such as None or a text."""
+    """Refuse, by a TypeError, what is not a number, such as None or text."""
     for name, number in numbers.items():
         if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.ndim == 0)):
             raise TypeError(f"{name}: wanted a number, got {number!r}")
@@ -196,9 +196,10 @@ def check_at_least(least: int, **numbers: int | None) -> None:
 def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
-    There are further passes of a few images, which no hook of a method hears: two of two images, one with its gradient,
-    by a twin without any hooks, when a network with code of one's own is first seen; and some where something looks
-    suspicious. A state outside of torch that changes only later passes is not seen.
+    There are further passes of a few images, which no hook of a method hears: four of two images, one with its
+    gradient, when a network with code of one's own is first seen; and some where something looks suspicious. The four
+    are passes of a twin, and of the network itself only where hooks of others may be a part of it. A state outside of
+    torch that changes only later passes is not seen.
 
     Args:
         model: any network, inside `frozen`.
@@ -265,12 +266,13 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
     turns.setdefault(bare(model), threading.RLock())
     copies: dict[nn.Module, nn.Module] = {}
     silent = twin_of(network, copies)
-    for copy in copies.values():  # whoever counts the passes of a method is not to hear of these
+    for copy in copies.values():  # a hook that counts the passes of a method must not count these
         heard = ((key, hook) for key, hook in copy._forward_hooks.items() if not of_others(hook))
         vars(copy)["_forward_hooks"] = OrderedDict(heard)
     fault, head, ending = None, None, None
-    for tried in (silent, network) if hooked_by_others(network) else (silent,):  # hooks may be a part of it
-        with suppress(Exception):  # it may take no two images, or be no network without its hooks
+    for tried in (silent, network) if hooked_by_others(network) else (silent,):
+        fault = None  # where the network itself cannot be asked, the twin's fault may be that it has no hooks
+        with suppress(Exception):  # it may not take two images, or not run without its hooks
             fault, head, ending = _look_at(tried, image)
             if fault is None:
                 break
@@ -289,7 +291,7 @@ def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str |
     pair, slope = torch.cat([image, image.flip(3)]).requires_grad_(), None
     first, head = read(network, pair)
     with suppress(RuntimeError):  # it may hide gradients
-        (slope,) = torch.autograd.grad(first[0, 0], pair, retain_graph=True, allow_unused=True)
+        (slope,) = torch.autograd.grad(first[0, 0], pair, allow_unused=True)
     with torch.no_grad():
         again = read(network, pair.flip(0)).logits.flip(0)
         others = image.flip(3) / 2, image

@@ -189,7 +189,7 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
 
     Raises:
         TypeError: no such logits, or several tensors that might be.
-        ValueError: the logits are not (B,C).
+        ValueError: the logits are not (B,C); a Bernoulli for each class, where the head is a softmax.
     """
     classifier = as_classifier(model)
     head: Head = "softmax" if classifier is None else classifier.head

@@ -54,7 +54,7 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
     contiguous, since a foreign network may rely on that.
     """
     classifier = as_classifier(model)
-    kernels = [] if classifier is None else [p for p in classifier.parameters() if p.ndim == 4]
+    kernels = (p for p in (classifier.parameters() if classifier is not None else ()) if p.ndim == 4)
     last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
     memory_format = torch.channels_last if last else torch.contiguous_format
     return for_autograd(images).detach().contiguous(memory_format=memory_format)

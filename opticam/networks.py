@@ -92,7 +92,7 @@ def wrap(
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
-        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is no list.
+        TypeError: `network` is not a module; `to_logits` or `layout` is not a function; `class_names` is not a list.
         ValueError: an unknown head or layer; a head that is not that of `to_logits`; mean and std that do not fit
             together, or for a network that normalises its images itself.
     """
@@ -214,7 +214,7 @@ def load_model(
         device: where the classifier goes.
 
     Raises:
-        TypeError: the name is no text, `checkpoint` no path, or `class_names` no list.
+        TypeError: the name is not text, `checkpoint` not a path, or `class_names` not a list.
         ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
             but a state dict, or one of another network.
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.

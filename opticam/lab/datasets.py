@@ -588,7 +588,7 @@ def imagefolder(
         window: of pixels of more than 8 bits; see `read_image`.
 
     Raises:
-        TypeError: `class_names` is no list.
+        TypeError: `class_names` is not a list.
         FileNotFoundError: no root, no images in it, or no table.
         ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
             fits no image or several.

@@ -261,7 +261,7 @@ def opti_cam(
         features, size = batch.features, images.shape[-2:]
         point = tuple(tensor.clone() for tensor in space.start(_start(_part(u, part), batch), features))
         ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
-        with torch.no_grad():  # here, since its range is known only once the device is done
+        with torch.no_grad():  # before the loop: to ask for a range is to wait for the device
             check_saliency(batch.images, normalize(_added(space.sums(point, features), size)), "normalize")
         progress = Progress(point, num_steps, tol, patience)
         for step in range(num_steps + 1):
@@ -273,15 +273,11 @@ def opti_cam(
                 output = read(network, views)  # f(x * S(u))
             masked_logits, logits, target = _as_softmax(output, y, c)
             g = objective(masked_logits, logits, target)  # f(x * S(u))_c, a row per view
-            _check_rows("objective", g, len(views))
-            if not g.requires_grad:
-                raise ValueError("objective: wanted a function that can be differentiated by its masked_logits")
-            value, *hidden = g.unflatten(0, (len(masks), len(B), len(x))).mean(1)  # mean_b, to be maximised
+            value, *hidden = (
+                _rows("objective", g, len(views)).unflatten(0, (len(masks), len(B), len(x))).mean(1)
+            )  # mean_b, to be maximised
             value = value - sum(complement * of_complement for of_complement in hidden)
-            if S_0 is not None:
-                price = penalty(S, S_0)
-                _check_rows("penalty", price, len(x))
-                value = value - price
+            value = value if S_0 is None else value - _rows("penalty", penalty(S, S_0), len(x))
             working = progress.add(step, value.detach(), point)  # the best so far is kept
             if on_step is not None:
                 rows = torch.arange(len(images), device=x.device)[part][progress.seen]
@@ -327,10 +323,14 @@ def _prepare(
     return folded(model, x, y), _Batch(x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
 
 
-def _check_rows(name: str, values: Any, count: int) -> None:
+def _rows(name: str, values: Any, count: int) -> Tensor:
+    """What a function of the caller's gives, if it is a number per row that can be differentiated."""
     if not isinstance(values, Tensor) or values.shape != (count,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: wanted a function to one number per image, shape ({count},), got {got}")
+    if not values.requires_grad:
+        raise ValueError(f"{name}: wanted a function that can be differentiated")
+    return values
 
 
 def _start(u: Tensor | None, batch: _Batch) -> Tensor:

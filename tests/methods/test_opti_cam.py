@@ -611,6 +611,10 @@ def test_own_optimizer(tiny, images, class_idx):
         ),
         ({"objective": lambda masked, *_: torch.zeros(len(masked))}, "^objective: wanted a function that can be diff"),
         (
+            {"anchor": torch.rand(5, 1, 24, 32), "penalty": lambda *_: torch.zeros(5)},
+            "^penalty: wanted a function that can be diff",
+        ),
+        (
             {"objective": lambda masked, *_: masked.amax(), "complement": 1.0},
             r"^objective: wanted .*, shape \(10,\), got \(\)$",
         ),
