@@ -1,6 +1,7 @@
 """Batch norms folded into the convolutions before them: the same logits by fewer operations."""
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -126,7 +128,35 @@ def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
             continue  # somebody reads or changes what would not be there
         after = [norm._modules.get(name) for name in ("drop", "act")]  # of timm's batch norms
         activation = nn.Sequential(*(module for module in after if module is not None))
-        for name, module in zip(pair, (fuse_conv_bn_eval(convolution, norm), activation), strict=True):
+        fused = fuse_conv_bn_eval(convolution, norm)
+        if _pads_by_a_copy(fused):
+            fused = _PaddedAlike(fused)
+        for name, module in zip(pair, (fused, activation), strict=True):
             parent, _, own = name.rpartition(".")
             twin.get_submodule(parent)._modules[own] = module
     return twin
+
+
+def _pads_by_a_copy(convolution: Any) -> bool:
+    depthwise = convolution.groups == convolution.in_channels and convolution.dilation == (1, 1)
+    return depthwise and type(convolution).__module__ == "timm.layers.conv2d_same"
+
+
+class _PaddedAlike(nn.Module):
+    """TensorFlow's convolution, which pads by as much as its stride leaves over, without a copy of its input.
+
+    Where that is odd the last side gets one pixel more: as if both sides had it and the kernel began with a zero. For
+    one channel alone a copy takes longer than the convolution.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.convolution
+        sides = zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)
+        high, wide = (max((math.ceil(side / step) - 1) * step + width - side, 0) for side, width, step in sides)
+        weight = F.pad(conv.weight, (wide % 2, 0, high % 2, 0))
+        padding = math.ceil(high / 2), math.ceil(wide / 2)
+        return F.conv2d(x, weight, conv.bias, conv.stride, padding, 1, conv.groups)

@@ -6,12 +6,13 @@ import sys
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 from torchvision import models as tv
 
 from opticam import METHODS, load_model, opti_cam
 from opticam.features import count_passes, frozen
-from opticam.folding import _pairs, folded
+from opticam.folding import _PaddedAlike, _pairs, folded
 from opticam.metrics import insertion_deletion
 
 
@@ -84,6 +85,21 @@ def test_the_same_logits_and_gradients(name):
         results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 9), (11, 7), (3, 10)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), ((2, 5), (2, 3)), (1, 2), (4, 1), (3, 4)])
+def test_padding_of_both_sides_alike(size, kernel, stride):
+    torch.manual_seed(0)
+    convolution = Conv2dSame(4, 4, kernel, stride=stride, groups=4).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    torch.testing.assert_close(_PaddedAlike(convolution)(x), convolution(x), rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_convolutions_copy_nothing():
+    network = shuffled(timm.create_model("tf_efficientnet_lite0", num_classes=7))
+    twin = twin_of(network, torch.rand(1, 3, 64, 64))
+    assert sum(isinstance(module, _PaddedAlike) for module in twin.modules()) == 4
 
 
 def test_the_network_is_not_touched():

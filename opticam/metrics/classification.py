@@ -204,7 +204,7 @@ def insertion(
     """
     x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
     steps = _revealed(_blurred(x, color), x, rank, counts, batch_size)
-    return _with_area(_probabilities(model, class_idx, saliency, steps))
+    return _with_area(*_probabilities(model, class_idx, saliency, steps))
 
 
 def deletion(
@@ -224,7 +224,7 @@ def deletion(
     """
     x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
     steps = _revealed(x, color.expand_as(x), rank, counts, batch_size)
-    return _with_area(_probabilities(model, class_idx, saliency, steps))
+    return _with_area(*_probabilities(model, class_idx, saliency, steps))
 
 
 def insertion_deletion(
@@ -243,9 +243,8 @@ def insertion_deletion(
     """
     x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
     inserting = _revealed(_blurred(x, color), x, rank, counts, batch_size)
-    inserted = _probabilities(model, class_idx, saliency, inserting)
     deleting = _revealed(x, color.expand_as(x), rank, counts[1:], batch_size)
-    deleted = _probabilities(model, class_idx, saliency, deleting)
+    inserted, deleted = _probabilities(model, class_idx, saliency, inserting, deleting)
     return _with_area(inserted), _with_area(torch.cat([inserted[:, -1:], deleted], 1))
 
 
@@ -298,7 +297,7 @@ def road(
     noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
     orders = [_rank(saliency, descending) for descending in (False, True)]
     removed = torch.stack([rank < count for count in counts for rank in orders], 1)
-    probs = _probabilities(model, class_idx, saliency, _imputed(x, removed, noise, batch_size))
+    (probs,) = _probabilities(model, class_idx, saliency, _imputed(x, removed, noise, batch_size))
     least_first, most_first = probs.unflatten(1, (len(counts), 2)).unbind(2)
     return ((least_first - most_first) / 2).mean(1)
 
@@ -499,33 +498,45 @@ def _revealed(
     before: Tensor, after: Tensor, rank: Tensor, counts: Tensor, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images that show `after` at the first n pixels and `before` at the rest, n of `counts`; and whose they are."""
-    for flat in torch.arange(len(rank) * len(counts), device=rank.device).split(batch_size):
+    for flat in _in_flight(len(rank) * len(counts), batch_size, rank.device):
         rows, count = flat // len(counts), counts[flat % len(counts)]
         yield torch.where(rank[rows] < count[:, None, None, None], after[rows], before[rows]), rows
 
 
 def _imputed(x: Tensor, removed: Tensor, noise: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Imputed images for all masks (B,n,1,H,W), and whose they are."""
-    for flat in torch.arange(len(x) * removed.shape[1], device=x.device).split(batch_size):
+    for flat in _in_flight(len(x) * removed.shape[1], batch_size, x.device):
         rows = flat // removed.shape[1]
         yield impute(x[rows], removed.flatten(0, 1)[flat], noise), rows
 
 
+def _in_flight(number: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices, the first alone: it is for `examine`, before the network is folded."""
+    first, rest = torch.arange(number, device=device).tensor_split([1])
+    yield first
+    yield from rest.split(batch_size) if len(rest) else ()
+
+
 def _probabilities(
-    model: nn.Module, class_idx: Tensor, saliency: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """(B,n) class probabilities of n masked images an image, all images' in one row of batches; NaN for a NaN map."""
-    probs: list[Tensor] = []
-    network, class_idx = model, for_autograd(class_idx)
-    with frozen(model), torch.no_grad():
-        for masked, rows in batches:
-            masked = prepared(model, masked)
-            logits, head = read(network, masked) if probs else examine(model, masked, class_idx)
-            if not probs:
-                network = folded(model, masked, logits)
-            probs.append(probs_of_class(logits, class_idx[rows], head))
+    model: nn.Module, class_idx: Tensor, saliency: Tensor, *series: Iterable[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """(B,n) class probabilities of n masked images an image, for each series; NaN for a NaN map."""
+    network, head, class_idx = model, None, for_autograd(class_idx)
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
-    return torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan)
+    found = []
+    with frozen(model), torch.no_grad():
+        for batches in series:
+            probs: list[Tensor] = []
+            for masked, rows in batches:
+                masked = prepared(model, masked)
+                if head is None:
+                    logits, head = examine(model, masked, class_idx)
+                    network = folded(model, masked, logits)
+                else:
+                    logits = read(network, masked).logits
+                probs.append(probs_of_class(logits, class_idx[rows], head))
+            found.append(torch.cat(probs).view(len(class_idx), -1).masked_fill(unknown, torch.nan))
+    return found
 
 
 def _with_area(curve: Tensor) -> Curve:
