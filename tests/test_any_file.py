@@ -100,6 +100,7 @@ IMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged files
 @pytest.mark.parametrize("kind", IMAGES)
 @drawn(30)
@@ -135,6 +136,7 @@ def table(rows):
     return "".join(",".join(row) + "\n" for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* match no photo")
 @drawn(100)
 @given(row=st.integers(0, 2), column=st.integers(0, 4), word=WORDS | TEXT)
@@ -157,6 +159,7 @@ def test_values_of_tables_of_boxes(photos, row, column, word):
         assert not malformed or photo.fault.startswith(f"annotation: cannot read that of {photo.path.name} (")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* match no photo")
 @drawn(60)
 @given(change=damage())
@@ -273,6 +276,7 @@ def test_values_of_notebooks(tree, tmp_path):
     check_notebook(path)
 
 
+@pytest.mark.slow
 @drawn(100)
 @given(change=damage())
 def test_bytes_of_notebooks(change, tmp_path):
@@ -281,6 +285,7 @@ def test_bytes_of_notebooks(change, tmp_path):
     check_notebook(path)
 
 
+@pytest.mark.slow
 @drawn(100)
 @given(change=damage())
 @example(change=lambda source: source.replace(b"0.5", b"1" + b"0" * 400))
@@ -367,6 +372,7 @@ def own(monkeypatch, tmp_path):
     return tiny(False, 3).state_dict(), tmp_path / "own.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 @drawn(60)
 @given(change=damage())
@@ -384,6 +390,7 @@ def test_bytes_of_checkpoints(own, form, change):
         assert all(value.shape == weights[name].shape for name, value in model.network.state_dict().items())
 
 
+@pytest.mark.slow
 @drawn(100)
 @given(change=damage())
 @example(change=lambda text: text.replace(b"3", b"[" * 5000))
@@ -445,6 +452,7 @@ def test_tensors_of_checkpoints(own, kind, name, table):
     check_weights(own, name, TENSORS[kind](), table)
 
 
+@pytest.mark.slow
 @drawn(40)
 @given(name=NAMES, value=VALUES, table=TABLES)
 def test_values_of_checkpoints(own, name, value, table):

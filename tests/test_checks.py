@@ -501,6 +501,7 @@ NOT_DIFFERENTIABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("kind", NOT_DIFFERENTIABLE)
 def test_networks_that_cannot_be_differentiated(tiny, images, class_idx, kind):

@@ -203,6 +203,7 @@ def test_the_head_follows_from_to_logits(tiny):
     assert wrap(tiny, "features", to_logits=torch.neg).head == "softmax"
 
 
+@pytest.mark.slow
 def test_a_compiled_classifier_is_ours(tiny, images):
     model = wrap(tiny, "features", head="sigmoid")
     compiled = torch.compile(model, backend="eager")
@@ -223,6 +224,7 @@ def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
         torch.testing.assert_close(found, METHODS["grad_cam"](plain, images, class_idx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grad_cam", "opti_cam", "ablation_cam", "score_cam"])
 def test_a_network_compiled_in_part_stays_as_it_was(tiny, images, class_idx, name):
     options = {"num_steps": 2} if name == "opti_cam" else {}

@@ -41,6 +41,7 @@ def test_the_version(capsys):
     assert re.fullmatch(r"opticam \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_explain_prints_the_classes_and_writes_a_picture(quick, capsys, folder):
     assert cli.main(["explain", PHOTO]) == 0
     printed = capsys.readouterr().out

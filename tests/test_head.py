@@ -16,6 +16,7 @@ def passes_before(module, call):
     return len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -271,6 +271,7 @@ def test_a_last_norm_that_only_the_class_token_leaves_is_refused():
     assert grad_cam(network, images, class_idx, layer="blocks.1.norm1").any()
 
 
+@pytest.mark.slow
 def test_ablation_refuses_maps_that_are_a_copy():
     network = timm.create_model("hiera_tiny_224", img_size=128, num_classes=3).eval()
     with pytest.raises(ValueError, match="layer: ablation_cam wants one whose maps are a view"):

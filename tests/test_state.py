@@ -115,6 +115,7 @@ class Skipping(nn.Module):
         return self.kept.maps if self.place == "object" else (self.kept[0] if self.place == "nested" else self.kept)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["attribute", "table", "list", "nested", "object"])
 def test_networks_that_keep_something_during_a_pass(place, images, class_idx, eager):
     network = Skipping(place).double().eval()

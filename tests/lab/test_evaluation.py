@@ -349,6 +349,7 @@ def written(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [

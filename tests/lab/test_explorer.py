@@ -189,6 +189,7 @@ def test_the_page_compares_methods_and_says_which_do_not_apply(page):
     assert page.status.value.count("2 methods compared for bald eagle.") == 1
 
 
+@pytest.mark.slow
 def test_the_page_takes_another_photo(page):
     page.compare()
     page.photo_choice.index = 16
@@ -230,6 +231,7 @@ def test_the_page_says_in_one_sentence_what_it_refuses(page, case):
     assert not page.explain_button.disabled
 
 
+@pytest.mark.slow
 def test_networks_that_cannot_be_had_are_refused_and_the_old_one_stays(page, monkeypatch):
     def refuse(name, **options):
         raise OSError(f"model: the weights of {name} could not be had")
@@ -244,6 +246,7 @@ def test_networks_that_cannot_be_had_are_refused_and_the_old_one_stays(page, mon
     assert page.explanation is not None
 
 
+@pytest.mark.slow
 def test_stop_ends_a_long_computation(page):
     page.steps.value = 1000
     page.start(page.explain)

@@ -79,6 +79,7 @@ def test_repeats_widen_the_interval_by_what_they_share():
     assert high - low > 10 * np.subtract(*interval(images)[::-1])
 
 
+@pytest.mark.slow
 def test_interval_of_many_images_takes_them_in_parts():
     shapes = []
 
@@ -134,6 +135,7 @@ def test_p_of_many_images_is_efrons_formula_solved_for_it():
     assert p_value(values) != pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_interval_excludes_0_where_p_is_small():
     noise = np.random.default_rng(6).normal(0, 1, (40, 25))
     for values in noise + 0.4:

@@ -178,6 +178,7 @@ def test_two_sequences_in_a_network_are_refused_also_where_tokens_are_told(image
         METHODS[name](network, images, class_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "pooled"])
 def test_legrad_agrees_with_differences(images, class_idx, options):
     """Every attention probability of every block is nudged by hand, and the block's own class score watched."""

@@ -117,6 +117,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", cases(VIEWS, "all"))
 @pytest.mark.parametrize("objective", ["class_logit", "odds_gain"])
 @pytest.mark.parametrize("space", ["weights", "map"])

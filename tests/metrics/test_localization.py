@@ -73,6 +73,7 @@ def test_equals_published_localization_error_official_metric_and_f1():
     assert np.abs(soft_f1(maps, boxes).numpy() - data["F1"]).max() < 6e-7
 
 
+@pytest.mark.slow
 def test_equals_published_max_box_accuracy():
     data, maps, boxes = golden()
     total = box_hits(maps, boxes).sum(0)

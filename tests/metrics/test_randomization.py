@@ -83,6 +83,7 @@ def test_stages_of_a_classifier_are_named_as_its_network_names_them():
     assert names == ["classifier", *(f"blocks.{i}" for i in range(6, -1, -1)), "conv_stem"]
 
 
+@pytest.mark.slow
 def test_what_belongs_to_no_layer_goes_by_the_name_of_the_class():
     model = TinyViT()
     names = [name for name, _ in cascading(model)]
@@ -117,6 +118,7 @@ def test_batch_norm_goes_back_to_its_start():
     assert top.bn2.running_mean.tolist() == [0] * 4
 
 
+@pytest.mark.slow
 def test_randomised_network_still_sees_the_image():
     # wholly randomised, its last features neither vanish nor are the same for every image, as with other rules
     model = opticam.load_model("efficientnet_lite0")
