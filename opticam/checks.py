@@ -371,19 +371,21 @@ def _last_operation(node: Any) -> str:
 
 
 def _bounded(tensor: Tensor) -> bool:
-    """Whether a tensor was made of sigmoids or softmaxes, by less than another layer, such as their mean."""
+    """Whether a tensor was made of functions that end at 1, by less than another layer, such as a mean of sigmoids."""
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen or node.name().startswith(_LAYERS):
             continue
-        if node.name().startswith(("Sigmoid", "Softmax", "Hardsigmoid")):
+        if node.name().startswith(_ENDING_AT_1) or 1 in (getattr(node, name, None) for name in _HIGHEST):
             return True
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
     return False
 
 
+_ENDING_AT_1 = ("Sigmoid", "Softmax", "Hardsigmoid", "Tanh", "Atan", "Erf", "Exp")  # the last: of 1/(1 + exp(-x))
+_HIGHEST = ("_saved_max", "_saved_max_val")  # of a clamp
 _SCALING = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg")  # where one side is a constant
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(

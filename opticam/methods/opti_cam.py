@@ -340,6 +340,8 @@ def _start(u: Tensor | None, batch: _Batch) -> Tensor:
         return batch.features[0].new_zeros(wanted)
     if u.shape != wanted:
         raise ValueError(f"u: wanted shape ({wanted[0]},{wanted[1]}), got {tuple(u.shape)} for {wanted[0]} images")
+    if not u.isfinite().all():
+        raise ValueError("u: wanted finite numbers, got NaN or infinite ones")
     return for_autograd(u).detach().to(batch.features[0])
 
 

@@ -455,6 +455,8 @@ def test_start(tiny, images, class_idx):
     for wrong, got in ((torch.zeros(6, 6), r"\(6, 6\)"), (torch.zeros(1, 6), r"\(1, 6\)"), ([0.0], "list")):
         with pytest.raises(ValueError, match=f"u: wanted a tensor with a row for each of 5 images, got {got}"):
             opti_cam(tiny, images, class_idx, layer="features", u=wrong)
+    with pytest.raises(ValueError, match="u: wanted finite numbers"):
+        opti_cam(tiny, images, class_idx, layer="features", u=u.log())
 
 
 TOL = 0.003
