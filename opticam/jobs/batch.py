@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 
 BATCHES = REPOSITORY / "notebooks" / "batches"
 OWN = ("figures", "results")  # parameters that a batch sets itself: each run writes into a folder of its own
-_FIELDS = {
-    "notebook": str,
-    "parameters": dict,
-    "grid": dict,
-    "shards": int,
-    "resources": dict,
-    "output": str,
-    "evidence": dict,
-}
+# the fields of a document, with what they are where they are not given
+_FIELDS = {"notebook": "", "parameters": {}, "grid": {}, "shards": 0, "resources": {}, "output": "", "evidence": {}}
 _KINDS = {str: "text", dict: "names with values", int: "a whole number"}
 _MOST_RUNS = 100_000  # more is a typing error, which would fill the memory before anything is reported
 Place = tuple[str | int, ...]
@@ -106,29 +99,25 @@ def read_batches(path: str | Path) -> list[Batch]:
         ValueError: everything that is wrong with the file, one line per error, with its place.
         OSError: no such file.
     """
-    path = _find(path)
+    places = [place for place in (Path(path), BATCHES / path, BATCHES / f"{path}.yaml") if place.is_file()]
+    if not places:
+        known = ", ".join(sorted(place.stem for place in BATCHES.glob("*.yaml")))
+        raise FileNotFoundError(f"batch: wanted a YAML file or one of {known}, got {str(path)!r}")
+    path = places[0]
+    text = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
         trees: list[yaml.Node | None] = [*yaml.compose_all(text, Loader=yaml.SafeLoader)] or [None]
         contents = list(yaml.safe_load_all(text)) or [None]
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path.name}, line {line}: wanted YAML; {error.problem}") from error
-    except OSError:
-        raise
     except Exception as error:  # PyYAML raises whatever it stumbles over in a date, a number or a tag
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path.name}: wanted YAML; a value cannot be read ({reason})") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path.name}, line {mark.line + 1}" if mark else path.name
+        raise ValueError(f"{place}: wanted YAML; {getattr(error, 'problem', None) or repr(error)}") from error
     batches: list[Batch] = []
     told: list[str] = []
     for tree, content in zip(trees, contents, strict=True):
-        lines: dict[Place, int] = {}
-        faults: list[tuple[Place, str]] = []
-        if tree is not None:
-            _walk(tree, (), lines, faults, set())
+        faults = _Faults(tree)
         batches += _batch(path, content, batches, faults)
-        found = {f"{_dotted(place)}: {text}": lines.get(place) or lines.get(place[:-1]) or 1 for place, text in faults}
-        ordered = sorted(found.items(), key=lambda fault: fault[1])
+        ordered = sorted(faults.told.items(), key=lambda fault: fault[1])
         told += [f"{path.name}, line {line}: {text}" for text, line in ordered]
     if told:
         raise ValueError("\n".join(told))
@@ -186,18 +175,16 @@ def write_index(batch: Batch) -> Path:
 
     Here and below, OSError: the place cannot be written.
     """
-    names = sorted(set().union(*(run.varied for run in batch.runs)))
+    heads = ["run", *batch.runs[0].varied, "status", "seconds", "error"]
     rows = []
     for run in batch.runs:
         record = read_record(run)
-        link = {"done": f"{run.name}.ipynb", "failed": f"{run.name}.failed.ipynb"}.get(record["status"])
-        shown = html.escape(run.name)
-        cells = [f'<a href="{html.escape(link)}">{shown}</a>' if link else shown]
-        cells += [html.escape(_word(run.varied.get(name, ""))) for name in names]
-        cells += [record["status"], f"{record.get('seconds', 0):.1f}", html.escape(record.get("error") or "")]
-        rows.append(f'<tr class="{record["status"]}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("run", *names, "status", "seconds", "error"))
-    page = _PAGE.format(name=html.escape(batch.name), heads=heads, rows="\n".join(rows))
+        name, status = html.escape(run.name), record["status"]
+        suffix = {"done": ".ipynb", "failed": ".failed.ipynb"}.get(status)
+        link = f'<a href="{name}{suffix}">{name}</a>' if suffix else name
+        told = [*map(_word, run.varied.values()), status, f"{record.get('seconds', 0):.1f}", record.get("error") or ""]
+        rows.append(f'<tr class="{status}"><td>' + "</td><td>".join([link, *map(html.escape, told)]) + "</td></tr>")
+    page = _PAGE.format(name=html.escape(batch.name), heads="</th><th>".join(heads), rows="\n".join(rows))
     path = batch.folder / "index.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -212,9 +199,9 @@ th, td {{ text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; 
 tr.failed td {{ background: #fdecea }} tr.new td, tr.stale td {{ color: #777 }}
 </style>
 <h1>{name}</h1>
-<table><thead><tr>{heads}</tr></thead><tbody>
+<table><tr><th>{heads}</th></tr>
 {rows}
-</tbody></table></html>
+</table></html>
 """
 
 
@@ -232,26 +219,24 @@ def write_summary(batch: Batch) -> Path | None:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
-    done = [run for run in _done(batch) if run.table.is_file()]
-    if not done:
+    tables = _tables(batch, batch.runs[0].notebook.stem)
+    if not tables:
         return None
-    tables = [pq.read_schema(run.table).empty_table() for run in done]
-    schemas = [_with_varied(table, run).schema for table, run in zip(tables, done, strict=True)]
-    schema = pa.unify_schemas([one.remove_metadata() for one in schemas], promote_options="permissive")
-    flat = pa.schema([field for field in schema if not _holds_bytes(field)])
+    empty = [_with_varied(pq.read_schema(table).empty_table(), run) for table, run in tables.items()]
+    schema = pa.concat_tables(empty, promote_options="permissive").schema
+    flat = [field.name for field in schema if "binary" not in str(field.type)]
     path = batch.folder / "summary.parquet"
-    described = schema.with_metadata(_shared([table.schema.metadata or {} for table in tables]))
     with (
         replacing(path) as whole,
         replacing(path.with_suffix(".csv")) as plain,
-        pq.ParquetWriter(whole, described) as rows,
-        pa.csv.CSVWriter(plain, flat) as lines,
+        pq.ParquetWriter(whole, schema.with_metadata(_shared(tables))) as rows,
+        pa.csv.CSVWriter(plain, schema.empty_table().select(flat).schema) as lines,
     ):
-        for run in done:
-            own = _with_varied(pq.read_table(run.table), run)
-            table = pa.concat_tables([schema.empty_table(), own], promote_options="permissive")
-            rows.write_table(table)
-            lines.write_table(table.select(flat.names))
+        for table, run in tables.items():
+            own = _with_varied(pq.read_table(table), run)
+            own = pa.concat_tables([schema.empty_table(), own], promote_options="permissive")
+            rows.write_table(own)
+            lines.write_table(own.select(flat))
     return path
 
 
@@ -296,26 +281,27 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
 
     written = {}
     for name, stem in batch.evidence.items():
-        done = [(run, run.table.with_name(f"{stem}.parquet")) for run in _done(batch)]
-        done = [(run, path) for run, path in done if path.is_file()]
-        if not done:
+        tables = _tables(batch, stem)
+        if not tables:
             continue
-        tables = [_shipped(_with_varied(pq.read_table(path), run)) for run, path in done]
-        rows = pa.concat_tables(tables, promote_options="permissive")
+        shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
+        rows = pa.concat_tables(shipped, promote_options="permissive")
         names = rows["image"].to_numpy(zero_copy_only=False)
         rows = rows.take(pa.array(names.argsort(kind="stable")))
-        images, runs = len(set(names)), f"{len(done)} of {len(batch.runs)}"
-        said = _shared([pq.read_schema(path).metadata or {} for _, path in done])
-        told = {key: json.dumps({**json.loads(text), "images": images, "runs": runs}) for key, text in said.items()}
+        images, runs = len(set(names)), f"{len(tables)} of {len(batch.runs)}"
+        rows = rows.replace_schema_metadata(_shared(tables, images=images, runs=runs))
         path = folder / f"{name}.parquet"
         with replacing(path) as whole:
-            pq.write_table(rows.replace_schema_metadata(told), whole, compression="zstd")
+            pq.write_table(rows, whole, compression="zstd")
         written[path] = f"{len(rows)} rows of {images} images, {runs} runs, {path.stat().st_size / 1000:.0f} kB"
     return written
 
 
-def _done(batch: Batch) -> list[Run]:
-    return [run for run in batch.runs if read_record(run)["status"] == "done"]
+def _tables(batch: Batch, stem: str) -> dict[Path, Run]:
+    """The tables of that name, of the runs that are done and wrote one."""
+    done = [run for run in batch.runs if read_record(run)["status"] == "done"]
+    tables = {run.table.with_name(f"{stem}.parquet"): run for run in done}
+    return {table: run for table, run in tables.items() if table.is_file()}
 
 
 def _shipped(table: "pa.Table") -> "pa.Table":
@@ -327,25 +313,23 @@ def _shipped(table: "pa.Table") -> "pa.Table":
         values = table[field.name]
         if pa.types.is_float64(field.type) and not field.name.startswith(("prob", "masked_prob")):
             values = values.cast(pa.float32())
-        if field.name == "box_hits" or not (field.name == "shard" or _holds_bytes(field)):
+        if field.name == "box_hits" or not (field.name == "shard" or "binary" in str(field.type)):
             columns[field.name] = values
     return pa.table(columns)
 
 
-def _holds_bytes(field: "pa.Field") -> bool:
-    import pyarrow as pa
+def _shared(tables: Iterable[Path], **more: Any) -> dict[bytes, bytes]:
+    """The provenance of tables, with the parameters that all of them share, and more; nothing where one has none."""
+    import pyarrow.parquet as pq
 
-    return pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
-
-
-def _shared(metadata: Sequence[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The provenance of tables, with the parameters that all of them share; nothing where one has none."""
-    provenances = [json.loads(entry[PROVENANCE]) for entry in metadata if PROVENANCE in entry]
-    if len(provenances) < len(metadata):
+    metadata = [pq.read_schema(table).metadata or {} for table in tables]
+    if not all(PROVENANCE in entry for entry in metadata):
         return {}
-    first, *others = (provenance["parameters"] for provenance in provenances)
-    shared = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    return {PROVENANCE: json.dumps({**provenances[0], "parameters": shared}).encode()}
+    first, *others = (json.loads(entry[PROVENANCE]) for entry in metadata)
+    shared = dict(first["parameters"])
+    for other in others:
+        shared = {name: value for name, value in shared.items() if other["parameters"].get(name) == value}
+    return {PROVENANCE: json.dumps({**first, "parameters": shared, **more}).encode()}
 
 
 def _with_varied(table: "pa.Table", run: Run) -> "pa.Table":
@@ -360,161 +344,147 @@ def _word(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _find(path: str | Path) -> Path:
-    for place in (Path(path), BATCHES / path, BATCHES / f"{path}.yaml"):
-        if place.is_file():
-            return place
-    known = ", ".join(sorted(place.stem for place in BATCHES.glob("*.yaml")))
-    raise FileNotFoundError(f"batch: wanted a YAML file or one of {known}, got {str(path)!r}")
+class _Faults:
+    """What is wrong with a document: sentences that begin with the place, each with its line."""
+
+    def __init__(self, document: yaml.Node | None) -> None:
+        self.told: dict[str, int] = {}
+        self._lines: dict[Place, int] = {}
+        self._seen: set[int] = set()
+        if document is not None:
+            self._walk(document, (), document.start_mark.line + 1)
+
+    def _walk(self, node: yaml.Node, place: Place, line: int) -> None:
+        """Note the line of every place, and what YAML's reader accepts: names given twice, 010 as 8, 1:30 as 90."""
+        twice = place in self._lines
+        self._lines[place] = line
+        if twice:
+            self.add(place, "given twice")
+        if id(node) in self._seen:  # an alias may stand for what it is in
+            return
+        self._seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._walk(item, (*place, number), item.start_mark.line + 1)
+        elif isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                self._walk(value, (*place, str(name.value)), name.start_mark.line + 1)
+        elif node.tag.endswith((":int", ":float")) and re.match(r"[-+]?0[0-9_]|.*:", node.value):
+            self.add(place, f"wanted a decimal number, got {node.value}; as text, in quotes")
+
+    def add(self, place: Place, text: str) -> None:
+        words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+        line = self._lines.get(place) or self._lines.get(place[:-1]) or 1
+        self.told[f"{words.lstrip('.') or 'the file'}: {text}"] = line
+
+    def tried(self, place: Place, call: Callable[..., Any], *args: Any) -> Any:
+        """What a call returns; None where it refuses, which is noted."""
+        try:
+            return call(*args)
+        except (OSError, ValueError) as error:
+            self.add(place, re.sub(r"^(notebook|parameter \w+): ", "", str(error)))
+            return None
 
 
-def _dotted(place: Place) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the file"
-
-
-def _walk(
-    node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[tuple[Place, str]], seen: set[int]
-) -> None:
-    """Note the line of every place, and what YAML's reader accepts: names given twice, 010 as 8, 1:30 as 90."""
-    lines[place] = node.start_mark.line + 1
-    if id(node) in seen:  # an alias may stand for what it is in
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
-        if re.match(r"[-+]?0[0-9_]|.*:", node.value):
-            faults.append((place, f"wanted a decimal number, got {node.value}; as text, in quotes"))
-    elif isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            _walk(item, (*place, number), lines, faults, seen)
-    elif isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            inner = (*place, str(name.value))
-            if inner in lines:
-                faults.append((inner, "given twice"))
-            _walk(value, inner, lines, faults, seen)
-            lines[inner] = name.start_mark.line + 1
-
-
-def _batch(path: Path, content: Any, others: Sequence[Batch], faults: list[tuple[Place, str]]) -> list[Batch]:
-    """The batch of a document, unlike the `others` of the file. Errors are added to `faults`; then there is none."""
+def _batch(path: Path, content: Any, others: Sequence[Batch], faults: _Faults) -> list[Batch]:
+    """The batch of a document, unlike the `others` of the file; none where there are faults, which are noted."""
     if not isinstance(content, dict):
-        faults.append(((), f"wanted names with values: notebook and, where needed, {', '.join(list(_FIELDS)[1:])}"))
+        faults.add((), f"wanted names with values: notebook and, where needed, {', '.join(list(_FIELDS)[1:])}")
         return []
-    fields: dict[str, Any] = {"parameters": {}, "grid": {}, "shards": None, "resources": {}, "evidence": {}}
+    given: dict[str, Any] = {}
     for name, value in content.items():
-        wanted = _FIELDS.get(name)
-        if wanted is None:
-            faults.append(((str(name),), f"unknown; wanted one of {', '.join(_FIELDS)}"))
-        elif not isinstance(value, wanted) or isinstance(value, bool):
-            faults.append(((name,), f"wanted {_KINDS[wanted]}, got {value!r}"))
+        kind: Any = type(_FIELDS.get(name))
+        if name not in _FIELDS:
+            faults.add((str(name),), f"unknown; wanted one of {', '.join(_FIELDS)}")
+        elif type(value) is not kind:
+            faults.add((name,), f"wanted {_KINDS[kind]}, got {value!r}")
+        elif name == "shards" and not 1 <= value <= _MOST_RUNS:
+            faults.add((name,), f"wanted 1 to {_MOST_RUNS}, got {value}")
         else:
-            fields[name] = value
+            given[name] = value
+    fields: dict[str, Any] = {**_FIELDS, **given}
     if "notebook" not in content:
-        faults.append((("notebook",), "missing; wanted a number, a name or a path"))
-    if fields["shards"] is not None and not 1 <= fields["shards"] <= _MOST_RUNS:
-        faults.append((("shards",), f"wanted 1 to {_MOST_RUNS}, got {fields['shards']}"))
-        fields["shards"] = None
-    gpus = _gpus(fields["resources"], faults)
+        faults.add(("notebook",), "missing; wanted a number, a name or a path")
+    for name, value in fields["resources"].items():
+        if name != "GPU":
+            faults.add(("resources", str(name)), "unknown; wanted GPU")
+        elif type(value) is not int or value < 0:
+            faults.add(("resources", name), f"wanted a whole number of at least 0, got {value!r}")
     for name, table in fields["evidence"].items():
-        place: Place = ("evidence", str(name))
+        place = ("evidence", str(name))
         if not all(isinstance(word, str) and re.fullmatch(r"\w[\w.-]{,99}", word) for word in (name, table)):
-            faults.append((place, f"wanted NAME: TABLE, both without a path or suffix, got {name!r}: {table!r}"))
+            faults.add(place, f"wanted NAME: TABLE, both without a path or suffix, got {name!r}: {table!r}")
         if any(name in other.evidence for other in others):
-            faults.append((place, "also of another document; wanted a name of its own"))
-    if "notebook" not in fields:
+            faults.add(place, "also of another document; wanted a name of its own")
+    if "notebook" not in given:
         return []
-    try:
-        inside = path.parent / fields["notebook"]
-        notebook = find_notebook(inside if inside.is_file() else fields["notebook"])
-        known = notebook_parameters(notebook)
-    except (OSError, ValueError) as error:
-        faults.append((("notebook",), str(error).removeprefix("notebook: ")))
+    notebook = faults.tried(("notebook",), _notebook, path, given["notebook"])
+    known = notebook and faults.tried(("notebook",), notebook_parameters, notebook)
+    if known is None:
         return []
     fixed, grid = _checked(path, fields, known, faults)
-    folder = REPOSITORY / "data" / "results" / "batches" / path.stem
-    if "output" in fields:
-        try:
-            folder = _beside(path, fields["output"])
-        except ValueError as error:
-            faults.append((("output",), str(error)))
+    usual = REPOSITORY / "data" / "results" / "batches" / path.stem
+    folder = faults.tried(("output",), _beside, path, given.get("output", usual))
     if any(other.folder == folder for other in others):
-        faults.append((("output",), "the folder of another document; wanted one of its own"))
+        faults.add(("output",), "the folder of another document; wanted one of its own")
     number = math.prod(len(values) for values in grid.values())
     if number > _MOST_RUNS:
-        faults.append((("grid",), f"wanted at most {_MOST_RUNS} runs, got {number}"))
-    if faults:
+        faults.add(("grid",), f"wanted at most {_MOST_RUNS} runs, got {number}")
+    if faults.told:
         return []
-    runs = list(_combined(notebook, fixed, grid, folder, gpus))
+    runs = list(_combined(notebook, fixed, grid, folder, fields["resources"].get("GPU", 0)))
     source, first = notebook.resolve(), dict[str, Run]()
     for run in runs:
         other = first.setdefault(run.name.casefold(), run)
         if run.output == source:
-            faults.append((("output",), f"the run would overwrite {notebook.name}; wanted another folder"))
+            faults.add(("output",), f"the run would overwrite {notebook.name}; wanted another folder")
         if other is not run:
-            faults.append((("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}"))
-    return [] if faults else [Batch(path.stem, folder, runs, fields["evidence"])]
+            faults.add(("grid",), f"two runs would write {run.name}: {run.varied} and {other.varied}")
+    return [] if faults.told else [Batch(path.stem, folder, runs, fields["evidence"])]
 
 
-def _beside(path: Path, place: str) -> Path:
+def _notebook(path: Path, name: str) -> Path:
+    inside = path.parent / name
+    return find_notebook(inside if inside.is_file() else name)
+
+
+def _beside(path: Path, place: str | Path) -> Path:
     try:
         return Path(path.parent, Path(place).expanduser()).resolve()
     except (RuntimeError, ValueError) as error:  # of an unknown user, in a circle of links, or with a null character
         raise ValueError(f"wanted a path, got {place!r} ({error})") from error
 
 
-def _gpus(resources: Mapping[str, Any], faults: list[tuple[Place, str]]) -> int:
-    for name, value in resources.items():
-        if name != "GPU":
-            faults.append((("resources", str(name)), "unknown; wanted GPU"))
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            faults.append((("resources", "GPU"), f"wanted a whole number of at least 0, got {value!r}"))
-    found = resources.get("GPU", 0)
-    return found if isinstance(found, int) else 0
-
-
 def _checked(
-    path: Path, fields: Mapping[str, Any], known: Mapping[str, Any], faults: list[tuple[Place, str]]
+    path: Path, fields: Mapping[str, Any], known: Mapping[str, Any], faults: _Faults
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The fixed parameters and the grid, every value of the type that the notebook annotates."""
 
     def value_of(place: Place, name: str, value: Any) -> Any:
-        try:
-            value = cast(name, value, known[name]["type"])
-            return str(_beside(path, value)) if name in PATHS and value else value
-        except ValueError as error:
-            faults.append((place, str(error).removeprefix(f"parameter {name}: ")))
-            return value
-
-    def may_be_set(place: Place, name: Any) -> bool:
-        if name in OWN:
-            faults.append((place, "set by the batch, so that each run writes into a folder of its own"))
-        elif name not in known:
-            wanted = ", ".join(other for other in known if other not in OWN)
-            faults.append((place, f"unknown to the notebook; wanted one of {wanted}"))
-        elif name == "shard" and fields["shards"]:
-            faults.append((place, "set by `shards`"))
-        else:
-            return True
-        return False
+        value = faults.tried(place, cast, name, value, known[name]["type"])
+        return str(faults.tried(place, _beside, path, value)) if name in PATHS and value else value
 
     fixed, grid = {}, {}
-    for name, value in fields["parameters"].items():
-        place: Place = ("parameters", str(name))
-        if may_be_set(place, name):
+    for field, (name, value) in [(f, item) for f in ("parameters", "grid") for item in fields[f].items()]:
+        place: Place = (field, str(name))
+        if name in OWN:
+            faults.add(place, "set by the batch, so that each run writes into a folder of its own")
+        elif name not in known:
+            wanted = ", ".join(other for other in known if other not in OWN)
+            faults.add(place, f"unknown to the notebook; wanted one of {wanted}")
+        elif name == "shard" and fields["shards"]:
+            faults.add(place, "set by `shards`")
+        elif field == "parameters":
             fixed[name] = value_of(place, name, value)
-    for name, values in fields["grid"].items():
-        place = ("grid", str(name))
-        if not may_be_set(place, name):
-            continue
-        if name in fields["parameters"]:
-            faults.append((place, "also in `parameters`; wanted in one of them"))
-        if not isinstance(values, list) or not values:
-            faults.append((place, f"wanted a list of at least one value, got {values!r}"))
+        elif name in fixed:
+            faults.add(place, "also in `parameters`; wanted in one of them")
+        elif not isinstance(value, list) or not value:
+            faults.add(place, f"wanted a list of at least one value, got {value!r}")
         else:
-            grid[name] = [value_of((*place, number), name, value) for number, value in enumerate(values)]
+            grid[name] = [value_of((*place, number), name, one) for number, one in enumerate(value)]
     if fields["shards"]:
         if "shard" not in known:
-            faults.append((("shards",), "the notebook has no parameter `shard`"))
+            faults.add(("shards",), "the notebook has no parameter `shard`")
         grid["shard"] = [f"{k}/{fields['shards']}" for k in range(fields["shards"])]
     return fixed, grid
 
@@ -536,8 +506,6 @@ def _combined(
 
 def _name(varied: Mapping[str, Any], default: str) -> str:
     """A file name for a run: no separator of folders, no hidden file, not too long."""
-    words = [
-        f"{name}={re.sub('[^A-Za-z0-9.+-]', '_', _word(value).replace('/', '-'))}" for name, value in varied.items()
-    ]
-    name = ",".join(words) or default
+    words = {name: _word(value).replace("/", "-") for name, value in varied.items()}
+    name = ",".join(f"{name}={re.sub('[^A-Za-z0-9.+-]', '_', word)}" for name, word in words.items()) or default
     return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
