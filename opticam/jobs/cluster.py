@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def run_batch(
     settled = {"done"} if retry_failed else {"done", "failed"}
     waiting = [run for run in runs if records[run.name]["status"] not in settled]
     if waiting:
+        board = _Board(len(runs), [record["status"] for record in records.values() if record["status"] in settled])
         topic = f"opticam-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
-        board = _Board(len(runs), [record for record in records.values() if record["status"] in settled])
         with _connected(scheduler, waiting, jobs) as client, board.shown(client, topic):
             for run, record in _execute_all(client, waiting, topic, board.watch):
                 if record["status"] == "unwritable":
@@ -196,22 +196,18 @@ def _connected(scheduler: str | None, runs: Sequence[Run], jobs: int | None) -> 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is in the records
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # the workers' too
     dask.config.set({"distributed.scheduler.worker-saturation": 1.0})  # no run waits behind a long one
-    with ExitStack() as stack:
-        try:
-            if scheduler is None:
-                cluster = stack.enter_context(_local_cluster(runs, jobs))
-                client = Client(cluster)
-            elif Path(scheduler).is_file():
-                client = Client(scheduler_file=scheduler, timeout=_PATIENCE)
-            else:
-                client = Client(scheduler, timeout=_PATIENCE)
-        except (OSError, TimeoutError, ValueError, KeyError) as error:
-            if scheduler is None:
-                raise
-            raise ConnectionError(
-                f"scheduler: wanted the address or file of a Dask scheduler; none at {scheduler!r}"
-            ) from error
-        yield stack.enter_context(client)
+    if scheduler is None:
+        with _local_cluster(runs, jobs) as cluster, Client(cluster) as client:
+            yield client
+        return
+    place = "scheduler_file" if Path(scheduler).is_file() else "address"
+    try:
+        client = Client(**{place: scheduler}, timeout=_PATIENCE)
+    except (OSError, TimeoutError, ValueError, KeyError) as error:
+        told = f"scheduler: wanted the address or file of a Dask scheduler; none at {scheduler!r}"
+        raise ConnectionError(told) from error
+    with client:
+        yield client
 
 
 def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
@@ -219,11 +215,10 @@ def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
     devices = _devices() if gpus else []
     cores = len(os.sched_getaffinity(0))
     if gpus > len(devices):
-        raise ValueError(
-            f"resources: wanted {gpus} GPU for each run, this machine has {len(devices)}; see also --scheduler"
-        )
-    most = len(devices) // gpus if gpus else max(2, cores // 4)
-    number = min(len(runs), most if jobs is None else min(jobs, most) if gpus else jobs)
+        found = f"this machine has {len(devices)}; see also --scheduler"
+        raise ValueError(f"resources: wanted {gpus} GPU for each run, {found}")
+    most = len(devices) // gpus if gpus else jobs or max(2, cores // 4)
+    number = min(len(runs), most, jobs or most)
     workers = {}
     for i in range(number):
         env = {"OPTICAM_THREADS": str(max(1, cores // number))}
@@ -236,8 +231,7 @@ def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
 
 
 def _devices() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     import torch  # here, since workers do without it
 
@@ -247,14 +241,14 @@ def _devices() -> list[str]:
 class _Board:
     """What a person sees meanwhile: in a terminal the runs at work, in a log each that ends, and all now and then."""
 
-    def __init__(self, total: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, total: int, skipped: Sequence[str]) -> None:
         self.screen = Screen(_LINES)
         self.start = self.last = time.monotonic()  # of the batch, and the end of a run
         self.total = total
-        self.counts = Counter(record["status"] for record in skipped)
+        self.counts = Counter(skipped)
         self.over: set[str] = set()
         self.bars: dict[str, str] = {}
-        before = ", ".join(f"{self.counts[status]} {status} before" for status in ("done", "failed"))
+        before = f"{self.counts['done']} done before, {self.counts['failed']} failed before"
         self.screen.say(f"{total} runs, {before}", sys.stderr)
 
     @contextmanager
@@ -272,23 +266,19 @@ class _Board:
             self.bars[event[1]["name"]] = event[1]["bar"]
 
     def end(self, run: Run, record: Mapping[str, Any]) -> None:
-        """A run has ended."""
         self.over.add(run.name)
         self.last = time.monotonic()
         self.bars.pop(run.name, None)
         self.counts[record["status"]] += 1
         if not self.screen.terminal:
-            seconds = f"{record.get('seconds', 0):.1f} s"
-            text = f"[{self.counts.total()}/{self.total}] {record['status']} {run.name} {seconds}; {self._left()}"
-            self.screen.say(text, sys.stderr)
+            number, seconds = f"[{self.counts.total()}/{self.total}]", f"{record.get('seconds', 0):.1f} s"
+            self.screen.say(f"{number} {record['status']} {run.name} {seconds}; {self._left()}", sys.stderr)
         self.watch()
 
     def watch(self) -> None:
-        """Some time has passed."""
         bars = sorted(self.bars.copy().items())
-        counts = {"done": self.counts["done"], "failed": self.counts["failed"], "running": len(bars)}
-        counts["waiting"] = self.total - sum(counts.values())
-        title = ", ".join(f"{number} {status}" for status, number in counts.items())
+        waiting = self.total - self.counts.total() - len(bars)
+        title = f"{self.counts['done']} done, {self.counts['failed']} failed, {len(bars)} running, {waiting} waiting"
         self.screen.show([f"{title}; {self._left()}", *(f"{name}  {bar}" for name, bar in bars)])
 
     def _left(self) -> str:
