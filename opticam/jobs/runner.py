@@ -155,10 +155,10 @@ def _read_parameters(path: Path, source: str) -> dict[str, dict[str, Any]]:
         try:
             default = cast(name, ast.literal_eval(statement.value), kind)
         except (ValueError, TypeError, SyntaxError) as error:
-            known = kind in _TYPES or "Literal[" in kind
-            told = f"the default is not a literal of type {kind}" if known else f"the type {kind} is not known"
-            wanted = "" if known else f"; wanted {', '.join(_TYPES)} or Literal[...]"
-            raise ValueError(f"parameter {name} of {path.name}: {told}{wanted}") from error
+            told = f"the default is not a literal of type {kind}"
+            if kind not in _TYPES and "Literal[" not in kind:
+                told = f"the type {kind} is not known; wanted {', '.join(_TYPES)} or Literal[...]"
+            raise ValueError(f"parameter {name} of {path.name}: {told}") from error
         parameters[name] = {"type": kind, "default": default, "help": helps.get(statement.end_lineno or 0, "")}
     return parameters
 
@@ -274,7 +274,7 @@ def run_notebook(
             parameters=checked,
             kernel_name="python3",
             start_timeout=300,  # on a busy machine many start at once
-            cwd=NOTEBOOKS if source.parent == NOTEBOOKS else source.parent,
+            cwd=source.parent,
             progress_bar=False,
             config=Config({"KernelManager": transport, "NotebookClient": client}),
         )
@@ -285,7 +285,10 @@ def run_notebook(
         failed.unlink(missing_ok=True)
     except (PapermillExecutionError, DeadKernelError) as error:
         temporary.replace(failed)
-        raise NotebookError(f"{source.stem}: {_last_line(error)}; what ran is in {failed}") from error
+        reason = f"the kernel died ({error})"
+        if isinstance(error, PapermillExecutionError):
+            reason = f"cell {error.cell_index} failed with {error.ename}: {' '.join(str(error.evalue).split())}"
+        raise NotebookError(f"{source.stem}: {reason}; what ran is in {failed}") from error
     finally:
         temporary.unlink(missing_ok=True)
         shutil.rmtree(sockets, ignore_errors=True)
@@ -305,14 +308,11 @@ def evidence_part(notebook: str | Path, folder: Path) -> Path | None:
     """
     path = find_notebook(notebook)
     content = json.loads(path.read_text(encoding="utf-8"))
-    tags = [cell["metadata"].get("tags", []) for cell in content["cells"]]
-    if not any("evidence" in own for own in tags):
+    cells = [cell for cell in content["cells"] if {"evidence", "parameters"} & {*cell["metadata"].get("tags", [])}]
+    if not any("evidence" in cell["metadata"]["tags"] for cell in cells):
         return None
-    content["cells"] = [
-        cell for cell, own in zip(content["cells"], tags, strict=True) if {"evidence", "parameters"} & {*own}
-    ]
     part = folder / path.name
-    part.write_text(json.dumps(content), encoding="utf-8")
+    part.write_text(json.dumps({**content, "cells": cells}), encoding="utf-8")
     return part
 
 
@@ -344,24 +344,23 @@ def render_notebook(notebook: str | Path, *, progress: Path | None = None) -> Pa
 
     path = find_notebook(notebook)
     folder = Path(tempfile.mkdtemp(prefix="opticam-"))
+    os.environ[RENDERING] = "1"
     try:
-        os.environ[RENDERING] = "1"
         places = {"figures": RENDERED_FIGURES} if "figures" in notebook_parameters(path) else {}
         executed = run_notebook(path, folder / path.name, places, progress=progress)
         text = canonical(nbformat.read(executed, as_version=4))
         for place in (str(REPOSITORY), str(Path.home())):
             if place in text:
-                told = f"an output shows {place}, a path of this machine"
-                raise NotebookError(f"{path.stem}: {told}; the executed notebook is {executed}")
+                told = f"an output shows {place}, a path of this machine; the executed notebook is {executed}"
+                raise NotebookError(f"{path.stem}: {told}")
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    except NotebookError:
-        raise  # what ran is kept
-    except BaseException:
-        shutil.rmtree(folder)
+    except BaseException as error:
+        if not isinstance(error, NotebookError):  # of that, what ran is kept
+            shutil.rmtree(folder)
         raise
     finally:
-        os.environ.pop(RENDERING, None)
+        del os.environ[RENDERING]
     shutil.rmtree(folder)
     return path
 
@@ -457,12 +456,3 @@ def cast(name: str, value: Any, kind: str) -> Any:
     if kind == "list[str]" and not all(isinstance(part, str) and part for part in value):
         raise wanted
     return float(value) if kind == "float" else list(value) if kind == "list[str]" else value
-
-
-def _last_line(error: Exception) -> str:
-    from papermill.exceptions import PapermillExecutionError
-
-    if isinstance(error, PapermillExecutionError):
-        value = re.sub(r"\s+", " ", str(error.evalue)).strip()
-        return f"cell {error.cell_index} failed with {error.ename}: {value}"
-    return f"the kernel died ({error})"

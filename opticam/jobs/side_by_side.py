@@ -58,8 +58,7 @@ def _expected_seconds(notebook: Path) -> float:
 
 
 def _first_text(notebook: Path) -> str:
-    cells = read_cells(notebook)
-    return cells[0].source if cells else ""
+    return "".join(cell.source for cell in read_cells(notebook)[:1])
 
 
 def run_notebooks(
