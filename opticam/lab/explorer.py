@@ -8,8 +8,6 @@ import html
 import io
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -115,14 +113,12 @@ def explanation_of(
     images, target = image[None], torch.tensor([class_idx], device=image.device)
     every = max(1, -(-num_steps // KEPT))
     maps: dict[int, Tensor] = {}
-    values: list[Tensor] = []
-    probs: list[Tensor] = []
+    followed: list[tuple[Tensor, Tensor]] = []
 
     def follow(step: Step) -> None:
         if step.number % every == 0:
             maps[step.number] = step.saliency[0]
-        values.append(step.objective[0])
-        probs.append(probs_of_class(step.masked_logits, step.class_idx)[0])
+        followed.append((step.objective[0], probs_of_class(step.masked_logits, step.class_idx)[0]))
 
     def watch(module: nn.Module) -> None:
         if stopped():
@@ -137,11 +133,10 @@ def explanation_of(
             x = prepared(model, images)
             logits, head = examine(model, x)
             masked_logits = read(model, apply_mask(x, saliency)).logits
-    if values:
-        objective, masked_prob = torch.stack(values), torch.stack(probs)
-    else:
-        objective = class_logit(masked_logits, logits, target)
-        masked_prob = probs_of_class(masked_logits, target, head)
+    objective = class_logit(masked_logits, logits, target)
+    masked_prob = probs_of_class(masked_logits, target, head)
+    if followed:
+        objective, masked_prob = map(torch.stack, zip(*followed, strict=True))
     step = int(objective.argmax())
     maps = dict(sorted({**maps, step: saliency[0]}.items()))
     return Explanation(
@@ -153,11 +148,8 @@ def describe(found: Explanation, class_names: Sequence[str]) -> str:
     """The outcome in one line: what masking does to the class, with Average Drop and Average Gain of this photo."""
     p, o = (probs[[found.class_idx]] for probs in (found.probs, found.masked_probs))
     drop, gain = (100 * METRICS[name](p, o).item() for name in ("average_drop", "average_gain"))
-    label = method_label(found.method)
-    line = (
-        f"{label} for {class_names[found.class_idx]}: probability {100 * p.item():.1f} % -> {100 * o.item():.1f} % "
-        f"when masked (drop {drop:.1f} %, gain {gain:.1f} % of what was possible)"
-    )
+    line = f"{method_label(found.method)} for {class_names[found.class_idx]}: probability {100 * p.item():.1f} % -> "
+    line += f"{100 * o.item():.1f} % when masked (drop {drop:.1f} %, gain {gain:.1f} % of what was possible)"
     return f"{line}. The map is constant: nothing is found." if found.saliency.amax() == found.saliency.amin() else line
 
 
@@ -182,11 +174,11 @@ def _png(picture: np.ndarray | Figure) -> bytes:
 
 
 def _picture(width: int) -> widgets.Image:
-    return widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", height="auto", flex="0 0 auto"))
+    return widgets.Image(format="png", layout={"width": f"{width}px", "height": "auto", "flex": "0 0 auto"})
 
 
 def _titled(title: str, content: widgets.Widget) -> widgets.VBox:
-    return widgets.VBox([widgets.HTML(html.escape(title)), content], layout=widgets.Layout(margin="0 12px 8px 0"))
+    return widgets.VBox([widgets.HTML(html.escape(title)), content], layout={"margin": "0 12px 8px 0"})
 
 
 class Explorer:
@@ -255,26 +247,24 @@ class Explorer:
     def _build(self, photos: list[tuple[str, Path]]) -> None:
         labels = [(method_label(name), name) for name in METHODS]
         self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
-        self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout=widgets.Layout(width="148px"))
+        self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout={"width": "148px"})
         self.model_choice = widgets.Dropdown(description="network")
         self.method_choice = widgets.Dropdown(options=labels, description="method")
-        self.steps = widgets.BoundedIntText(min=0, max=1000, description="steps", layout=widgets.Layout(width="180px"))
+        self.steps = widgets.BoundedIntText(min=0, max=MOST_STEPS, description="steps", layout={"width": "180px"})
         self.class_choice = widgets.Dropdown(description="class")
         self.class_search = widgets.Combobox(placeholder="or any: name or number", continuous_update=False)
-        self.compared = widgets.SelectMultiple(options=labels, rows=len(labels), layout=widgets.Layout(width="170px"))
+        self.compared = widgets.SelectMultiple(options=labels, rows=len(labels), layout={"width": "170px"})
         self.explain_button = widgets.Button(description="Explain", button_style="primary", icon="search")
         self.compare_button = widgets.Button(description="Compare", icon="th")
         self.stop_button = widgets.Button(description="Stop", button_style="danger", icon="stop", disabled=True)
-        self.progress = widgets.FloatProgress(max=1, layout=widgets.Layout(width="200px"))
+        self.progress = widgets.FloatProgress(max=1, layout={"width": "200px"})
         self.status = widgets.HTML()
         self.photo, self.map, self.masked = (_picture(256) for _ in range(3))
-        self.step = widgets.SelectionSlider(
-            options=[("0", 0)], description="after step", disabled=True, layout=widgets.Layout(width="500px")
-        )
+        self.step = widgets.SelectionSlider(options=[0], description="after step", layout={"width": "500px"})
         self.step_outcome = widgets.HTML()
         self.bars, self.curve = _picture(440), _picture(440)
         self.grid_title = widgets.HTML()
-        self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap"))
+        self.grid = widgets.Box(layout={"flex_flow": "row wrap"})
         self.upload.observe(lambda change: self.start(self._take_upload), "value")
         self.step.observe(lambda change: self._show_step(), "value")
         self.explain_button.on_click(lambda button: self.start(self.explain))
@@ -284,23 +274,14 @@ class Explorer:
         below = [widgets.HBox([self.step, self.step_outcome]), widgets.HBox([self.bars, self.curve])]
         grid = widgets.VBox([self.grid_title, self.grid])
         self._results, self._compared = [*maps, *below], [grid]
-        choices = [
-            [self.photo_choice, self.upload],
-            [self.class_choice, self.class_search],
-            [self.model_choice, self.method_choice, self.steps],
-        ]
         buttons = [self.explain_button, self.compare_button]
-        self._controls = [*chain(*choices), self.compared, *buttons]
-        self.page = widgets.VBox(
-            [
-                *map(widgets.HBox, choices),
-                widgets.HBox([*buttons, self.stop_button, self.progress]),
-                self.status,
-                widgets.HBox([_titled("photo, as the network sees it", self.photo), *maps]),
-                *below,
-                widgets.HBox([_titled("to compare (several: Ctrl)", self.compared), grid]),
-            ]
-        )
+        choices = [self.photo_choice, self.upload, self.class_choice, self.class_search]
+        choices += [self.model_choice, self.method_choice, self.steps]
+        self._controls = [*choices, self.compared, *buttons]
+        above = [choices[:2], choices[2:4], choices[4:], [*buttons, self.stop_button, self.progress]]
+        photos_row = widgets.HBox([_titled("photo, as the network sees it", self.photo), *maps])
+        comparison = widgets.HBox([_titled("to compare (several: Ctrl)", self.compared), grid])
+        self.page = widgets.VBox([*map(widgets.HBox, above), self.status, photos_row, *below, comparison])
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         page = self.page._repr_mimebundle_(**options)
@@ -357,15 +338,13 @@ class Explorer:
         if model.name != name:
             self._say(f"Loading {name} ...")
             model = self._load(name)
-        photo = read_upload(uploaded[0], uploaded[1], model.window) if path == UPLOAD else read_image(path)
+        photo = read_upload(uploaded[0], uploaded[1], model.window) if uploaded else read_image(path)
         self.model = model
         self.image = to_input(photo, model.input_size, model.resize).to(self.device)
         with torch.no_grad():
             top = probabilities(*read(model, self.image[None]))[0].double().topk(min(5, len(model.class_names)))
-        self.class_choice.options = [
-            (f"{model.class_names[index]} ({100 * prob:.1f} %)", index)
-            for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
+        likeliest = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        self.class_choice.options = [(f"{model.class_names[i]} ({100 * prob:.1f} %)", i) for prob, i in likeliest]
         self.class_choice.index = 0
         self._seen = wanted
         self.class_search.options = model.class_names
@@ -397,8 +376,8 @@ class Explorer:
             self._say(f"{label}: {self._reached}")
 
         self._reached, self.progress.value = "0 passes of the network", 0
-        told = partial(explanation_of, stopped=self._stop.is_set, progress=progress)
-        return told(self.model, self.image, class_idx, method, num_steps=num_steps)
+        told = {"num_steps": num_steps, "stopped": self._stop.is_set, "progress": progress}
+        return explanation_of(self.model, self.image, class_idx, method, **told)
 
     def explain(self) -> None:
         """Explain the chosen class by the chosen method and show it."""
@@ -445,9 +424,8 @@ class Explorer:
         saliency = found.maps[step]
         self.map.value = _png(overlay(found.image, saliency))
         self.masked.value = _png(to_picture(apply_mask(found.image[None], saliency[None])[0]))
-        self.step_outcome.value = (
-            f"logit {found.objective[step]:.2f}, probability {100 * found.masked_prob[step]:.1f} %"
-        )
+        prob = 100 * found.masked_prob[step]
+        self.step_outcome.value = f"logit {found.objective[step]:.2f}, probability {prob:.1f} %"
         followed = len(found.objective) > 1
         self._show([self.curve], followed)
         if followed:
