@@ -28,10 +28,8 @@ try:
     )
     from opticam.jobs.side_by_side import run_notebooks
 except ModuleNotFoundError as error:
-    clone = "run, render, verify and batch need a clone of the repository too"
-    print(
-        f"opticam: the command needs the extra lab: pip install '.[lab]' in a clone; {clone} ({error})", file=sys.stderr
-    )
+    told = "opticam: the command needs the extra lab: pip install '.[lab]' in a clone; run, render, verify and batch"
+    print(f"{told} need a clone of the repository too ({error})", file=sys.stderr)
     sys.exit(2)
 from opticam.lab.files import EVIDENCE, REPOSITORY
 
@@ -53,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if a notebook failed, 2 for bad input, 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
-    if arguments is None and options.command is explain:
-        _keep_memory()
     if arguments is None:  # this process is ours: asked to end, by a cluster say, it clears up as after Ctrl-C
+        if options.command is explain:
+            _keep_memory()
         for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(ending, signal.default_int_handler)
@@ -114,19 +112,17 @@ def explain(options: argparse.Namespace) -> int:
             logits, head = examine(model, prepared(model, images))
     top = probabilities(logits.double(), head)[0].topk(min(5, logits.shape[1]))
     if top.values.isnan().any():
-        raise ValueError(
-            f"model: {model.name} gives NaN for this photo; wanted weights without NaN, or another precision"
-        )
+        wanted = "wanted weights without NaN, or another precision"
+        raise ValueError(f"model: {model.name} gives NaN for this photo; {wanted}")
     side = model.input_size
     print(f"{options.photo}  {photo.width}x{photo.height}, seen by {model.name} as its centre, {side}x{side}")
     for prob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
-    label, of_all = method_label(options.method), ""
+    label = method_label(options.method)
     given = {} if options.schedule is None else SCHEDULES[options.schedule]
-    if options.method == "opti_cam":
-        of_all = f" of {num_passes(**given)}"
+    of_all = f" of {num_passes(**given)}" if options.method == "opti_cam" else ""
     with count_passes(model) as passes, _waiting(lambda: f"{label}, {passes[0]}{of_all} passes"):
         saliency = method(model, images, class_idx, layer=options.layer, **given)
     masked = apply_mask(images, saliency)
@@ -136,9 +132,9 @@ def explain(options: argparse.Namespace) -> int:
     before, after = f"{100 * p.item():.1f} %", f"{100 * o.item():.1f} %"
     drop, gain = 100 * average_drop(p, o).item(), 100 * average_gain(p, o).item()
     name = model.class_names[chosen]
+    logit, masked_logit = (f"{y[0, chosen]:.2f}" for y in (logits, masked_logits))
     print(f"{label} for {name} ({chosen}{', the predicted class' if named is None else ''})")
-    print(f"  probability {before} -> {after} when masked, ", end="")
-    print(f"logit {logits[0, chosen]:.2f} -> {masked_logits[0, chosen]:.2f}")
+    print(f"  probability {before} -> {after} when masked, logit {logit} -> {masked_logit}")
     print(f"  drop {drop:.1f} %, gain {gain:.1f} % of what was possible")
     if saliency.amax() == saliency.amin():
         print("  the map is constant: this method finds nothing here for this class")
@@ -204,16 +200,12 @@ def run(options: argparse.Namespace) -> int:
         name, separator, value = assignment.partition("=")
         if not (name and separator):
             raise ValueError(f"parameter: wanted name=value, got {assignment!r}")
-        given[name] = value
-    for name in PATHS:
-        if given.get(name):
-            given[name] = _from_here(given[name])
+        given[name] = _from_here(value) if value and name in PATHS else value
     if os.environ.get("OPTICAM_IMAGENET"):
         os.environ["OPTICAM_IMAGENET"] = _from_here(os.environ["OPTICAM_IMAGENET"])
-    if given and len(notebooks) != 1:
-        raise ValueError("parameter: wanted exactly one notebook to go with -p")
-    if options.output and len(notebooks) != 1:
-        raise ValueError("output: wanted exactly one notebook to go with -o")
+    for name, said, option in (("parameter", given, "-p"), ("output", options.output, "-o")):
+        if said and len(notebooks) != 1:
+            raise ValueError(f"{name}: wanted exactly one notebook to go with {option}")
     outputs = {path: RESULTS / path.name for path in notebooks}
     if options.output is not None:
         outputs = {notebooks[0]: _writable(options.output, (".ipynb",))}
@@ -224,30 +216,29 @@ def run(options: argparse.Namespace) -> int:
         run_notebooks(outputs, given, jobs=options.jobs)
     finally:  # also for the pages that ran before one failed
         if not given:
-            _show_findings([path.stem for path in notebooks], since=start)
+            _show_findings(notebooks, since=start)
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Show what the committed notebooks claim beside what the last run here found."""
     paths = list_notebooks()
-    pages = [path.stem for path in paths]
     if options.evidence:
         with TemporaryDirectory() as folder:
             places = {name: str(Path(folder, name)) for name in ("figures", "results")}
             parts = [part for path in paths if (part := evidence_part(path, Path(folder)))]
             run_notebooks({part: Path(folder, "executed", part.name) for part in parts}, places)
-            _show_findings(pages, Path(places["results"]))
-    elif not _show_findings(pages):
+            _show_findings(paths, Path(places["results"]))
+    elif not _show_findings(paths):
         raise ValueError("results: no run has left findings here; first: opticam run")
     return 0
 
 
-def _show_findings(pages: Sequence[str], results: Path | None = None, since: float = 0.0) -> bool:
+def _show_findings(pages: Sequence[Path], results: Path | None = None, since: float = 0.0) -> bool:
     from opticam.lab.findings import compare
 
     table = compare(results or RESULTS.parent, since)
-    table = table[table["page"].isin(pages)]
+    table = table[table["page"].isin([path.stem for path in pages])]
     if len(table):
         print(table.to_markdown(index=False))
         held = int((table["agrees"] == "yes").sum())
@@ -281,8 +272,8 @@ def batch(options: argparse.Namespace) -> int:
         raise ValueError(f"batch: needs the extra batch: pip install '.[batch]' in a clone ({error})") from error
     parts = read_batches(options.file)
     if options.ship is not None:
-        written = {path: text for part in parts for path, text in write_evidence(part, Path(options.ship)).items()}
-        for path, text in written.items():
+        written = [item for part in parts for item in write_evidence(part, Path(options.ship)).items()]
+        for path, text in written:
             print(f"wrote {path}: {text}")
         if not written:
             raise ValueError(f"ship: no run with evidence is done; first: opticam batch {options.file}")
@@ -332,9 +323,7 @@ def _notebooks(names: Sequence[str]) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="opticam", description="Opti-CAM: explain the decisions of image classifiers."
-    )
+    parser = argparse.ArgumentParser("opticam", description="Opti-CAM: explain the decisions of image classifiers.")
     try:
         installed = version("opticam")
     except PackageNotFoundError:  # a copy of the package alone
@@ -360,10 +349,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", help="of opti_cam: paper (default), fast or robust; 102, 20 and 59 passes")
     add("--layer", help="dotted name of the target layer; default: the model's own")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add(
-        "--output",
-        help="picture to write; default: PHOTO.METHOD.png here, with the schedule and the class if they were given",
-    )
+    named = "PHOTO.METHOD.png here, with the schedule and the class if they were given"
+    add("--output", help=f"picture to write; default: {named}")
 
     notebooks = {"nargs": "*", "metavar": "NOTEBOOK", "help": "number, name or path; default: all"}
     at_once = {"type": int, "metavar": "N", "help": "notebooks at the same time; default: one per core"}
@@ -388,10 +375,8 @@ def _parser() -> argparse.ArgumentParser:
     ship = "run nothing; write the rows of the runs that are done to the files in data/evidence that the batch names"
     add("--ship", nargs="?", const=EVIDENCE, metavar="FOLDER", help=ship)
     add("--retry-failed", action="store_true", help="also repeat runs that failed before")
-    address, words = os.environ.get("DASK_SCHEDULER_ADDRESS"), "DASK_SCHEDULER_ADDRESS, else a cluster of this machine"
-    add(
-        "--scheduler", metavar="ADDRESS|FILE", default=address, help=f"Dask scheduler to run on; default: {words} alone"
-    )
+    on = "Dask scheduler to run on; default: DASK_SCHEDULER_ADDRESS, else a cluster of this machine alone"
+    add("--scheduler", metavar="ADDRESS|FILE", default=os.environ.get("DASK_SCHEDULER_ADDRESS"), help=on)
 
     add = command(render, "render notebooks in place")
     add("notebooks", **notebooks)
