@@ -212,8 +212,12 @@ def _connected(scheduler: str | None, runs: Sequence[Run], jobs: int | None) -> 
 
 def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
     gpus = max(run.gpus for run in runs)
-    devices = _devices() if gpus else []
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     cores = len(os.sched_getaffinity(0))
+    if gpus and devices == [""]:
+        import torch  # here, since workers do without it
+
+        devices = [str(i) for i in range(torch.cuda.device_count())]
     if gpus > len(devices):
         found = f"this machine has {len(devices)}; see also --scheduler"
         raise ValueError(f"resources: wanted {gpus} GPU for each run, {found}")
@@ -228,14 +232,6 @@ def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
         workers[i] = {"cls": Nanny, "options": options}
     options = {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}
     return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL)
-
-
-def _devices() -> list[str]:
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
-    import torch  # here, since workers do without it
-
-    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 class _Board:

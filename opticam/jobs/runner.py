@@ -81,15 +81,9 @@ def find_notebook(name: str | Path) -> Path:
 
 
 class Cell(NamedTuple):
-    """The parts of a cell that its result depends on.
+    """The parts of a cell that its result depends on."""
 
-    Attributes:
-        kind: "code", "markdown" or "raw".
-        source: text.
-        tags: "parameters" marks the first code cell; papermill puts its values after it.
-    """
-
-    kind: str
+    kind: str  # "code", "markdown" or "raw"
     source: str
     tags: list[str]
 
@@ -443,16 +437,15 @@ def cast(name: str, value: Any, kind: str) -> Any:
             raise ValueError(f"parameter {name}: wanted one of {', '.join(map(str, options))}, got {value!r}")
         return found[0]
     words, types, reader = _TYPES.get(kind, (kind, (), str))
-    wanted = ValueError(f"parameter {name}: wanted {words}, got {value!r}")
+    read = value
     if isinstance(value, str):
-        try:
-            value = reader(value)
-        except ValueError:
-            raise wanted from None
-    if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
-        raise wanted
-    if kind == "float" and not abs(value) <= sys.float_info.max:
-        raise wanted
-    if kind == "list[str]" and not all(isinstance(part, str) and part for part in value):
-        raise wanted
-    return float(value) if kind == "float" else list(value) if kind == "list[str]" else value
+        with contextlib.suppress(ValueError):
+            read = reader(value)
+    fits = isinstance(read, types) and isinstance(read, bool) == (kind == "bool")
+    if fits and kind == "float":
+        fits = abs(read) <= sys.float_info.max
+    if fits and kind == "list[str]":
+        fits = all(isinstance(part, str) and part for part in read)
+    if not fits:
+        raise ValueError(f"parameter {name}: wanted {words}, got {value!r}")
+    return float(read) if kind == "float" else list(read) if kind == "list[str]" else read

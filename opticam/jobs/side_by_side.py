@@ -51,12 +51,6 @@ def notebook_inputs(notebook: str | Path) -> set[str]:
     return set(re.findall(r"data/results/(\d\d)_", said[1])) if said else set()
 
 
-def _expected_seconds(notebook: Path) -> float:
-    """What the first cell says, "Time: about 1.5 minutes"; 0 where it does not."""
-    said = re.search(r"Time: about ([\d.]+) (second|minute|hour)", _first_text(notebook))
-    return float(said[1]) * {"second": 1, "minute": 60, "hour": 3600}[said[2]] if said else 0.0
-
-
 def _first_text(notebook: Path) -> str:
     return "".join(cell.source for cell in read_cells(notebook)[:1])
 
@@ -95,11 +89,10 @@ def run_notebooks(
         raise ValueError(f"notebooks: {names} read each other's results; wanted one that reads no other's") from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(outputs))
-    ranks = _longest_first(reads)
-    ready = list(order.get_ready())
+    ranks, ready = _longest_first(reads), list(order.get_ready())
+    left, screen = set(outputs), Screen(_QUIET)
     running: dict[Path, _Run] = {}
     errors: dict[Path, str] = {}
-    left, screen = set(outputs), Screen(_QUIET)
     kind: type[Exception] = NotebookError
     with tempfile.TemporaryDirectory(prefix="opticam-", ignore_cleanup_errors=True) as folder:
         try:
@@ -133,7 +126,10 @@ def run_notebooks(
 
 def _longest_first(reads: Mapping[Path, Sequence[Path]]) -> list[Path]:
     """The order to start in: by a notebook's time and that of what waits for it, so no core idles at the end."""
-    seconds = {path: _expected_seconds(path) for path in reads}
+    seconds = dict.fromkeys(reads, 0.0)
+    for path in reads:
+        if said := re.search(r"Time: about ([\d.]+) (second|minute|hour)", _first_text(path)):
+            seconds[path] = float(said[1]) * {"second": 1, "minute": 60, "hour": 3600}[said[2]]
     after = {path: max((seconds[other] for other in reads if path in reads[other]), default=0.0) for path in reads}
     return sorted(reads, key=lambda path: seconds[path] + after[path], reverse=True)
 
@@ -148,8 +144,7 @@ class _Run(NamedTuple):
 
 def _start(notebook: Path, output: Path | None, parameters: Mapping[str, Any], threads: int, folder: Path) -> _Run:
     wanted = os.environ.get(THREADS[0], "")
-    if wanted.isdigit():
-        threads = max(1, min(threads, int(wanted)))
+    threads = max(1, min(threads, int(wanted))) if wanted.isdigit() else threads
     folder.mkdir()
     job = json.dumps([str(notebook), str(output) if output else None, parameters, str(folder)])
     with (folder / "log").open("w") as log:
@@ -208,10 +203,9 @@ def _line(run: _Run) -> str:
 
 
 class Screen:
-    """Progress on the standard error: one line per run in a terminal, in a log all of them now and then."""
+    """Progress on the standard error: one line per run in a terminal, in a log all of them every `quiet` seconds."""
 
     def __init__(self, quiet: float) -> None:
-        """A log is quiet for that many seconds between two lines."""
         self.quiet = quiet
         self.terminal = sys.stderr.isatty()
         self.told = time.monotonic()
