@@ -188,13 +188,13 @@ def run(options: argparse.Namespace) -> int:
     if options.help and not options.notebooks:
         options.parser.print_help()
         return 0
+    notebooks = _notebooks(options.notebooks)
     if options.list or options.help:
-        for path in _notebooks(options.notebooks):
+        for path in notebooks:
             print(path.stem)
             for name, entry in notebook_parameters(path).items():
                 print(f"    {name}: {entry['type']} = {entry['default']!r}  {entry['help']}")
         return 0
-    notebooks = _notebooks(options.notebooks)
     given: dict[str, str] = {}
     for assignment in options.parameter:
         name, separator, value = assignment.partition("=")

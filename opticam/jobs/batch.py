@@ -418,10 +418,10 @@ def _batch(path: Path, content: Any, others: Sequence[Batch], faults: _Faults) -
             faults.add(place, "also of another document; wanted a name of its own")
     if "notebook" not in given:
         return []
-    notebook = faults.tried(("notebook",), _notebook, path, given["notebook"])
-    known = notebook and faults.tried(("notebook",), notebook_parameters, notebook)
-    if known is None:
+    found = faults.tried(("notebook",), _notebook, path, given["notebook"])
+    if found is None:
         return []
+    notebook, known = found
     fixed, grid = _checked(path, fields, known, faults)
     usual = REPOSITORY / "data" / "results" / "batches" / path.stem
     folder = faults.tried(("output",), _beside, path, given.get("output", usual))
@@ -443,9 +443,10 @@ def _batch(path: Path, content: Any, others: Sequence[Batch], faults: _Faults) -
     return [] if faults.told else [Batch(path.stem, folder, runs, fields["evidence"])]
 
 
-def _notebook(path: Path, name: str) -> Path:
+def _notebook(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     inside = path.parent / name
-    return find_notebook(inside if inside.is_file() else name)
+    notebook = find_notebook(inside if inside.is_file() else name)
+    return notebook, notebook_parameters(notebook)
 
 
 def _beside(path: Path, place: str | Path) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import dask
 import psutil
@@ -87,17 +87,22 @@ def execute(run: Run, topic: str) -> dict[str, Any]:
         progress = Path(folder) / "progress"
         with _watched(worker, lambda: worker.log_event(topic, {"name": run.name, "bar": latest(progress)})) as gone:
             try:
-                with _locked(run.folder / f".{run.name}.lock", gone):
+                with (run.folder / f".{run.name}.lock").open("a") as lock:
+                    while not _taken(lock):
+                        if gone.wait(_SECONDS):
+                            return {"status": "cancelled"}
                     record = read_record(run)
                     return record if record["status"] == "done" else _execute(run, progress, gone)
             except OSError as error:
                 return {"status": "unwritable", "error": error.strerror or str(error)}
-            except _Gone:
-                return {"status": "cancelled"}
 
 
-class _Gone(Exception):  # noqa: N818  (no error: nobody waits for the run any more)
-    pass
+def _taken(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however that ends
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
         error = str(reason)
     if gone.is_set():
         run.output.with_suffix(".failed.ipynb").unlink(missing_ok=True)  # it did not fail, it was stopped
-        raise _Gone
+        return {"status": "cancelled"}
     return write_record(run, "failed" if error else "done", time.perf_counter() - start, error)
 
 
@@ -147,19 +152,6 @@ def _watched(worker: Worker, tell: Callable[[], None]) -> Iterator[threading.Eve
     finally:
         ended.set()
         thread.join()
-
-
-@contextmanager
-def _locked(path: Path, gone: threading.Event) -> Iterator[None]:
-    with path.open("a") as file:  # the system drops the lock with the process, however it ends
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if gone.wait(_SECONDS):
-                    raise _Gone from None
-        yield
 
 
 def _execute_all(

@@ -35,10 +35,8 @@ _UNWRITABLE = 2  # exit code of a notebook's process that could not write
 _PROGRAM = "import sys; from opticam.jobs.side_by_side import _main; sys.exit(_main())"  # of that process
 if sys.platform == "linux":
     # it ends and clears up when its starter dies; a starter that died before would not be noticed
-    _PROGRAM = (
-        "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.getppid() == int(sys.argv[1]) or sys.exit(1); "
-        + _PROGRAM
-    )
+    _DIES = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.getppid() == int(sys.argv[1]) or sys.exit(1)"
+    _PROGRAM = f"{_DIES}; {_PROGRAM}"
 
 
 def notebook_inputs(notebook: str | Path) -> set[str]:

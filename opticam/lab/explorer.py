@@ -229,14 +229,10 @@ class Explorer:
         self.explanation: Explanation | None = None
         self.comparison: dict[str, Explanation] = {}
         self._uploaded: tuple[str, bytes] | None = None
-        self._seen: tuple = ()
-        self._reached = ""
-        self._stop = threading.Event()
-        self._thread = threading.Thread()
-        self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.records)])
-        self.model_choice.options = list(dict.fromkeys([*MODELS, model]))
-        self.photo_choice.index, self.model_choice.value = photo, model
-        self.method_choice.value, self.steps.value, self.compared.value = method, num_steps, tuple(compared)
+        self._stop, self._thread = threading.Event(), threading.Thread()
+        self._build([(f"{i}: {photos.class_names[p.label]}", p.path) for i, p in enumerate(photos.records)], model)
+        self.photo_choice.index, self.method_choice.value = photo, method
+        self.steps.value, self.compared.value = num_steps, tuple(compared)
         self._look()
         for choice in (self.photo_choice, self.model_choice):
             choice.observe(lambda change: self.start(self._look), "value")
@@ -244,11 +240,11 @@ class Explorer:
     def _load(self, name: str) -> Classifier:
         return load_model(name, checkpoint=self._checkpoints.get(name), device=self.device)
 
-    def _build(self, photos: list[tuple[str, Path]]) -> None:
+    def _build(self, photos: list[tuple[str, Path]], model: str) -> None:
         labels = [(method_label(name), name) for name in METHODS]
         self.photo_choice = widgets.Dropdown(options=[*photos, ("your upload", UPLOAD)], description="photo")
         self.upload = widgets.FileUpload(accept="image/*", description="Upload", layout={"width": "148px"})
-        self.model_choice = widgets.Dropdown(description="network")
+        self.model_choice = widgets.Dropdown(options=list({**MODELS, model: None}), value=model, description="network")
         self.method_choice = widgets.Dropdown(options=labels, description="method")
         self.steps = widgets.BoundedIntText(min=0, max=MOST_STEPS, description="steps", layout={"width": "180px"})
         self.class_choice = widgets.Dropdown(description="class")
@@ -368,11 +364,10 @@ class Explorer:
         num_steps, label = self.steps.value, method_label(method)
 
         def progress(passes: int) -> None:
+            self._reached = f"{passes} passes of the network"
             if method == "opti_cam":  # one pass for the feature maps and two at the end are no steps
                 step = min(max(passes - 2, 0), num_steps)
                 self._reached, self.progress.value = f"{step} of {num_steps} steps", step / max(num_steps, 1)
-            else:
-                self._reached = f"{passes} passes of the network"
             self._say(f"{label}: {self._reached}")
 
         self._reached, self.progress.value = "0 passes of the network", 0
@@ -382,8 +377,7 @@ class Explorer:
     def explain(self) -> None:
         """Explain the chosen class by the chosen method and show it."""
         class_idx = self._chosen_class()
-        found = self._explanation_of(self.method_choice.value, class_idx)
-        self.explanation = found
+        self.explanation = found = self._explanation_of(self.method_choice.value, class_idx)
         bars = probability_bars(found.probs.cpu(), found.masked_probs.cpu(), self.model.class_names, class_idx)
         self.bars.value = _png(bars)
         self.step.disabled = len(found.maps) == 1
@@ -426,7 +420,6 @@ class Explorer:
         self.masked.value = _png(to_picture(apply_mask(found.image[None], saliency[None])[0]))
         prob = 100 * found.masked_prob[step]
         self.step_outcome.value = f"logit {found.objective[step]:.2f}, probability {prob:.1f} %"
-        followed = len(found.objective) > 1
-        self._show([self.curve], followed)
-        if followed:
+        self._show([self.curve], len(found.objective) > 1)
+        if len(found.objective) > 1:
             self.curve.value = _png(objective_curve(found.objective, found.logits[found.class_idx].item(), step))
