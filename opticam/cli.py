@@ -1,6 +1,7 @@
 """The command line: opticam explain | run | verify | batch | render. Bad input ends in one sentence and exit code 2."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ try:
         notebook_parameters,
         places_beside,
     )
-    from opticam.jobs.side_by_side import run_notebooks
+    from opticam.jobs.side_by_side import Screen, run_notebooks
 except ModuleNotFoundError as error:
     told = "opticam: the command needs the extra lab: pip install '.[lab]' in a clone; run, render, verify and batch"
     print(f"{told} need a clone of the repository too ({error})", file=sys.stderr)
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 RESULTS = REPOSITORY / "data" / "results" / "notebooks"
 _SECONDS = 0.5  # between two signs of life
-_CLEAR = "\r\x1b[K"  # the line of a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,16 +152,13 @@ def explain(options: argparse.Namespace) -> int:
 @contextmanager
 def _waiting(what: Callable[[], str]) -> Iterator[None]:
     """Show a person at a terminal what is being done and for how long; the line is removed at the end."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    start, done = time.monotonic(), threading.Event()
+    screen, start, done = Screen(quiet=math.inf), time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not done.is_set():
-            print(f"{_CLEAR}{what()}, {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+            screen.show([f"{what()}, {time.monotonic() - start:.0f} s"])
             done.wait(_SECONDS)
-        print(_CLEAR, end="", file=sys.stderr, flush=True)
+        screen.show([])
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
