@@ -25,16 +25,14 @@ class Estimate(NamedTuple):
         return shown[0] if self.low == self.value == self.high else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
+NOTHING = Estimate(np.nan, np.nan, np.nan)  # of no values
 FEW, MANY = 20, 2000  # images: below, resampling covers less than it says; above, it adds nothing to a mean
 
 
 def interval(
-    *values: np.ndarray,
-    statistic: Callable[..., np.ndarray] = np.mean,
-    confidence: float = 0.95,
-    num_resamples: int = 10_000,
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
 ) -> tuple[float, float]:
-    """Confidence interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
+    """95 % interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
 
     **Ours**: t, with the jackknife's standard error, also where BCa is undefined, and for the mean of more than 2000
     images, where both agree. `benchmarks/results/coverage.json` has what each covers: of 6 or 8 normal values, 95 %
@@ -48,7 +46,6 @@ def interval(
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
             n images in R repeats that all images share, such as seeds of random weights.
         statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
-        confidence: share of the interval.
         num_resamples: bootstrap samples.
 
     Returns:
@@ -60,11 +57,11 @@ def interval(
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    return _intervals(values, statistic, num_resamples)(confidence)
+    return _intervals(values, statistic, num_resamples)(0.95)
 
 
 def _intervals(
-    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int = 10_000
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
 ) -> Callable[[float], tuple[float, float]]:
     """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
@@ -114,9 +111,7 @@ def estimate_and_p(
         thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
         0.
     """
-    ends = _intervals(values, statistic, num_resamples)
-    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
-    found = Estimate(float(value), *ends(0.95))
+    found, ends = _estimated(values, statistic, num_resamples)
     least, most = 2 / num_resamples, 1.0
     while most > 1.001 * least:
         middle = np.sqrt(least * most)
@@ -130,13 +125,8 @@ def holm(p_values: Collection[float]) -> np.ndarray:
     """The p values of many tests, corrected for their number.
 
     If nothing is real, one of them falls below 0.05 in at most 5 % of such families. The smallest of m is multiplied by
-    m, the next by m - 1, and so on; none may fall below one before it.
-
-    Args:
-        p_values: of all tests that are looked at together. NaN is not a test.
-
-    Returns:
-        In [0,1], in the order given; NaN where there was no test.
+    m, the next by m - 1, and so on; none may fall below one before it. Given are the p values of all tests that are
+    looked at together, NaN being none. What comes back lies in [0,1], in the order given, NaN where there was no test.
 
     Raises:
         ValueError: a value outside [0,1].
@@ -159,10 +149,19 @@ def _pair(found: Any) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def estimate(*values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
+def estimate(
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
+) -> Estimate:
     """A statistic over images with its 95 % interval; arguments and errors as `interval`."""
-    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
-    return Estimate(float(value), *interval(*values, statistic=statistic))
+    return _estimated(values, statistic, num_resamples)[0]
+
+
+def _estimated(
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
+) -> tuple[Estimate, Callable[[float], tuple[float, float]]]:
+    ends = _intervals(values, statistic, num_resamples)
+    value = statistic(*values, axis=None if values[0].ndim == 2 else -1)
+    return Estimate(float(value), *ends(0.95)), ends
 
 
 def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
@@ -231,25 +230,17 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
     return np.sqrt(parts.sum()), freedom
 
 
-def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion, by Clopper and Pearson.
+def proportion_interval(hits: np.ndarray) -> tuple[float, float]:
+    """Exact 95 % interval of a proportion, by Clopper and Pearson: (low, high) in [0,1]; of 20 in 20, (0.83, 1).
 
-    Args:
-        hits: (n,) of zeros and ones.
-        confidence: share of the interval.
-
-    Returns:
-        (low, high) in [0,1]: of 20 hits in 20, (0.83, 1).
-
-    Raises:
-        ValueError: no values, or others than 0 and 1.
+    ValueError: the hits, (n,), are not zeros and ones, or none.
 
     Reference:
         Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934.
     """
     if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
         raise ValueError("hits: wanted zeros and ones, at least one")
-    return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact"))
+    return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="exact"))
 
 
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
@@ -267,36 +258,44 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
     Returns:
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
-    return _summarize(rows, columns, repeats)
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
+        values = _values(group, column, repeats)
+        if not len(values):
+            return NOTHING, None
+        proportion = column in COLUMNS and COLUMNS[column].proportion and repeats is None
+        exact = proportion and np.isin(values, (0, 1)).all()
+        found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
+        return _within(found, column, 1, difference=False), None
+
+    return tabulate(rows[rows["status"] != "skipped"] if "status" in rows else rows, columns, mean_of)
 
 
-def _summarize(
-    rows: pd.DataFrame, columns: Collection[str], repeats: str | None, differences: bool = False
+def tabulate(
+    rows: pd.DataFrame,
+    columns: Collection[str],
+    found_in: Callable[[pd.DataFrame, str], tuple[Estimate, float | None]],
 ) -> pd.DataFrame:
+    """What is found in the rows of each method, for each column: a table like that of `summarize`.
+
+    `column_p` is the p value, where there is one.
+    """
     if not isinstance(columns, Mapping):
         columns = factors(columns)
-    proportions = {column for column in columns if column in COLUMNS and COLUMNS[column].proportion}
-    summary = {}
-    if "status" in rows:
-        rows = rows[rows["status"] != "skipped"]
+    table = {}
     for method, group in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
         for column, factor in columns.items():
-            values: np.ndarray
-            if repeats is None:
-                values = group[column].dropna().to_numpy(float)
-            else:
-                values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
-            found, p = Estimate(np.nan, np.nan, np.nan), np.nan
-            if len(values) and differences:
-                found, p = estimate_and_p(values)
-            elif len(values):
-                exact = column in proportions and repeats is None and np.isin(values, (0, 1)).all()
-                found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
-            cells |= entries(column, _within(found, column, 1, differences), factor)
-            cells |= {f"{column}_p": p} if differences else {}
-        summary[method] = cells
-    return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
+            found, p = found_in(group, column)
+            cells |= entries(column, found, factor) | ({} if p is None else {f"{column}_p": p})
+        table[method] = cells
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("method")
+
+
+def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray:
+    """The column of one method as `interval` takes it: (n,), or (n,R) of repeats."""
+    values = group[column] if repeats is None else group.pivot(index="image", columns=repeats, values=column)
+    return values.dropna().to_numpy(float)
 
 
 def summarize_differences(
@@ -305,17 +304,11 @@ def summarize_differences(
     """Mean differences to one method, image by image, with 95 % intervals, per other method.
 
     All methods see the same images, so what an image adds to both sides falls out. Images that lack one of the two
-    values do not count.
+    values do not count. Differences are taken within a repeat.
 
-    Args:
-        rows: as `summarize`, with the column `image`; one row per image and method.
-        columns: as `summarize`.
-        reference: the method to subtract.
-        repeats: as `summarize`; differences are taken within a repeat.
-
-    Returns:
-        As `summarize`, without the reference: positive where the method has more of the column. Beside them
-        `column_p`, the p value of no difference by `estimate_and_p`, not corrected for the number of tests.
+    Arguments as `summarize`, with the column `image` in the rows, and the method to subtract. Result as `summarize`,
+    without the reference: positive where the method has more of the column. Beside them `column_p`, the p value of no
+    difference by `estimate_and_p`, not corrected for the number of tests.
 
     Raises:
         ValueError: no row of the reference, or an image has two rows of the same method.
@@ -328,22 +321,24 @@ def summarize_differences(
     for column in columns:
         wide = rows.pivot(index=keys, columns="method", values=column)
         differences[column] = wide.sub(wide[reference], axis=0)[order].stack(future_stack=True)
-    return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, differences=True)
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
+        values = _values(group, column, repeats)
+        found, p = estimate_and_p(values) if len(values) else (NOTHING, np.nan)
+        return _within(found, column, 1, difference=True), p
+
+    return tabulate(pd.DataFrame(differences).reset_index(), columns, mean_of)
 
 
-def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
-    """Which differences of a table are not 0: those whose p value is small, corrected by `holm` for all of its entries.
+def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
+    """Which differences of a table from `summarize_differences` are not 0: where p is below 0.05.
 
-    Args:
-        differences: from `summarize_differences`, with `column_p` for each column.
-        level: below which p has to fall.
-
-    Returns:
-        Index as given; a column of booleans for each that has p values. False where there is no value.
+    p is corrected by `holm` for all entries of the table. Index as given; a column of booleans for each that has
+    `column_p`. False where there is no value.
     """
     columns = [str(column) for column in differences if str(column).endswith("_p")]
     corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
-    return pd.DataFrame(corrected < level, differences.index, [column.removesuffix("_p") for column in columns])
+    return pd.DataFrame(corrected < 0.05, differences.index, [column.removesuffix("_p") for column in columns])
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -373,27 +368,23 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
 
     Args:
-        rows: of `evaluate` with the score "localization"; of several shards, all of them.
+        rows: of `evaluate` with the score "localization"; of several shards, all of them. ValueError: none has a box.
 
     Returns:
         Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
         percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
-
-    Raises:
-        ValueError: no image has a box.
     """
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
-    accuracies = {}
-    for method, group in with_box.groupby("method", sort=False):
+    kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
+
+    def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
         bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
         hits = bits.reshape(len(group), 4, -1)
-        cells: dict[str, float] = {}
-        for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
-            cells |= entries(column, clipped(_best_share(hits[:, kinds]), 0, 1), 100)
-        accuracies[method] = cells
-    return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
+        return clipped(_best_share(hits[:, kinds[column]]), 0, 1), None
+
+    return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)
 
 
 PAPER = {
@@ -410,12 +401,9 @@ PAPER = {
 def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables as the paper lays them out: methods down, metrics across; means over images, without intervals.
 
-    Args:
-        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them.
-
-    Returns:
-        Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
-        of the rows. A table without values is left out, as that of localization where no image has a box.
+    Of rows as `box_accuracies`, also with the score "curves". Title -> table, index `method` by label, columns by
+    heading with arrow; "seconds" are per image, on the device of the rows. A table without values is left out, as that
+    of localization where no image has a box.
     """
     known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
     tables = {}
