@@ -41,15 +41,8 @@ Samples = Photos | Sequence[Sample | Skipped]
 class BatchWithMaps(NamedTuple):
     """A batch and its maps: what the metrics beyond masking are computed from.
 
-    Attributes:
-        model: the classifier.
-        images: (B,3,H,W).
-        class_idx: (B,) int64.
-        output: logits (B,C) of the images, and the head.
-        boxes: (n,4) of each image.
-        saliency: (B,1,H,W).
-        method: that made the maps.
-        scores: from `score`, one row per image.
+    `output` has the logits (B,C) of the images, and the head. There are boxes (n,4) of each image. The method made the
+    maps, saliency (B,1,H,W). `scores` is from `score`, one row per image.
     """
 
     model: nn.Module
@@ -124,11 +117,8 @@ def score_maps(
 ) -> pd.DataFrame:
     """`score` of the maps of several methods: one row per method and image, with the columns `image` and `method`.
 
-    Arguments and errors as `score`, but:
-
-    Args:
-        saliency: method -> (B,1,H,W) in [0,1].
-        names: B of them, for the column `image`; None for 0 to B-1.
+    Arguments and errors as `score`, but saliency is method -> maps, and there may be B names for the column `image`; None
+    for 0 to B-1.
     """
     named = range(len(images)) if names is None else names
     tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
@@ -146,15 +136,9 @@ def saliency_maps(
 def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Maps that know nothing of the photo that they mask: a score tells something where it is better than theirs.
 
-    Args:
-        saliency: method -> maps (B,1,H,W) of B photos, at least two.
-
-    Returns:
-        "one half everywhere" -> maps of 0.5; and for each method "METHOD of another photo" -> its maps moved on by one
-        photo, whose values are as many and as large as those of the maps themselves.
-
-    Raises:
-        ValueError: no maps, or of a single photo.
+    Of method -> maps (B,1,H,W) come "one half everywhere" -> maps of 0.5, and for each method "METHOD of another photo"
+    -> its maps moved on by one photo, whose values are as many and as large as those of the maps themselves.
+    ValueError: no maps, or of a single photo.
     """
     if not saliency or min(map(len, saliency.values())) < 2:
         raise ValueError("saliency: wanted the maps of at least one method, of at least two photos")
@@ -214,15 +198,8 @@ def _saliency(batch: BatchWithMaps) -> dict[str, Any]:
 def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
     """The maps that the score "saliency" put into the rows, with 8 bits a pixel: rounded by at most 1/510.
 
-    Args:
-        rows: n of them, from `evaluate` or `results.read_shards`.
-        size: (H,W) of the images.
-
-    Returns:
-        (n,1,H,W) float32 in [0,1].
-
-    Raises:
-        ValueError: a row without a map, or of another size.
+    Of n rows from `evaluate` or `results.read_shards`, and the size (H,W) of the images: (n,1,H,W) float32 in [0,1].
+    ValueError: a row without a map, or of another size.
     """
     for name, data in zip(rows["image"], rows["saliency"], strict=True):
         if not isinstance(data, bytes) or len(data) != math.prod(size):
@@ -238,11 +215,6 @@ COLUMN_GROUPS: dict[str, Callable[[BatchWithMaps], dict[str, Any]]] = {
     "box_experiment": _box_experiment,
     "saliency": _saliency,
 }
-
-
-def _is_single(name: str) -> bool:
-    """Whether a metric is a score of its own: all that it needs is known of an explained batch."""
-    return set(COLUMNS[name].needs) <= set(BatchWithMaps._fields)
 
 
 def _score_columns(kind: str, batch: BatchWithMaps) -> dict[str, Any]:
@@ -322,19 +294,13 @@ def stream(
     Arguments as `evaluate`, but:
 
     Args:
-        folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
+        folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ... That of
+            the run is returned, for `results.read_shards`. OSError: it cannot be written.
         dataset: as `datasets.load_dataset` gives it.
         parameters: stored with the rows, under names that `stream` does not store itself; JSON.
         keys: for a method or metric of your own by its name, and for a network with code of your own by "model": a word
-            that you change whenever that code changes.
+            that you change whenever that code changes. ValueError: one that `identity.key_of` needs is missing.
         shard_size: images a file.
-
-    Returns:
-        The folder of this run, for `results.read_shards`.
-
-    Raises:
-        OSError: the folder cannot be written.
-        ValueError: see `evaluate`; a method or network without a key that `identity.key_of` cannot recognise.
     """
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "records"):
@@ -403,7 +369,8 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     for name, method in methods.items():
         if not callable(method):
             raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
-    known = [*COLUMN_GROUPS, *(name for name in COLUMNS if _is_single(name))]
+    of_batch = set(BatchWithMaps._fields)  # a metric that needs more, such as a second map, is no score
+    known = [*COLUMN_GROUPS, *(name for name, metric in COLUMNS.items() if set(metric.needs) <= of_batch)]
     if isinstance(scores, str):
         raise TypeError(f"scores: wanted a list of names, got {scores!r}")
     for name in scores:

@@ -1,6 +1,6 @@
 """Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure.
 
-What returns a figure does not show it. Photos and maps are tensors in [0,1].
+What returns a figure does not show it. Photos (3,H,W), maps (1,H,W) and probabilities are in [0,1], boxes in pixels.
 """
 
 import io
@@ -36,8 +36,7 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 _BLUE, _RED = "#0173b2", "#d55e00"  # of seaborn's palette "colorblind"
 _MARKERS = "osD^vPX<>*"
 _WIDTH = 85 / 25.4  # inches of a journal's column: charts are drawn at the size they are printed
-_SCREEN = {"dpi": 100, "font": 10}  # of pictures side by side, as pages show them
-_PRINT = {"dpi": 200, "font": 7}
+_DPI = 200  # of what is printed
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
 
@@ -83,7 +82,7 @@ def _with_palette(chart: bytes) -> bytes:
 def use_plain_style() -> None:
     """The part of `use_style` that matters to pictures without axes, without the time that seaborn's import takes."""
     mpl.rcParams |= {
-        "figure.dpi": _PRINT["dpi"],
+        "figure.dpi": _DPI,
         "font.size": 7.5,
         "axes.titlesize": 8,
         "axes.labelsize": 7.5,
@@ -112,28 +111,18 @@ def to_picture(image: Tensor) -> np.ndarray:
     return array[..., 0] if array.shape[-1] == 1 else array.clip(0, 1)
 
 
-def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55, contour: float | None = 0.5) -> np.ndarray:
-    """The map in colour over the image in gray, with a white line around what the map calls salient.
+def overlay(image: Tensor, saliency: Tensor) -> np.ndarray:
+    """The map (1,H,W) in colour over the image (3,H,W) in gray, both in [0,1]: (H,W,3) float in [0,1].
 
-    The line shows the map where the image is dark too.
-
-    Args:
-        image: (3,H,W) in [0,1].
-        saliency: (1,H,W) in [0,1].
-        alpha: weight of the map.
-        contour: the line runs inside of all that is at least this; None for no line.
-
-    Returns:
-        (H,W,3) float in [0,1].
+    A white line runs inside of all that is at least 0.5 in the map. It shows the map where the image is dark too.
     """
     colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
     gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
-    picture = alpha * colored + (1 - alpha) * gray[..., None]
-    if contour is not None:
-        thick = math.ceil(saliency.shape[-1] / 150)
-        inside = (saliency.detach().cpu()[None] >= contour).float()
-        core = -F.max_pool2d(-inside, 2 * thick + 1, 1, thick)  # what is thick pixels or more away from the outside
-        picture[(inside > core)[0, 0].numpy()] = 1
+    picture = 0.55 * colored + (1 - 0.55) * gray[..., None]
+    thick = math.ceil(saliency.shape[-1] / 150)
+    inside = (saliency.detach().cpu()[None] >= 0.5).float()
+    core = -F.max_pool2d(-inside, 2 * thick + 1, 1, thick)  # what is thick pixels or more away from the outside
+    picture[(inside > core)[0, 0].numpy()] = 1
     return picture
 
 
@@ -159,11 +148,10 @@ def image_grid(
         printed: text of 7 points, for a page of a journal; else of 10, for a screen.
     """
     columns = max(len(row) for row in rows)
-    style = _PRINT if printed else _SCREEN
-    font = style["font"]
+    dpi, font = (_DPI, 7) if printed else (100, 10)
     extra = 0.025 * font if captions else 0.0
     figsize = (size * columns, (size + extra) * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=style["dpi"], squeeze=False)
+    figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=dpi, squeeze=False)
     if printed:
         figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for ax in axes.flat:
@@ -192,21 +180,12 @@ def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: 
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
-def probability_bars(
-    probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int, num_classes: int = 5
-) -> Figure:
-    """Probabilities for the photo and for the masked photo: the class explained, then those that matter most in either.
+def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int) -> Figure:
+    """Probabilities (C,) of the photo and of the masked photo: the class explained, then those largest in either.
 
-    The figure is unknown to pyplot, so that a thread may draw it.
-
-    Args:
-        probs: (C,) in [0,1], of the photo.
-        masked_probs: (C,) in [0,1], of the masked photo.
-        class_names: C names.
-        class_idx: the class explained.
-        num_classes: bars, with the class explained.
+    Five classes at most. The figure is unknown to pyplot, so that a thread may draw it.
     """
-    largest = torch.maximum(probs, masked_probs).topk(min(num_classes, len(probs))).indices.tolist()
+    largest = torch.maximum(probs, masked_probs).topk(min(5, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
     figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
     ax = figure.subplots()
@@ -225,14 +204,10 @@ def probability_bars(
 
 
 def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
-    """How the logit of the masked photo rose over the steps, beside that of the photo itself.
+    """How the logit of the masked photo rose over the steps, beside that of the photo itself, the reference.
 
-    The figure is unknown to pyplot, so that a thread may draw it.
-
-    Args:
-        objective: (T+1,), before the first step and after each.
-        reference: the logit of the photo.
-        step: the one to mark, in 0..T.
+    `objective` (T+1,) is before the first step and after each; one step, in 0..T, is marked. The figure is unknown to
+    pyplot, so that a thread may draw it.
     """
     figure = Figure(figsize=(_WIDTH, 2.2))
     ax = figure.subplots()
@@ -258,16 +233,10 @@ def gallery(
     """Photos and, one row per method, their maps, with the probability of the class before (p) and after masking (o).
 
     Args:
-        photos: (n,3,H,W) in [0,1].
-        names: of the class of each photo.
-        probs: p of each photo.
-        saliency: method -> (n,1,H,W) in [0,1].
-        masked_probs: method -> o of each photo.
+        photos: (n,3,H,W), with the names of their classes, and p of each as `probs`.
+        saliency: method -> (n,1,H,W), and `masked_probs`: method -> o of each photo. ValueError: not one map per photo.
         boxes: (k,4) of each photo, drawn over it.
         size: width and height of one picture in inches; None to print all of them in a column of 85 mm.
-
-    Raises:
-        ValueError: a method has not one map per photo.
     """
     for method, maps in saliency.items():
         if len(maps) != len(photos):
@@ -298,10 +267,8 @@ def overview(
     """Opti-CAM in one picture: photo, feature maps, their weights, map, masked photo; the logit while they move.
 
     Args:
-        photo: (3,H,W) in [0,1].
-        features: (n,h,w) non-negative, some of the feature maps.
-        weights: (n,) of these, after the optimisation.
-        saliency: (1,H,W) in [0,1].
+        photo: (3,H,W), with the map `saliency` (1,H,W).
+        features: (n,h,w) non-negative, some of the feature maps, with their weights (n,) after the optimisation.
         logits: (T+1,) of the masked photo.
         references: label -> another logit of the class, drawn as a level line.
         name: of the class.
@@ -369,10 +336,8 @@ def _legend(figure: Figure, ax: Axes, columns: int) -> None:
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel per metric, one bar per method.
 
-    Args:
-        summary: from `summary.summarize`, in percent.
-        columns: column -> title of its panel.
-        num_images: over how many images, for the note below.
+    The summary, in percent, is from `summary.summarize`. Columns are given with the titles of their panels, and for the
+    note below, over how many images the means are.
     """
     size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
@@ -393,13 +358,8 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
 def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
     """One metric against another, one point per method, with the intervals of both.
 
-    Where three methods or more share a place, an inset shows it larger, without intervals.
-
-    Args:
-        summary: from `summary.summarize`, with both columns.
-        x: column across.
-        y: column up.
-        labels: column -> label of its axis.
+    The summary, from `summary.summarize`, has the columns x, across, and y, up, and these have labels. Where three
+    methods or more share a place, an inset shows it larger, without intervals.
     """
     figure, ax = plt.subplots(figsize=(_WIDTH, 2.6))
     points = summary[[x, y]].to_numpy()
@@ -432,10 +392,8 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
 def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
     """Means with their intervals: one panel per title, one above the other, in it a group of points per condition.
 
-    Args:
-        panels: title -> condition -> summary, from `summary.summarize`.
-        column: of the summaries.
-        label: of the axis up, which all panels share.
+    Panels are title -> condition -> summary, from `summary.summarize`; of it the column is drawn, with its label on the
+    axis that all panels share.
     """
     import pandas as pd
 
@@ -458,9 +416,8 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
 def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure:
     """The value of each metric for every pair of p and o, as shades of gray, and where the images lie, by method.
 
-    Args:
-        rows: with the columns `method`, `prob` (p) and `masked_prob` (o), from `evaluate`.
-        metrics: name -> function of p and o, one panel each.
+    Rows from `evaluate` have the columns `method`, `prob` (p) and `masked_prob` (o). Metrics are functions of p and o
+    by name, one panel each.
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
@@ -486,12 +443,8 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     """Mean differences to a reference with their intervals, one panel per metric, one dot per variant, group by group.
 
     Filled where a difference is clear after Holm's correction for all of the table, see `summary.clear_after_holm`;
-    hollow where it is not.
-
-    Args:
-        differences: index (group, variant); per column `column`, `column_low`, `column_high`, `column_p`, from
-            `summary.summarize_differences`. NaN leaves the place empty.
-        columns: column -> title of its panel.
+    hollow where it is not. The differences, from `summary.summarize_differences`, have the index (group, variant). NaN
+    leaves the place empty. Columns are given with the titles of their panels.
     """
     groups = list(dict.fromkeys(differences.index.get_level_values(0)))
     places, variants, headings_at, position = [], [], [], 0.0
@@ -535,13 +488,10 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
 
-    Bands: 95 % intervals, where `curves` has them. Each method has a marker too, so that curves differ by more than
-    their colour.
-
-    Args:
-        curves: index (order, position, stage, method), means of each similarity, as from `summary.summarize`.
-        columns: similarity -> label of its axis, one row of panels each.
-        orders: order -> title, one column of panels each.
+    Curves have the index (order, position, stage, method), and means of each similarity, as from `summary.summarize`.
+    Columns are given with the labels of their axes, one row of panels each, and orders with their titles, one column of
+    panels each. Bands: 95 % intervals, where `curves` has them. Each method has a marker too, so that curves differ by
+    more than their colour.
     """
     size = (_WIDTH, 1.6 * len(columns) + 0.8)
     figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
@@ -571,16 +521,11 @@ def interval_table(
 ) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row per method; empty where there is no value.
 
-    Of differences, a star marks those that are clear after Holm's correction for all of the summary, see
-    `summary.clear_after_holm`.
+    Of a summary from `summary.summarize` or `summary.summarize_differences`, whose differences have a star where they
+    are clear after Holm's correction for all of the summary, see `summary.clear_after_holm`. Columns are given with
+    headings; None for all, with the headings of their records. Digits: after the point.
 
-    Args:
-        summary: from `summary.summarize` or `summary.summarize_differences`.
-        columns: column -> heading; None for all, with the headings of their records.
-        digits: after the point.
-
-    Returns:
-        Index `method` by label, "group: variant" where there are two; one text column per heading.
+    The index is `method` by label, "group: variant" where there are two; there is one text column per heading.
     """
     import pandas as pd
 
@@ -620,24 +565,21 @@ def latex_table(table: "pd.DataFrame") -> str:
     return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
 
 
-def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5) -> None:
+def show_boxes(ax: Axes, boxes: Tensor, lw: float = 1.5) -> None:
     """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`; what lies outside, at its edge."""
     height, width = ax.images[0].get_size()
     inside = torch.stack([boxes[:, 0::2].clamp(1, width - 2), boxes[:, 1::2].clamp(1, height - 2)], 2).flatten(1)
     for xmin, ymin, xmax, ymax in inside.tolist():
-        ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=lw))
+        place = (xmin, ymin), xmax - xmin, ymax - ymin
+        ax.add_patch(mpl.patches.Rectangle(*place, fill=False, edgecolor="#00d0ff", lw=lw))
 
 
 def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
     It has the size in inches that it was made with, and twice the dots of a notebook's. A PNG without pictures in it
-    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`.
-
-    Args:
-        figure: what to write.
-        path: where, and what is returned; folders are made.
-        note: a line below the figure, such as what its bars are and over how many images.
+    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`. Folders are made. The note is a
+    line below the figure, such as what its bars are and over how many images. The path is returned.
     """
     if note:
         figure.supxlabel(note, fontsize=7.5)
