@@ -44,12 +44,9 @@ Item = TypeVar("Item")
 class Photo(NamedTuple):
     """One listed photo, not yet opened.
 
-    Attributes:
-        path: of the image file.
-        name: unique in its dataset: the path relative to the folder of the images.
-        label: class index, torchvision's for ImageNet; -1 where it is not known, and `fault` says why.
-        boxes: (xmin, ymin, xmax, ymax) of the label's objects in pixels of the photo.
-        fault: one sentence on why this photo cannot be used; empty where nothing is known against it.
+    The name is unique in its dataset: the path relative to the folder of the images. The label is a class index,
+    torchvision's for ImageNet; -1 where it is not known. Boxes are (xmin, ymin, xmax, ymax) of the label's objects in
+    pixels of the photo. The fault is one sentence on why this photo cannot be used; empty where nothing is known.
     """
 
     path: Path
@@ -60,14 +57,10 @@ class Photo(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image as the network sees it.
+    """One image as the network sees it, (3,S,S) float32 in [0,1], with the name and label of its `Photo`.
 
-    Attributes:
-        name: unique in its dataset.
-        image: (3,S,S) float32 in [0,1].
-        label: class index, torchvision's for ImageNet.
-        boxes: (n,4) float32, (xmin, ymin, xmax, ymax) of the label's objects in pixels of `image`; not clipped, so
-            parts may lie outside. Without rows where none are known.
+    Boxes are (n,4) float32, (xmin, ymin, xmax, ymax) of the label's objects in pixels of `image`; not clipped, so parts
+    may lie outside. Without rows where none are known.
     """
 
     name: str
@@ -77,13 +70,7 @@ class Sample(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A photo that cannot be used.
-
-    Attributes:
-        name: unique in its dataset.
-        label: class index; -1 where it is not known.
-        reason: one sentence, the same on every machine.
-    """
+    """A photo that cannot be used, with the name and label of its `Photo`; the reason is the same on every machine."""
 
     name: str
     label: int
@@ -92,15 +79,9 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Photos(Dataset):
-    """Photos on disk, decoded when asked for.
+    """Photos on disk, decoded when asked for: by `read_image` with `upright` and `window`, then `to_input`.
 
-    Attributes:
-        records: a `Photo` of each.
-        class_names: one name per label.
-        input_size: side of the centre crop, in pixels.
-        resize: shorter side before the crop, in pixels.
-        upright: turn photos as their EXIF orientation says; see `read_image`.
-        window: of pixels of more than 8 bits; see `read_image`.
+    There is one record of each, and one class name per label. ValueError: a `resize` smaller than `input_size`.
     """
 
     records: Sequence[Photo]
@@ -120,29 +101,23 @@ class Photos(Dataset):
 
     @property
     def paths(self) -> list[Path]:
-        """Image files."""
         return [photo.path for photo in self.records]
 
     @property
     def names(self) -> list[str]:
-        """Unique name of each."""
         return [photo.name for photo in self.records]
 
     @property
     def labels(self) -> list[int]:
-        """Class index of each."""
         return [photo.label for photo in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The photo as the network sees it.
+        """The photo as the network sees it; errors as `read_image`.
 
-        Raises:
-            IndexError: no such photo.
-            OSError: the file is missing, no image, or damaged.
-            ValueError: the record has a fault, or the pixels no agreed range.
+        IndexError: no such photo. ValueError: the record has a fault, or a box lies outside of the photo.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
@@ -157,11 +132,7 @@ class Photos(Dataset):
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
     def get(self, index: int) -> Sample | Skipped:
-        """The photo as the network sees it, or why not: what `[index]` raises becomes a record.
-
-        Raises:
-            IndexError: no such photo.
-        """
+        """The photo as the network sees it, or why not: what `[index]` raises, but for IndexError, becomes a record."""
         try:
             return self[index]
         except (OSError, ValueError) as error:
@@ -177,8 +148,7 @@ class Photos(Dataset):
 def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
 
-    Raises:
-        ValueError: no sample; images of different sizes; a label that is not a whole number.
+    ValueError: no sample; images of different sizes; a label that is not a whole number.
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
@@ -203,6 +173,7 @@ def select(
     """Some of the items, in their order: first `draw`, of that `limit`, of that `shard`.
 
     So `draw` and `limit` say what is worked on, and the n shards share it without overlap, whatever it is.
+    ValueError: a number out of range, or a shard of another form.
 
     Args:
         items: of any kind; only counted.
@@ -211,9 +182,6 @@ def select(
         shard: (k, n) or "k/n" with k in 0..n-1: every n-th, from the k-th on, so that each shard sees all classes of a
             sorted list. A shard is empty where there are too few items.
         seed: of the draw.
-
-    Raises:
-        ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
     check_at_least(1, draw=draw, limit=limit)
@@ -244,13 +212,12 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         path: any format that Pillow reads.
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
         window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
-            (-160, 240) for soft tissue in Hounsfield units. Pixels of 8 bits have none.
+            (-160, 240) for soft tissue in Hounsfield units. It must show something of the image. Pixels of 8 bits have
+            none; such as are negative or floating-point numbers need one.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
-        ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or shows nothing of the image, or the pixels have 8 bits; the image has more
-            pixels than Pillow opens, or the file more than one page or frame.
+        ValueError: the wrong window, or none; more pixels than Pillow opens, or more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -337,13 +304,12 @@ def _shown(values: np.ndarray, path: Path, window: tuple[float, float] | None) -
 def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Tensor:
     """The photo as a network's input: shorter side to `resize` (bilinear, antialiased), then the centre crop.
 
-    Args:
-        photo: RGB, or gray for a network of one channel.
-        input_size: side of the crop, in pixels.
-        resize: shorter side before the crop, in pixels; ValueError where it is smaller than `input_size`.
+    Both sides are in pixels. Of a photo in RGB comes (3,input_size,input_size) float32 in [0,1], of gray, for a network
+    of one channel, (1,input_size,input_size).
 
-    Returns:
-        (3,input_size,input_size) float32 in [0,1], of gray (1,input_size,input_size).
+    Raises:
+        TypeError: not an image of Pillow.
+        ValueError: an image of another mode; a `resize` smaller than `input_size`.
     """
     if not isinstance(photo, Image.Image):
         raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
@@ -360,14 +326,8 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
 def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int = 224, resize: int = 256) -> Tensor:
     """Boxes of the photo in the pixels of the network's input, by exactly the resize and crop of `to_input`.
 
-    Args:
-        boxes: (n,4) (xmin, ymin, xmax, ymax) in pixels of the photo.
-        photo_size: (width, height) of the photo.
-        input_size: as `to_input`, like `resize`.
-        resize: likewise.
-
-    Returns:
-        (n,4) float32; not clipped, so what was cropped away still counts.
+    Of boxes (n,4), (xmin, ymin, xmax, ymax) in pixels of a photo of (width, height), come (n,4) float32. They are not
+    clipped, so what was cropped away still counts. Errors as `to_input`.
     """
     _check_frame(input_size, resize)
     check_tensors(boxes=boxes)
@@ -392,15 +352,12 @@ def maps_to_input(
 
     Args:
         saliency: (B,1,S,S), in the frame `made`.
-        photo_sizes: (width, height) of each photo.
+        photo_sizes: (width, height) of each photo. ValueError: maps of another number or size.
         made: (input_size, resize) that the maps were made with.
-        wanted: (input_size, resize) of the other network.
+        wanted: (input_size, resize) of the other network. ValueError, also of `made`: a `resize` that is smaller.
 
     Returns:
         (B,1,S',S') of the dtype and device of the maps, within the range of each.
-
-    Raises:
-        ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
     """
     shape = len(photo_sizes), 1, made[0], made[0]
     if saliency.shape != shape:
@@ -427,20 +384,15 @@ def load_dataset(
     window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Photos:
-    """A dataset by name.
+    """A dataset by name, a key of `DATASETS`. FileNotFoundError: it is not there. ValueError: an argument out of range.
 
     Args:
-        name: a key of `DATASETS`.
         root: folder of the dataset; the demo has none, and for ImageNet the environment may name it.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
         window: see `imagefolder`; the photos of other datasets have 8 bits and no window.
         options: `draw`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
-
-    Raises:
-        ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
-        FileNotFoundError: the dataset is not there.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
@@ -510,7 +462,7 @@ def imagenet(
 
     Raises:
         FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
-        ValueError: an argument out of range, or a table that cannot be read.
+        ValueError: a table that cannot be read.
     """
     root = _folder("root", root or os.environ.get("OPTICAM_IMAGENET"), "of ImageNet, here or in OPTICAM_IMAGENET")
     if annotations:
@@ -584,14 +536,12 @@ def imagefolder(
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
             photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
-        class_names: one per label; by default the names of the folders.
+        class_names: a list with one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
     Raises:
-        TypeError: `class_names` is not a list.
         FileNotFoundError: no root, no images in it, or no table.
-        ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
-            fits no image or several.
+        ValueError: class folders whose labels are not clear; a table that cannot be read or fits no image or several.
     """
     root = _folder("root", root, "of class folders")
     folders, listed = _class_folders(root)
@@ -630,12 +580,7 @@ def imagenette(
         root: folder that holds, or is to hold, `imagenette2-320` and the like.
         size: "full", "320px" or "160px", the shorter side of the photos.
         split: "val" or "train".
-        download: fetch it by torchvision if it is not there.
-
-    Raises:
-        FileNotFoundError: it is not there and `download` is off.
-        OSError: it cannot be downloaded.
-        ValueError: an argument out of range.
+        download: fetch it by torchvision if it is not there. OSError: that fails.
     """
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
     if size not in sizes or split not in ("val", "train"):

@@ -117,8 +117,8 @@ def score_maps(
 ) -> pd.DataFrame:
     """`score` of the maps of several methods: one row per method and image, with the columns `image` and `method`.
 
-    Arguments and errors as `score`, but saliency is method -> maps, and there may be B names for the column `image`; None
-    for 0 to B-1.
+    Arguments and errors as `score`, but saliency is method -> maps (B,1,H,W). B names are for the column `image`; the
+    default is 0 to B-1.
     """
     named = range(len(images)) if names is None else names
     tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
@@ -239,7 +239,7 @@ def evaluate(
 
     Args:
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
-        dataset: of `Sample`.
+        dataset: of `Sample`, whose labels are the classes of the model in their order.
         methods: name -> `method(model, images, class_idx) -> saliency`.
         scores: what to compute beside the columns of `score`: names in `COLUMN_GROUPS`, or of other metrics in
             `metrics.COLUMNS`.
@@ -256,8 +256,8 @@ def evaluate(
         map that are not finite.
 
     Raises:
-        ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset whose labels are not the
-            classes of the model in their order, or whose items are no `Sample`; a method that returns no such maps.
+        ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset of another kind; a method
+            that returns no such maps.
     """
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)

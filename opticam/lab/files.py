@@ -22,8 +22,7 @@ _SHOWS = ("__main__.py", "cli.py", "lab/plotting.py", "lab/explorer.py", "lab/fi
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write under; unless writing fails, the file is renamed to `path` in one step.
 
-    Args:
-        path: the name; folders are made.
+    Folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -20,14 +20,7 @@ COMMITTED = REPOSITORY / "data" / "findings"
 
 
 class Finding(NamedTuple):
-    """A claim and the estimate it rests on.
-
-    Attributes:
-        statement: what is claimed, in words, with the unit.
-        estimate: value, low, high; all three the same where there is no interval.
-        above: what the interval lies above, -inf where nothing is claimed.
-        below: what it lies below, inf where nothing is claimed.
-    """
+    """A claim in words, with the unit, and the estimate it rests on, to lie with its interval between two bounds."""
 
     statement: str
     estimate: Estimate
@@ -45,8 +38,7 @@ def finding(
 ) -> Finding:
     """A `Finding` of an estimate, from `summary.estimate`, or of a number, which needs no interval.
 
-    Raises:
-        ValueError: no bound is given; every estimate would meet the claim.
+    ValueError: no bound is given; every estimate would meet the claim.
     """
     if above == -math.inf and below == math.inf:
         raise ValueError("above, below: wanted at least one bound")
@@ -55,11 +47,9 @@ def finding(
 
 
 def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any], results: str | Path) -> pd.DataFrame:
-    """Write the findings of a page for `compare`, and show them beside the committed ones.
+    """Write the findings of a notebook, the page, for `compare`, and show them beside the committed ones.
 
     Args:
-        page: name of the notebook.
-        findings: what it claims.
         parameters: all parameters that they depend on; committed values for other parameters are not shown.
         results: folder of the run's tables; the file is `findings/PAGE.json` inside.
 
@@ -92,14 +82,10 @@ def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any]
 
 
 def compare(results: str | Path, since: float = 0.0) -> pd.DataFrame:
-    """The findings of a run beside the committed ones; nothing is computed again.
+    """The findings of a run beside the committed ones, as `report`, with the page before each row.
 
-    Args:
-        results: folder of the run's tables.
-        since: findings written before this time are left out; in seconds, as from `time.time`.
-
-    Returns:
-        As `report`, with the page before each row; pages that the run did not reach are left out.
+    Nothing is computed again. Pages that the run did not reach are left out, and findings written before the time
+    `since`, in seconds, as from `time.time`.
     """
     pages = sorted(page for page in (Path(results) / "findings").glob("*.json") if page.stat().st_mtime >= since)
     tables = [_compared(COMMITTED / page.name, page).assign(page=page.stem) for page in pages]

@@ -34,14 +34,11 @@ _SMALLEST = 32  # pixels: an object that shows less is not pasted
 
 
 class Mosaics(NamedTuple):
-    """M mosaics of four photos each, of N photos given; no photo is in two of them.
+    """M mosaics (M,3,2H,2W) in [0,1] of four of the given photos each; no photo is in two of them.
 
-    Attributes:
-        images: (M,3,2H,2W) in [0,1].
-        class_idx: (M,4) int64, the class of each cell, row by row.
-        photos: (M,4) int64, which of the given photos each cell is.
-        verified: (M,4) bool: replacing the cell lowers the logit of its class by more than replacing any other cell
-            does, by the mean colour and by blur.
+    Of each cell, row by row, (M,4): its class, int64; which of the given photos it is, int64; and whether it is
+    verified, bool: replacing the cell lowers the logit of its class by more than replacing any other cell does, by the
+    mean colour and by blur.
     """
 
     images: Tensor
@@ -51,16 +48,11 @@ class Mosaics(NamedTuple):
 
 
 class Pastes(NamedTuple):
-    """n photos with an object of another class in them, for which the network decides.
+    """Photos (n,3,H,W) in [0,1] with an object of another class in them, for which the network decides.
 
-    Attributes:
-        images: (n,3,H,W) in [0,1].
-        class_idx: (n,) int64, the class of the object.
-        host_class: (n,) int64, the class of the photo.
-        boxes: n tensors (1,4), where the object is.
-        photos: (n,2) int64, which of the given photos are host and source.
-        pairs: (n,) int64, the number of the pair of photos; each photo is in one pair.
-        tried: how many pastes were made to keep these.
+    `class_idx` (n,) int64 is the class of the object, `host_class` that of the photo. Boxes, n tensors (1,4), say where
+    the object is, photos (n,2) int64 which of the given ones are host and source, and pairs (n,) int64 the number of
+    their pair; each photo is in one pair. So many pastes were tried to keep these.
     """
 
     images: Tensor

@@ -76,17 +76,12 @@ GROUPS = {
 
 
 class Evidence(NamedTuple):
-    """Images of one kind whose evidence is known.
+    """Images (B,3,H,W) in [0,1] of one kind, "mosaic", "paste" or "deletion", whose evidence is known.
 
-    Attributes:
-        kind: "mosaic", "paste" or "deletion".
-        names: of the B images; the photos in them are in no other image of the kind.
-        images: (B,3,H,W) in [0,1].
-        class_idx: (B,) int64.
-        objects: B tensors (n,4), what a person would call the object; without rows for pastes, where it would be the
-            truth itself.
-        regions: B tensors (1,4), where the evidence is; empty for the kind "deletion".
-        drops: (F,B,side*side) what the class logit loses with each cell, by F fills; empty for the other kinds.
+    The photos in an image are in no other image of the kind. Objects are B tensors (n,4), what a person would call the
+    object; without rows for pastes, where it would be the truth itself. Regions are B tensors (1,4), where the evidence
+    is; empty for the kind "deletion". Drops are (F,B,side*side), what the class logit loses with each cell, by F fills;
+    empty for the other kinds.
     """
 
     kind: str
@@ -99,12 +94,7 @@ class Evidence(NamedTuple):
 
 
 class Audited(NamedTuple):
-    """Maps to be judged.
-
-    Attributes:
-        saliency: name -> (B,1,H,W) in [0,1].
-        again: name -> the map that the same method makes of the image masked by the first.
-    """
+    """Maps to be judged, name -> (B,1,H,W) in [0,1], and those that the same methods make of the masked images."""
 
     saliency: dict[str, Tensor]
     again: dict[str, Tensor]

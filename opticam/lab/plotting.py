@@ -176,7 +176,7 @@ def image_grid(
 
 
 def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
-    """One decision explained: image (3,H,W), overlay of the map (1,H,W) and masked image side by side; three titles."""
+    """One decision explained: image, overlay of the map and masked image side by side; three titles."""
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
