@@ -174,15 +174,12 @@ def cell_drops(
 
 
 class OneCell(nn.Module):
-    """A network whose head sees one cell of a 2x2 mosaic only: its logits are those of the photo in that cell.
+    """A network whose head sees one cell, 0 to 3, of a 2x2 mosaic only: its logits are those of the photo in that cell.
 
     The features of the cells are computed apart and stitched, so that nothing outside the cell changes the logits. The
-    paper calls this DiFull. `maps`, an identity that is called on the stitched maps, is the layer to explain.
-
-    Args:
-        network: with the methods `forward_features`, to maps (B,K,h,w), and `forward_head`, from them to logits, as the
-            networks of timm have them; else ValueError.
-        cell: 0 to 3, row by row; else ValueError.
+    paper calls this DiFull. `maps`, an identity that is called on the stitched maps, is the layer to explain. The
+    network has the methods `forward_features`, to maps (B,K,h,w), and `forward_head`, from them to logits, as those of
+    timm. ValueError: it has not, or there is no such cell.
 
     Reference:
         Rao, Boehle, Schiele, Towards better understanding attribution methods, CVPR 2022, arXiv 2205.10435.
@@ -335,9 +332,8 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
     `EP(S_c) - mean_j EP(S_j)`, EP being the share of a map inside the boxes. A map that does not depend on the class
     has 0. (B,) float64 in [-1,1]; higher is better.
 
-    Args:
-        saliency: (B,1,H,W) in [0,1], of the class whose evidence the boxes, B tensors (n,4), hold.
-        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
+    The boxes, B tensors (n,4), hold the evidence for the class of the maps, (B,1,H,W) in [0,1]. Rivals are maps
+    (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
     """
     if not rivals:
         raise ValueError("rivals: wanted at least one map of another class")
@@ -423,13 +419,8 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFra
     A mosaic's four values hang together, and no photo is in two mosaics. So to resample photos is to resample mosaics,
     with their four photos and all that is known of them; likewise pairs of photos.
 
-    Args:
-        rows: one row per method and whatever was explained, with the columns `method` and `group`.
-        columns: names; multiplied with the factor of their record, if they have one.
-
-    Returns:
-        Index `method`; `column`, `column_low`, `column_high` and `column_p`, the p value of its being 0, as those of
-        `summary.summarize_differences`. NaN counts as no row.
+    There is one row per method and whatever was explained, with the columns `method` and `group`. Columns and table as
+    those of `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
     """
     return tabulate(rows, columns, lambda group, column: _over_groups(group[column], group["group"]))
 

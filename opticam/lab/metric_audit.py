@@ -231,15 +231,13 @@ def judge(model: nn.Module, images: Tensor, class_idx: Tensor, maps: Audited, bo
 def agreement(scores: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Estimate], float]:
     """Spearman rank correlation of a metric with the truth, in three ways, and the p value of the first being 0.
 
-    Args:
-        scores: (n,M) of n images and M maps of each, higher is better.
-        truth: (n,M) likewise; ValueError: another shape, or fewer than two maps.
+    Scores and truth are (n,M) of n images and M maps of each, higher is better. ValueError: shapes that differ, or less
+    than two maps. Each correlation is in [-1,1] with its 95 % interval over the images; 0 where one side is constant.
 
     Returns:
         `maps`: over the maps of one image, mean over the images: which of these maps is better? `images`: over the
         images for one kind of map, mean over the kinds: on which image is the method right? `methods`: over the kinds
-        of maps, of means over the images: which method is better? Each in [-1,1] with its 95 % interval over the
-        images; 0 where one side is constant.
+        of maps, of means over the images: which method is better?
     """
     if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: wanted (n,M) as truth, M of 2 or more, got {scores.shape} and {truth.shape}")

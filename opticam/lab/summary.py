@@ -44,15 +44,13 @@ def interval(
 
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
-            n images in R repeats that all images share, such as seeds of random weights.
-        statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
+            n images in R repeats that all images share, such as seeds of random weights. ValueError: no values.
+        statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean, else
+            ValueError.
         num_resamples: bootstrap samples.
 
     Returns:
         (low, high); NaN for a single image, which has no interval.
-
-    Raises:
-        ValueError: no values, or a statistic other than the mean for repeats.
 
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
@@ -66,14 +64,12 @@ def _intervals(
     """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
-    if values[0].ndim == 2 and statistic is not np.mean:
+    number, repeated = len(values[0]), values[0].ndim == 2
+    if repeated and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
-    number = len(values[0])
     if number == 1:
         return lambda confidence: (np.nan, np.nan)
-    if values[0].ndim == 2:
-        return partial(_t_interval, float(values[0].mean()), *_spread(values[0]))
-    if number >= FEW and not (statistic is np.mean and number > MANY):
+    if number >= FEW and not repeated and not (statistic is np.mean and number > MANY):
         bootstrap = partial(
             stats.bootstrap,
             values,
@@ -91,10 +87,9 @@ def _intervals(
                 bootstrap(n_resamples=0, bootstrap_result=drawn, confidence_level=confidence).confidence_interval
             )
     if statistic is np.mean:
-        error = values[0].std(ddof=1) / np.sqrt(number)
-    else:
-        without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
-        error = without.std() * np.sqrt(number - 1)
+        return partial(_t_interval, float(values[0].mean()), *_spread(values[0].reshape(number, -1)))
+    without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
+    error = without.std() * np.sqrt(number - 1)
     return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
 
 
@@ -106,10 +101,8 @@ def estimate_and_p(
     p is 1 minus the confidence of the narrowest `interval` that contains 0. So it is below 0.05 where the 95 % interval
     excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
-    Returns:
-        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
-        thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
-        0.
+    p is in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a thousandth of
+    itself. NaN, which is not a test, for a single image and for values that are all the same but not 0.
     """
     found, ends = _estimated(values, statistic, num_resamples)
     least, most = 2 / num_resamples, 1.0
@@ -127,9 +120,7 @@ def holm(p_values: Collection[float]) -> np.ndarray:
     If nothing is real, one of them falls below 0.05 in at most 5 % of such families. The smallest of m is multiplied by
     m, the next by m - 1, and so on; none may fall below one before it. Given are the p values of all tests that are
     looked at together, NaN being none. What comes back lies in [0,1], in the order given, NaN where there was no test.
-
-    Raises:
-        ValueError: a value outside [0,1].
+    ValueError: a value outside [0,1].
 
     Reference:
         Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
@@ -247,16 +238,14 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
     """Means over images with 95 % intervals, per method; see `interval`, for proportions `proportion_interval`.
 
     Intervals end where the values of a metric do, by the `span` of its record. Rows that were skipped do not count, nor
-    values that are not defined, such as those that need a box.
+    values that are not defined, such as those that need a box. The index is `method` in order of appearance. There are
+    `column`, `column_low` and `column_high` of each column.
 
     Args:
         rows: from `evaluate`, `results.read_shards` or `results.read_rows`.
         columns: names of columns, which are multiplied with the factor of their record, 100 for a percentage; or
             column -> factor.
         repeats: column that numbers the repeats of each image and method, all images having the same.
-
-    Returns:
-        Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
 
     def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
@@ -308,10 +297,8 @@ def summarize_differences(
 
     Arguments as `summarize`, with the column `image` in the rows, and the method to subtract. Result as `summarize`,
     without the reference: positive where the method has more of the column. Beside them `column_p`, the p value of no
-    difference by `estimate_and_p`, not corrected for the number of tests.
-
-    Raises:
-        ValueError: no row of the reference, or an image has two rows of the same method.
+    difference by `estimate_and_p`, not corrected for the number of tests. ValueError: no row of the reference, or an
+    image has two rows of the same method.
     """
     if reference not in set(rows["method"]):
         raise ValueError(f"reference: wanted one of {', '.join(rows['method'].unique())}, got {reference!r}")
@@ -367,12 +354,9 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
     than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
 
-    Args:
-        rows: of `evaluate` with the score "localization"; of several shards, all of them. ValueError: none has a box.
-
-    Returns:
-        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
-        percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
+    The rows are of `evaluate` with the score "localization"; of several shards, all of them. ValueError: none has a
+    box. The table is as that of `summarize`, with the columns `max_box_acc` and `max_box_acc_v2`, percentages, higher
+    is better; see `opticam.metrics.max_box_accuracy`.
     """
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
