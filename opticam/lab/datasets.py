@@ -152,10 +152,10 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
+    first = tuple(samples[0].image.shape)
     for _, image, label, _ in samples:
-        if image.shape != samples[0].image.shape:
-            shapes = tuple(samples[0].image.shape), tuple(image.shape)
-            raise ValueError(f"samples: wanted images of one size, got {shapes[0]} and {shapes[1]}")
+        if image.shape != first:
+            raise ValueError(f"samples: wanted images of one size, got {first} and {tuple(image.shape)}")
         if not isinstance(label, int | np.integer):
             raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
     images = torch.stack([sample.image for sample in samples]).to(device)
@@ -348,16 +348,13 @@ def maps_to_input(
     The photo joins the two: by the resize and crop of `to_input`, pixel x of the wanted frame shows the place of the
     photo that the frame of the maps shows at `left + (x - left') width / width'`, with `left` and `width` of the whole
     photo there. Bilinear between the centres of pixels; beyond the frame of the maps their border is repeated. The
-    values are not normalised again.
+    result, (B,1,S',S') of the dtype and device of the maps, stays within the range of each; it is not normalised again.
 
     Args:
         saliency: (B,1,S,S), in the frame `made`.
         photo_sizes: (width, height) of each photo. ValueError: maps of another number or size.
-        made: (input_size, resize) that the maps were made with.
-        wanted: (input_size, resize) of the other network. ValueError, also of `made`: a `resize` that is smaller.
-
-    Returns:
-        (B,1,S',S') of the dtype and device of the maps, within the range of each.
+        made: (input_size, resize) that the maps were made with; errors as `to_input`.
+        wanted: (input_size, resize) of the other network.
     """
     shape = len(photo_sizes), 1, made[0], made[0]
     if saliency.shape != shape:
@@ -384,7 +381,9 @@ def load_dataset(
     window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Photos:
-    """A dataset by name, a key of `DATASETS`. FileNotFoundError: it is not there. ValueError: an argument out of range.
+    """A dataset by name, a key of `DATASETS`.
+
+    FileNotFoundError: it is not there. ValueError: an argument out of range, or a table that cannot be read.
 
     Args:
         root: folder of the dataset; the demo has none, and for ImageNet the environment may name it.
@@ -453,16 +452,12 @@ def imagenet(
     annotation where there is a folder of annotations; without such a folder it merely has no boxes. XML is read of
     selected images only.
 
-    Arguments as `load_dataset`, and:
+    Arguments and errors as `load_dataset`, but:
 
     Args:
         root: folder of ImageNet; by default the environment variable OPTICAM_IMAGENET.
         annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
             `Annotations/CLS-LOC/val` in the root, or beside the image.
-
-    Raises:
-        FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
-        ValueError: a table that cannot be read.
     """
     root = _folder("root", root or os.environ.get("OPTICAM_IMAGENET"), "of ImageNet, here or in OPTICAM_IMAGENET")
     if annotations:
@@ -527,7 +522,7 @@ def imagefolder(
     torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
     class_10 and class_2, are refused.
 
-    Arguments as `load_dataset`, and:
+    Arguments and errors as `load_dataset`, but:
 
     Args:
         root: the folder; images may lie deeper in their class folder, also behind links. At any depth, names that begin
@@ -536,12 +531,10 @@ def imagefolder(
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
             photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
-        class_names: a list with one per label; by default the names of the folders.
+            ValueError: no row does, a name fits several photos, or it is no such table.
+        class_names: a list with one per label; by default the names of the folders. ValueError: the labels are not
+            clear.
         window: of pixels of more than 8 bits; see `read_image`.
-
-    Raises:
-        FileNotFoundError: no root, no images in it, or no table.
-        ValueError: class folders whose labels are not clear; a table that cannot be read or fits no image or several.
     """
     root = _folder("root", root, "of class folders")
     folders, listed = _class_folders(root)
@@ -574,7 +567,7 @@ def imagenette(
 ) -> Photos:
     """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
 
-    Arguments as `load_dataset`, and:
+    Arguments and errors as `load_dataset`, but:
 
     Args:
         root: folder that holds, or is to hold, `imagenette2-320` and the like.

@@ -67,8 +67,7 @@ def score(
     """What masking by given maps does to the class: one row per image.
 
     Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1].
+        model: takes images (B,3,H,W) float in [0,1], see `classifier.read`. Left as found.
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
         logits: of the images, where they are known: what `model` returned or `classifier.read` gave. They are taken at
@@ -80,9 +79,7 @@ def score(
         Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o); `average_drop`, `average_gain`,
         `average_increase` and `gain_minus_drop` as fractions; and `log_odds`, see `metrics.log_odds_change`.
 
-    Raises:
-        TypeError: an argument is not a tensor or has the wrong dtype.
-        ValueError: wrong shape, device or range.
+    Errors as `checks.check_inputs`, also for the saliency.
     """
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)

@@ -144,11 +144,10 @@ def cell_drops(
 ) -> Tensor:
     """How much the class logit falls when one cell of the image is replaced, `f(x)_c - f(x_without_cell)_c`.
 
-    Model, images, class_idx and baseline, which is what the cell shows instead, as `evaluation.score` takes them; other
-    errors as `checks.check_inputs`.
+    Model, images, class_idx and baseline, which is what the cell shows instead, as `evaluation.score` takes them.
 
     Args:
-        side: cells across and down, by which H and W of the images are divided without rest; `side**2` passes an image.
+        side: cells across and down, a divisor of H and W; `side**2` passes an image.
         batch_size: images in flight; the result does not depend on it.
 
     Returns:

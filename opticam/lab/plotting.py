@@ -446,19 +446,14 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     hollow where it is not. The differences, from `summary.summarize_differences`, have the index (group, variant). NaN
     leaves the place empty. Columns are given with the titles of their panels.
     """
-    groups = list(dict.fromkeys(differences.index.get_level_values(0)))
-    places, variants, headings_at, position = [], [], [], 0.0
-    for group in groups:
-        headings_at.append((position, group))
-        for variant in differences.loc[[group]].index.get_level_values(1):
-            position += 1
-            places.append(position)
-            variants.append(variant)
-        position += 1.3
     from opticam.lab.summary import clear_after_holm  # here: SciPy's statistics take a second to load
 
     clear = clear_after_holm(differences)
-    size = (_WIDTH, 0.14 * position + 0.7)
+    group_of, variants = (list(differences.index.get_level_values(level)) for level in (0, 1))
+    groups = list(dict.fromkeys(group_of))
+    places = [row + 1 + 1.3 * groups.index(group) for row, group in enumerate(group_of)]
+    end = len(places) + 1.3 * len(groups)
+    size = (_WIDTH, 0.14 * end + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
@@ -473,11 +468,12 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         ax.patch.set_visible(False)  # the names of groups run on into it, and cover its line
     axes[0, 0].set_yticks(places, variants)
     axes[0, 0].set_zorder(1)
-    for place, group in headings_at:
+    for group in groups:
+        place = places[group_of.index(group)] - 1
         over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
         over |= {"bbox": {"fc": "w", "ec": "none", "pad": 0.6}}
         axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
-    axes[0, 0].set_ylim(position - 0.6, -0.8)
+    axes[0, 0].set_ylim(end - 0.6, -0.8)
     key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
     hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
