@@ -213,7 +213,7 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
         window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
             (-160, 240) for soft tissue in Hounsfield units. It must show something of the image. Pixels of 8 bits have
-            none; such as are negative or floating-point numbers need one.
+            none. Pixels that are negative or floating-point numbers need one.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
@@ -305,11 +305,8 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     """The photo as a network's input: shorter side to `resize` (bilinear, antialiased), then the centre crop.
 
     Both sides are in pixels. Of a photo in RGB comes (3,input_size,input_size) float32 in [0,1], of gray, for a network
-    of one channel, (1,input_size,input_size).
-
-    Raises:
-        TypeError: not an image of Pillow.
-        ValueError: an image of another mode; a `resize` smaller than `input_size`.
+    of one channel, (1,input_size,input_size). TypeError: not an image of Pillow. ValueError: an image of another mode,
+    or a `resize` smaller than `input_size`.
     """
     if not isinstance(photo, Image.Image):
         raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
@@ -477,9 +474,8 @@ def imagenet(
         if outside := [name for name in predictions if Path(name).name != name]:
             raise ValueError(f"{solution.name}: wanted names of images without folders, got {outside[0]!r}")
     _, listed = _class_folders(images, r"n\d{8}")
-    if not listed and predictions:
-        listed = [(images / f"{name}.JPEG", "") for name in predictions]
-    elif not listed and places:
+    listed = listed or [(images / f"{name}.JPEG", "") for name in predictions]
+    if not listed and places:
         listed = [(path, "") for path in _images(images.iterdir())]
     if not listed:
         raise FileNotFoundError(
@@ -532,8 +528,8 @@ def imagefolder(
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
             photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
             ValueError: no row does, a name fits several photos, or it is no such table.
-        class_names: a list with one per label; by default the names of the folders. ValueError: the labels are not
-            clear.
+        class_names: a list with one per label, else TypeError; by default the names of the folders. ValueError: the
+            labels are not clear.
         window: of pixels of more than 8 bits; see `read_image`.
     """
     root = _folder("root", root, "of class folders")
@@ -567,13 +563,9 @@ def imagenette(
 ) -> Photos:
     """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
 
-    Arguments and errors as `load_dataset`, but:
-
-    Args:
-        root: folder that holds, or is to hold, `imagenette2-320` and the like.
-        size: "full", "320px" or "160px", the shorter side of the photos.
-        split: "val" or "train".
-        download: fetch it by torchvision if it is not there. OSError: that fails.
+    Arguments and errors as `load_dataset`. The root holds, or is to hold, `imagenette2-320` and the like. The size,
+    "full", "320px" or "160px", is the shorter side of the photos. The split is "val" or "train". With `download`
+    torchvision fetches it if it is not there. OSError: that fails.
     """
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
     if size not in sizes or split not in ("val", "train"):

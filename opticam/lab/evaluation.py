@@ -234,6 +234,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Explain the label of every image by every method, and score the maps.
 
+    ValueError: nothing to do; a number that is not positive; another dataset; unknown `scores`; a method without maps.
+
     Args:
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
         dataset: of `Sample`, whose labels are the classes of the model in their order.
@@ -251,10 +253,6 @@ def evaluate(
         `backward_passes` of the whole network, per image; and `status`: "ok", "degenerate" where the map is constant,
         or "skipped" with a `reason`: an image that cannot be read, a label that the network does not have, logits or a
         map that are not finite.
-
-    Raises:
-        ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset of another kind; a method
-            that returns no such maps.
     """
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)

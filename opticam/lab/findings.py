@@ -49,15 +49,10 @@ def finding(
 def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any], results: str | Path) -> pd.DataFrame:
     """Write the findings of a notebook, the page, for `compare`, and show them beside the committed ones.
 
-    Args:
-        parameters: all parameters that they depend on; committed values for other parameters are not shown.
-        results: folder of the run's tables; the file is `findings/PAGE.json` inside.
-
-    Returns:
-        One row per finding: the statement, its committed value, the value here, and whether it holds here.
-
-    Raises:
-        AssertionError: a finding does not hold in a render, whose values are committed.
+    The file is `findings/PAGE.json` in `results`, the folder of the run's tables. Of the parameters it has all that the
+    findings depend on; committed values for others are not shown. There is one row per finding: the statement, its
+    committed value, the value here, and whether it holds here. AssertionError: one does not hold in a render, whose
+    values are committed.
     """
     entries = [
         {

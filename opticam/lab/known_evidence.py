@@ -85,16 +85,13 @@ def choose_mosaics(probs: Tensor, class_idx: Tensor, *, none: float = 1e-3, seed
     """Fours of photos of different classes, each certain of its own class and of none of the others'.
 
     Photos come in a random order. Each goes to the first unfinished mosaic whose photos it agrees with, or begins a new
-    one. What stays unfinished is left out.
+    one. What stays unfinished is left out. The result is (M,4) int64, places in 0..N-1; none occurs twice.
 
     Args:
         probs: (N,C) of every class for each photo. That of its own class, int64 in `class_idx` (N,), must be its
             largest and more than 0.9. ValueError: wrong shapes.
         none: it must have less than this for the class of every other photo of its mosaic, and they for its.
         seed: of the order.
-
-    Returns:
-        (M,4) int64, places in 0..N-1; none occurs twice.
     """
     if probs.ndim != 2 or class_idx.shape != probs.shape[:1]:
         raise ValueError(f"probs: wanted (N,C) and class_idx (N,), got {tuple(probs.shape)}, {tuple(class_idx.shape)}")
@@ -234,17 +231,14 @@ def phase_scrambled(patch: Tensor, seed: int = 0) -> Tensor:
 def paste_object(
     host: Tensor, source: Tensor, boxes: Tensor, *, share: float = 0.65, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An object of one photo in another, at a random place, and the same patch scrambled.
+    """A photo with an object of another in it, at a random place; with the same patch scrambled; and the box of both.
 
     Args:
-        host: (3,H,W) in [0,1], like `source`.
+        host: (3,H,W) in [0,1], like `source` and the two photos returned.
         boxes: (n,4) of the objects of the source; the one that shows most inside the frame is taken. ValueError: none
             shows a pixel there.
         share: the longer side of the patch, as a share of the shorter side of the host.
-        seed: of the place and of the scrambled phases.
-
-    Returns:
-        The photo with the object; with the patch scrambled by `phase_scrambled`; the box (1,4) of both in whole pixels.
+        seed: of the place, and of the phases that `phase_scrambled` takes. The box (1,4) is in whole pixels.
     """
     height, width = host.shape[1:]
     frame = torch.tensor([source.shape[2], source.shape[1]] * 2)

@@ -134,16 +134,13 @@ def collect_evidence(
     """Mosaics, pastes and photos whose evidence is known; see `lab.known_evidence`.
 
     Of each mosaic one verified cell is explained, in turn the first, second, ..., so that images are independent. Of
-    the photos those count that the network gets right.
+    the photos those count that the network gets right. There is one entry for each kind that has images.
 
     Args:
         model: that decides, and that is explained.
         images: (N,3,H,W) in [0,1], with class_idx (N,) int64, N tensors of boxes (n,4), and N names.
         limit: at most so many of each kind; None for all.
         side: cells across and down whose deletion is tried.
-
-    Returns:
-        One entry for each kind that has images.
     """
     height, width = images.shape[2:]
     frame, none = torch.tensor([width, height] * 2), torch.zeros(0)

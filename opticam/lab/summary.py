@@ -32,11 +32,11 @@ FEW, MANY = 20, 2000  # images: below, resampling covers less than it says; abov
 def interval(
     *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
 ) -> tuple[float, float]:
-    """95 % interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
+    """95 % interval of a statistic over images, (low, high): BCa, seeded; Student's t for fewer than 20 images.
 
     **Ours**: t, with the jackknife's standard error, also where BCa is undefined, and for the mean of more than 2000
     images, where both agree. `benchmarks/results/coverage.json` has what each covers: of 6 or 8 normal values, 95 %
-    intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %.
+    intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %. A single image has none: NaN.
 
     Where a result differs from run to run, give the mean of several repeats as (n,R): then both the images and the
     repeats are samples, with variance `var(means of images)/n + var(means of repeats)/R`, and t has the degrees of
@@ -49,11 +49,8 @@ def interval(
             ValueError.
         num_resamples: bootstrap samples.
 
-    Returns:
-        (low, high); NaN for a single image, which has no interval.
-
     Reference:
-        Efron, Better bootstrap confidence intervals, JASA 1987.
+        BCa: Efron, Better bootstrap confidence intervals, JASA 1987.
     """
     return _intervals(values, statistic, num_resamples)(0.95)
 
