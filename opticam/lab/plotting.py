@@ -157,19 +157,18 @@ def image_grid(
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set_anchor("N" if printed else "C")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            ax = axes[i, j]
+    for line, row in zip(axes, rows, strict=True):
+        for ax, picture in zip(line, row, strict=False):
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
-            if i < len(captions) and j < len(captions[i]):
-                below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, **below)
-            if i == 0 and j < len(column_titles):
-                ax.set_title(column_titles[j], fontsize=font)
-            if j == 0 and i < len(row_titles):
-                beside = {"ha": "right", "va": "center", "rotation": 90, "fontsize": font}
-                ax.text(-0.06, 0.5, row_titles[i], transform=ax.transAxes, **beside)
+    for ax, title in zip(axes[0], column_titles, strict=False):
+        ax.set_title(title, fontsize=font)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.text(-0.06, 0.5, title, transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=font)
+    for i, (line, texts) in enumerate(zip(axes, captions, strict=False)):
+        below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
+        for ax, text in zip(line, texts, strict=False):
+            ax.text(0.5, -0.04, text, transform=ax.transAxes, **below)
     for some, ax in zip(boxes, axes.flat, strict=False):
         show_boxes(ax, some, lw=0.8 if printed else 1.5)
     return figure
