@@ -144,7 +144,7 @@ def cell_drops(
     Model, images, class_idx and baseline, which is what the cell shows instead, as `evaluation.score` takes them.
 
     Args:
-        side: cells across and down, a divisor of H and W; `side**2` passes an image.
+        side: cells across and down, a divisor of H and W, else ValueError; `side**2` passes an image.
         batch_size: images in flight; the result does not depend on it.
 
     Returns:
@@ -231,14 +231,14 @@ def phase_scrambled(patch: Tensor, seed: int = 0) -> Tensor:
 def paste_object(
     host: Tensor, source: Tensor, boxes: Tensor, *, share: float = 0.65, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A photo with an object of another in it, at a random place; with the same patch scrambled; and the box of both.
+    """A photo with an object of another in a random place; the same with the patch scrambled; the box (1,4) of both.
 
     Args:
-        host: (3,H,W) in [0,1], like `source` and the two photos returned.
+        host: (3,H,W) in [0,1], like `source` and the photos that come back. The box is in whole pixels.
         boxes: (n,4) of the objects of the source; the one that shows most inside the frame is taken. ValueError: none
             shows a pixel there.
         share: the longer side of the patch, as a share of the shorter side of the host.
-        seed: of the place, and of the phases that `phase_scrambled` takes. The box (1,4) is in whole pixels.
+        seed: of the place, and of the phases that `phase_scrambled` takes.
     """
     height, width = host.shape[1:]
     frame = torch.tensor([source.shape[2], source.shape[1]] * 2)
