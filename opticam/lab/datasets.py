@@ -44,9 +44,12 @@ Item = TypeVar("Item")
 class Photo(NamedTuple):
     """One listed photo, not yet opened.
 
-    The name is unique in its dataset: the path relative to the folder of the images. The label is a class index,
-    torchvision's for ImageNet; -1 where it is not known. Boxes are (xmin, ymin, xmax, ymax) of the label's objects in
-    pixels of the photo. The fault is one sentence on why this photo cannot be used; empty where nothing is known.
+    Attributes:
+        path: of the image file.
+        name: unique in its dataset: the path relative to the folder of the images.
+        label: class index, torchvision's for ImageNet; -1 where it is not known, and `fault` says why.
+        boxes: (xmin, ymin, xmax, ymax) of the label's objects in pixels of the photo.
+        fault: one sentence on why this photo cannot be used; empty where nothing is known against it.
     """
 
     path: Path
@@ -57,10 +60,14 @@ class Photo(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image as the network sees it, (3,S,S) float32 in [0,1], with the name and label of its `Photo`.
+    """One image as the network sees it.
 
-    Boxes are (n,4) float32, (xmin, ymin, xmax, ymax) of the label's objects in pixels of `image`; not clipped, so parts
-    may lie outside. Without rows where none are known.
+    Attributes:
+        name: unique in its dataset.
+        image: (3,S,S) float32 in [0,1].
+        label: class index, torchvision's for ImageNet.
+        boxes: (n,4) float32, (xmin, ymin, xmax, ymax) of the label's objects in pixels of `image`; not clipped, so
+            parts may lie outside. Without rows where none are known.
     """
 
     name: str
@@ -70,7 +77,13 @@ class Sample(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A photo that cannot be used, with the name and label of its `Photo`; the reason is the same on every machine."""
+    """A photo that cannot be used.
+
+    Attributes:
+        name: unique in its dataset.
+        label: class index; -1 where it is not known.
+        reason: one sentence, the same on every machine.
+    """
 
     name: str
     label: int
@@ -79,9 +92,15 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Photos(Dataset):
-    """Photos on disk, decoded when asked for: by `read_image` with `upright` and `window`, then `to_input`.
+    """Photos on disk, decoded when asked for.
 
-    There is one record of each, and one class name per label. ValueError: a `resize` smaller than `input_size`.
+    Attributes:
+        records: a `Photo` of each.
+        class_names: one name per label.
+        input_size: side of the centre crop, in pixels.
+        resize: shorter side before the crop, in pixels.
+        upright: turn photos as their EXIF orientation says; see `read_image`.
+        window: of pixels of more than 8 bits; see `read_image`.
     """
 
     records: Sequence[Photo]
@@ -132,7 +151,11 @@ class Photos(Dataset):
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
 
     def get(self, index: int) -> Sample | Skipped:
-        """The photo as the network sees it, or why not: what `[index]` raises, but for IndexError, becomes a record."""
+        """The photo as the network sees it, or why not: what `[index]` raises becomes a record.
+
+        Raises:
+            IndexError: no such photo.
+        """
         try:
             return self[index]
         except (OSError, ValueError) as error:
@@ -148,7 +171,8 @@ class Photos(Dataset):
 def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
 
-    ValueError: no sample; images of different sizes; a label that is not a whole number.
+    Raises:
+        ValueError: no sample; images of different sizes; a label that is not a whole number.
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
@@ -173,7 +197,6 @@ def select(
     """Some of the items, in their order: first `draw`, of that `limit`, of that `shard`.
 
     So `draw` and `limit` say what is worked on, and the n shards share it without overlap, whatever it is.
-    ValueError: a number out of range, or a shard of another form.
 
     Args:
         items: of any kind; only counted.
@@ -182,6 +205,9 @@ def select(
         shard: (k, n) or "k/n" with k in 0..n-1: every n-th, from the k-th on, so that each shard sees all classes of a
             sorted list. A shard is empty where there are too few items.
         seed: of the draw.
+
+    Raises:
+        ValueError: a number out of range, or a shard of another form.
     """
     chosen = list(items)
     check_at_least(1, draw=draw, limit=limit)
@@ -304,9 +330,13 @@ def _shown(values: np.ndarray, path: Path, window: tuple[float, float] | None) -
 def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Tensor:
     """The photo as a network's input: shorter side to `resize` (bilinear, antialiased), then the centre crop.
 
-    Both sides are in pixels. Of a photo in RGB comes (3,input_size,input_size) float32 in [0,1], of gray, for a network
-    of one channel, (1,input_size,input_size). TypeError: not an image of Pillow. ValueError: an image of another mode,
-    or a `resize` smaller than `input_size`.
+    Args:
+        photo: RGB, or gray for a network of one channel.
+        input_size: side of the crop, in pixels.
+        resize: shorter side before the crop, in pixels; ValueError where it is smaller than `input_size`.
+
+    Returns:
+        (3,input_size,input_size) float32 in [0,1], of gray (1,input_size,input_size).
     """
     if not isinstance(photo, Image.Image):
         raise TypeError(f"photo: wanted an image of Pillow, as read_image gives it, got {type(photo).__name__}")
@@ -323,8 +353,14 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
 def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int = 224, resize: int = 256) -> Tensor:
     """Boxes of the photo in the pixels of the network's input, by exactly the resize and crop of `to_input`.
 
-    Of boxes (n,4), (xmin, ymin, xmax, ymax) in pixels of a photo of (width, height), come (n,4) float32. They are not
-    clipped, so what was cropped away still counts. Errors as `to_input`.
+    Args:
+        boxes: (n,4) (xmin, ymin, xmax, ymax) in pixels of the photo.
+        photo_size: (width, height) of the photo.
+        input_size: as `to_input`, like `resize`.
+        resize: likewise.
+
+    Returns:
+        (n,4) float32; not clipped, so what was cropped away still counts.
     """
     _check_frame(input_size, resize)
     check_tensors(boxes=boxes)
@@ -345,13 +381,19 @@ def maps_to_input(
     The photo joins the two: by the resize and crop of `to_input`, pixel x of the wanted frame shows the place of the
     photo that the frame of the maps shows at `left + (x - left') width / width'`, with `left` and `width` of the whole
     photo there. Bilinear between the centres of pixels; beyond the frame of the maps their border is repeated. The
-    result, (B,1,S',S') of the dtype and device of the maps, stays within the range of each; it is not normalised again.
+    values are not normalised again.
 
     Args:
         saliency: (B,1,S,S), in the frame `made`.
-        photo_sizes: (width, height) of each photo. ValueError: maps of another number or size.
-        made: (input_size, resize) that the maps were made with; errors as `to_input`.
+        photo_sizes: (width, height) of each photo.
+        made: (input_size, resize) that the maps were made with.
         wanted: (input_size, resize) of the other network.
+
+    Returns:
+        (B,1,S',S') of the dtype and device of the maps, within the range of each.
+
+    Raises:
+        ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
     """
     shape = len(photo_sizes), 1, made[0], made[0]
     if saliency.shape != shape:
@@ -378,17 +420,20 @@ def load_dataset(
     window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Photos:
-    """A dataset by name, a key of `DATASETS`.
-
-    FileNotFoundError: it is not there. ValueError: an argument out of range, or a table that cannot be read.
+    """A dataset by name.
 
     Args:
+        name: a key of `DATASETS`.
         root: folder of the dataset; the demo has none, and for ImageNet the environment may name it.
         input_size: side of the centre crop, in pixels.
         resize: shorter side before the crop, in pixels.
         limit: see `select`.
         window: see `imagefolder`; the photos of other datasets have 8 bits and no window.
         options: `draw`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
+
+    Raises:
+        ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
+        FileNotFoundError: the dataset is not there.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
@@ -449,12 +494,16 @@ def imagenet(
     annotation where there is a folder of annotations; without such a folder it merely has no boxes. XML is read of
     selected images only.
 
-    Arguments and errors as `load_dataset`, but:
+    Arguments as `load_dataset`, and:
 
     Args:
         root: folder of ImageNet; by default the environment variable OPTICAM_IMAGENET.
         annotations: folder of the XML, flat or in class folders; by default `ILSVRC/Annotations/CLS-LOC/val` or
             `Annotations/CLS-LOC/val` in the root, or beside the image.
+
+    Raises:
+        FileNotFoundError: no root is given, it has no images, or the given annotations are not there.
+        ValueError: an argument out of range, or a table that cannot be read.
     """
     root = _folder("root", root or os.environ.get("OPTICAM_IMAGENET"), "of ImageNet, here or in OPTICAM_IMAGENET")
     if annotations:
@@ -518,7 +567,7 @@ def imagefolder(
     torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
     class_10 and class_2, are refused.
 
-    Arguments and errors as `load_dataset`, but:
+    Arguments as `load_dataset`, and:
 
     Args:
         root: the folder; images may lie deeper in their class folder, also behind links. At any depth, names that begin
@@ -527,10 +576,14 @@ def imagefolder(
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
             photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
-            ValueError: no row does, a name fits several photos, or it is no such table.
-        class_names: a list with one per label, else TypeError; by default the names of the folders. ValueError: the
-            labels are not clear.
+        class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
+
+    Raises:
+        TypeError: `class_names` is not a list.
+        FileNotFoundError: no root, no images in it, or no table.
+        ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
+            fits no image or several.
     """
     root = _folder("root", root, "of class folders")
     folders, listed = _class_folders(root)
@@ -563,9 +616,18 @@ def imagenette(
 ) -> Photos:
     """Ten easy classes of ImageNet, with ImageNet's labels and without boxes.
 
-    Arguments and errors as `load_dataset`. The root holds, or is to hold, `imagenette2-320` and the like. The size,
-    "full", "320px" or "160px", is the shorter side of the photos. The split is "val" or "train". With `download`
-    torchvision fetches it if it is not there. OSError: that fails.
+    Arguments as `load_dataset`, and:
+
+    Args:
+        root: folder that holds, or is to hold, `imagenette2-320` and the like.
+        size: "full", "320px" or "160px", the shorter side of the photos.
+        split: "val" or "train".
+        download: fetch it by torchvision if it is not there.
+
+    Raises:
+        FileNotFoundError: it is not there and `download` is off.
+        OSError: it cannot be downloaded.
+        ValueError: an argument out of range.
     """
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
     if size not in sizes or split not in ("val", "train"):

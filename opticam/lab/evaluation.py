@@ -41,8 +41,15 @@ Samples = Photos | Sequence[Sample | Skipped]
 class BatchWithMaps(NamedTuple):
     """A batch and its maps: what the metrics beyond masking are computed from.
 
-    `output` has the logits (B,C) of the images, and the head. There are boxes (n,4) of each image. The method made the
-    maps, saliency (B,1,H,W). `scores` is from `score`, one row per image.
+    Attributes:
+        model: the classifier.
+        images: (B,3,H,W).
+        class_idx: (B,) int64.
+        output: logits (B,C) of the images, and the head.
+        boxes: (n,4) of each image.
+        saliency: (B,1,H,W).
+        method: that made the maps.
+        scores: from `score`, one row per image.
     """
 
     model: nn.Module
@@ -67,7 +74,8 @@ def score(
     """What masking by given maps does to the class: one row per image.
 
     Args:
-        model: takes images (B,3,H,W) float in [0,1], see `classifier.read`. Left as found.
+        model: takes `images`, see `classifier.read`. Left as found.
+        images: (B,3,H,W) float in [0,1].
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1], from anywhere.
         logits: of the images, where they are known: what `model` returned or `classifier.read` gave. They are taken at
@@ -79,7 +87,9 @@ def score(
         Columns `logit`, `masked_logit`, `prob` (p), `masked_prob` (o); `average_drop`, `average_gain`,
         `average_increase` and `gain_minus_drop` as fractions; and `log_odds`, see `metrics.log_odds_change`.
 
-    Errors as `checks.check_inputs`, also for the saliency.
+    Raises:
+        TypeError: an argument is not a tensor or has the wrong dtype.
+        ValueError: wrong shape, device or range.
     """
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)
@@ -114,8 +124,11 @@ def score_maps(
 ) -> pd.DataFrame:
     """`score` of the maps of several methods: one row per method and image, with the columns `image` and `method`.
 
-    Arguments and errors as `score`, but saliency is method -> maps (B,1,H,W). B names are for the column `image`; the
-    default is 0 to B-1.
+    Arguments and errors as `score`, but:
+
+    Args:
+        saliency: method -> (B,1,H,W) in [0,1].
+        names: B of them, for the column `image`; None for 0 to B-1.
     """
     named = range(len(images)) if names is None else names
     tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
@@ -133,9 +146,15 @@ def saliency_maps(
 def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Maps that know nothing of the photo that they mask: a score tells something where it is better than theirs.
 
-    Of method -> maps (B,1,H,W) come "one half everywhere" -> maps of 0.5, and for each method "METHOD of another photo"
-    -> its maps moved on by one photo, whose values are as many and as large as those of the maps themselves.
-    ValueError: no maps, or of a single photo.
+    Args:
+        saliency: method -> maps (B,1,H,W) of B photos, at least two.
+
+    Returns:
+        "one half everywhere" -> maps of 0.5; and for each method "METHOD of another photo" -> its maps moved on by one
+        photo, whose values are as many and as large as those of the maps themselves.
+
+    Raises:
+        ValueError: no maps, or of a single photo.
     """
     if not saliency or min(map(len, saliency.values())) < 2:
         raise ValueError("saliency: wanted the maps of at least one method, of at least two photos")
@@ -195,8 +214,15 @@ def _saliency(batch: BatchWithMaps) -> dict[str, Any]:
 def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
     """The maps that the score "saliency" put into the rows, with 8 bits a pixel: rounded by at most 1/510.
 
-    Of n rows from `evaluate` or `results.read_shards`, and the size (H,W) of the images: (n,1,H,W) float32 in [0,1].
-    ValueError: a row without a map, or of another size.
+    Args:
+        rows: n of them, from `evaluate` or `results.read_shards`.
+        size: (H,W) of the images.
+
+    Returns:
+        (n,1,H,W) float32 in [0,1].
+
+    Raises:
+        ValueError: a row without a map, or of another size.
     """
     for name, data in zip(rows["image"], rows["saliency"], strict=True):
         if not isinstance(data, bytes) or len(data) != math.prod(size):
@@ -234,11 +260,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Explain the label of every image by every method, and score the maps.
 
-    ValueError: nothing to do; a number that is not positive; another dataset; unknown `scores`; a method without maps.
-
     Args:
         model: takes images (B,3,H,W) in [0,1], see `classifier.read`. Left as found.
-        dataset: of `Sample`, whose labels are the classes of the model in their order.
+        dataset: of `Sample`.
         methods: name -> `method(model, images, class_idx) -> saliency`.
         scores: what to compute beside the columns of `score`: names in `COLUMN_GROUPS`, or of other metrics in
             `metrics.COLUMNS`.
@@ -253,6 +277,10 @@ def evaluate(
         `backward_passes` of the whole network, per image; and `status`: "ok", "degenerate" where the map is constant,
         or "skipped" with a `reason`: an image that cannot be read, a label that the network does not have, logits or a
         map that are not finite.
+
+    Raises:
+        ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset whose labels are not the
+            classes of the model in their order, or whose items are no `Sample`; a method that returns no such maps.
     """
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
@@ -289,13 +317,19 @@ def stream(
     Arguments as `evaluate`, but:
 
     Args:
-        folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ... That of
-            the run is returned, for `results.read_shards`. OSError: it cannot be written.
+        folder: for a folder of this run, named by what it computes, with `00000.parquet`, `00001.parquet`, ...
         dataset: as `datasets.load_dataset` gives it.
         parameters: stored with the rows, under names that `stream` does not store itself; JSON.
         keys: for a method or metric of your own by its name, and for a network with code of your own by "model": a word
-            that you change whenever that code changes. ValueError: one that `identity.key_of` needs is missing.
+            that you change whenever that code changes.
         shard_size: images a file.
+
+    Returns:
+        The folder of this run, for `results.read_shards`.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: see `evaluate`; a method or network without a key that `identity.key_of` cannot recognise.
     """
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "records"):

@@ -22,7 +22,8 @@ _SHOWS = ("__main__.py", "cli.py", "lab/plotting.py", "lab/explorer.py", "lab/fi
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write under; unless writing fails, the file is renamed to `path` in one step.
 
-    Folders are made.
+    Args:
+        path: the name; folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -20,7 +20,14 @@ COMMITTED = REPOSITORY / "data" / "findings"
 
 
 class Finding(NamedTuple):
-    """A claim in words, with the unit, and the estimate it rests on, to lie with its interval between two bounds."""
+    """A claim and the estimate it rests on.
+
+    Attributes:
+        statement: what is claimed, in words, with the unit.
+        estimate: value, low, high; all three the same where there is no interval.
+        above: what the interval lies above, -inf where nothing is claimed.
+        below: what it lies below, inf where nothing is claimed.
+    """
 
     statement: str
     estimate: Estimate
@@ -38,7 +45,8 @@ def finding(
 ) -> Finding:
     """A `Finding` of an estimate, from `summary.estimate`, or of a number, which needs no interval.
 
-    ValueError: no bound is given; every estimate would meet the claim.
+    Raises:
+        ValueError: no bound is given; every estimate would meet the claim.
     """
     if above == -math.inf and below == math.inf:
         raise ValueError("above, below: wanted at least one bound")
@@ -47,12 +55,19 @@ def finding(
 
 
 def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any], results: str | Path) -> pd.DataFrame:
-    """Write the findings of a notebook, the page, for `compare`, and show them beside the committed ones.
+    """Write the findings of a page for `compare`, and show them beside the committed ones.
 
-    The file is `findings/PAGE.json` in `results`, the folder of the run's tables. Of the parameters it has all that the
-    findings depend on; committed values for others are not shown. There is one row per finding: the statement, its
-    committed value, the value here, and whether it holds here. AssertionError: one does not hold in a render, whose
-    values are committed.
+    Args:
+        page: name of the notebook.
+        findings: what it claims.
+        parameters: all parameters that they depend on; committed values for other parameters are not shown.
+        results: folder of the run's tables; the file is `findings/PAGE.json` inside.
+
+    Returns:
+        One row per finding: the statement, its committed value, the value here, and whether it holds here.
+
+    Raises:
+        AssertionError: a finding does not hold in a render, whose values are committed.
     """
     entries = [
         {
@@ -77,10 +92,14 @@ def report(page: str, findings: Sequence[Finding], parameters: Mapping[str, Any]
 
 
 def compare(results: str | Path, since: float = 0.0) -> pd.DataFrame:
-    """The findings of a run beside the committed ones, as `report`, with the page before each row.
+    """The findings of a run beside the committed ones; nothing is computed again.
 
-    Nothing is computed again. Pages that the run did not reach are left out, and findings written before the time
-    `since`, in seconds, as from `time.time`.
+    Args:
+        results: folder of the run's tables.
+        since: findings written before this time are left out; in seconds, as from `time.time`.
+
+    Returns:
+        As `report`, with the page before each row; pages that the run did not reach are left out.
     """
     pages = sorted(page for page in (Path(results) / "findings").glob("*.json") if page.stat().st_mtime >= since)
     tables = [_compared(COMMITTED / page.name, page).assign(page=page.stem) for page in pages]

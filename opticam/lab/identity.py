@@ -28,11 +28,16 @@ def key_of(value: Any, model: nn.Module, name: str = "model", key: str = "") -> 
     and hooks of all its modules.
 
     A key of the caller stands for what has no name, such as a function in a notebook or the code of one's own network.
-    It is to be changed whenever that code does. What can be seen still counts. Settings of torch for the whole process
-    are not seen.
+    What can be seen still counts. Settings of torch for the whole process are not seen.
 
-    The model is the one that the method is to explain; the name is what asks for a key. ValueError: something has no
-    name, and there is no key.
+    Args:
+        value: what to describe.
+        model: that the method is to explain.
+        name: what asks for a key.
+        key: of the caller; to be changed whenever the code that it stands for does.
+
+    Raises:
+        ValueError: something has no name, and there is no key.
     """
     inner = partial(key_of, model=model, name=name, key=key)
     if isinstance(value, nn.Module):

@@ -34,11 +34,14 @@ _SMALLEST = 32  # pixels: an object that shows less is not pasted
 
 
 class Mosaics(NamedTuple):
-    """M mosaics (M,3,2H,2W) in [0,1] of four of the given photos each; no photo is in two of them.
+    """M mosaics of four photos each, of N photos given; no photo is in two of them.
 
-    Of each cell, row by row, (M,4): its class, int64; which of the given photos it is, int64; and whether it is
-    verified, bool: replacing the cell lowers the logit of its class by more than replacing any other cell does, by the
-    mean colour and by blur.
+    Attributes:
+        images: (M,3,2H,2W) in [0,1].
+        class_idx: (M,4) int64, the class of each cell, row by row.
+        photos: (M,4) int64, which of the given photos each cell is.
+        verified: (M,4) bool: replacing the cell lowers the logit of its class by more than replacing any other cell
+            does, by the mean colour and by blur.
     """
 
     images: Tensor
@@ -48,11 +51,16 @@ class Mosaics(NamedTuple):
 
 
 class Pastes(NamedTuple):
-    """Photos (n,3,H,W) in [0,1] with an object of another class in them, for which the network decides.
+    """n photos with an object of another class in them, for which the network decides.
 
-    `class_idx` (n,) int64 is the class of the object, `host_class` that of the photo. Boxes, n tensors (1,4), say where
-    the object is, photos (n,2) int64 which of the given ones are host and source, and pairs (n,) int64 the number of
-    their pair; each photo is in one pair. So many pastes were tried to keep these.
+    Attributes:
+        images: (n,3,H,W) in [0,1].
+        class_idx: (n,) int64, the class of the object.
+        host_class: (n,) int64, the class of the photo.
+        boxes: n tensors (1,4), where the object is.
+        photos: (n,2) int64, which of the given photos are host and source.
+        pairs: (n,) int64, the number of the pair of photos; each photo is in one pair.
+        tried: how many pastes were made to keep these.
     """
 
     images: Tensor
@@ -85,13 +93,19 @@ def choose_mosaics(probs: Tensor, class_idx: Tensor, *, none: float = 1e-3, seed
     """Fours of photos of different classes, each certain of its own class and of none of the others'.
 
     Photos come in a random order. Each goes to the first unfinished mosaic whose photos it agrees with, or begins a new
-    one. What stays unfinished is left out. The result is (M,4) int64, places in 0..N-1; none occurs twice.
+    one. What stays unfinished is left out.
 
     Args:
-        probs: (N,C) of every class for each photo. That of its own class, int64 in `class_idx` (N,), must be its
-            largest and more than 0.9. ValueError: wrong shapes.
-        none: it must have less than this for the class of every other photo of its mosaic, and they for its.
+        probs: (N,C) of every class for each photo.
+        class_idx: (N,) int64, the class of each; its probability must be the largest and more than 0.9.
+        none: a photo must have less than this for the class of every other photo of its mosaic, and they for its.
         seed: of the order.
+
+    Returns:
+        (M,4) int64, places in 0..N-1; none occurs twice.
+
+    Raises:
+        ValueError: wrong shapes.
     """
     if probs.ndim != 2 or class_idx.shape != probs.shape[:1]:
         raise ValueError(f"probs: wanted (N,C) and class_idx (N,), got {tuple(probs.shape)}, {tuple(class_idx.shape)}")
@@ -112,8 +126,10 @@ def choose_mosaics(probs: Tensor, class_idx: Tensor, *, none: float = 1e-3, seed
 def find_mosaics(model: nn.Module, images: Tensor, class_idx: Tensor) -> Mosaics:
     """Mosaics at twice the size of the photos, with what the network's logits say of each cell; see `choose_mosaics`.
 
-    Of photos (N,3,H,W) in [0,1] and their class_idx (N,) int64; errors as `checks.check_inputs`. The model takes photos
-    and mosaics, as networks do that pool their last maps. It is left as found.
+    Args:
+        model: takes photos and mosaics, as networks do that pool their last maps. Left as found.
+        images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
+        class_idx: (N,) int64.
     """
     check_inputs(model, images, class_idx)
     photos = choose_mosaics(all_probabilities(model, images), class_idx).to(class_idx.device)
@@ -170,12 +186,22 @@ def cell_drops(
 
 
 class OneCell(nn.Module):
-    """A network whose head sees one cell, 0 to 3, of a 2x2 mosaic only: its logits are those of the photo in that cell.
+    """A network whose head sees one cell of a 2x2 mosaic only: its logits are those of the photo in that cell.
 
-    The features of the cells are computed apart and stitched, so that nothing outside the cell changes the logits. The
-    paper calls this DiFull. `maps`, an identity that is called on the stitched maps, is the layer to explain. The
-    network has the methods `forward_features`, to maps (B,K,h,w), and `forward_head`, from them to logits, as those of
-    timm. ValueError: it has not, or there is no such cell.
+    `maps`, an identity that is called on the maps of the whole mosaic, is the layer to explain.
+
+    DiFull, `apart`: the features of the cells are computed apart and stitched, so that nothing outside the cell changes
+    the logits. DiPart, not `apart`: the features are those of the mosaic as one image, and cells see a little of each
+    other.
+
+    Args:
+        network: with the methods `forward_features`, to maps (B,K,h,w), and `forward_head`, from them to logits, as the
+            networks of timm have them.
+        cell: 0 to 3, row by row.
+        apart: DiFull; else DiPart.
+
+    Raises:
+        ValueError: a network without these methods, or no such cell.
 
     Reference:
         Rao, Boehle, Schiele, Towards better understanding attribution methods, CVPR 2022, arXiv 2205.10435.
@@ -231,14 +257,20 @@ def phase_scrambled(patch: Tensor, seed: int = 0) -> Tensor:
 def paste_object(
     host: Tensor, source: Tensor, boxes: Tensor, *, share: float = 0.65, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A photo with an object of another in a random place; the same with the patch scrambled; the box (1,4) of both.
+    """An object of one photo in another, at a random place, and the same patch scrambled.
 
     Args:
-        host: (3,H,W) in [0,1], like `source` and the photos that come back. The box is in whole pixels.
-        boxes: (n,4) of the objects of the source; the one that shows most inside the frame is taken. ValueError: none
-            shows a pixel there.
+        host: (3,H,W) in [0,1].
+        source: (3,H,W) in [0,1].
+        boxes: (n,4) of the objects of the source; the one that shows most inside the frame is taken.
         share: the longer side of the patch, as a share of the shorter side of the host.
-        seed: of the place, and of the phases that `phase_scrambled` takes.
+        seed: of the place and of the scrambled phases.
+
+    Returns:
+        The photo with the object; with the patch scrambled by `phase_scrambled`; the box (1,4) of both in whole pixels.
+
+    Raises:
+        ValueError: no box shows a pixel inside the frame.
     """
     height, width = host.shape[1:]
     frame = torch.tensor([source.shape[2], source.shape[1]] * 2)
@@ -265,8 +297,11 @@ def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequ
     classes, in a random order. In each pair each photo is once the host. Kept is a paste if the network's first choice
     is the class of the object, and that of the host with the patch scrambled.
 
-    Of photos (N,3,H,W) in [0,1], their class_idx (N,) int64 and N tensors of boxes (n,4) of its objects; errors as
-    `checks.check_inputs`. The model is left as found.
+    Args:
+        model: takes `images`. Left as found.
+        images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
+        class_idx: (N,) int64.
+        boxes: N tensors (n,4), of the objects of the class.
     """
     check_inputs(model, images, class_idx)
     right = (all_probabilities(model, images).argmax(1) == class_idx).cpu()
@@ -306,9 +341,13 @@ def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequ
 def pixel_auroc(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """AUROC of pixels: how likely a pixel of the boxes has a higher value than one outside, equals counting one half.
 
-    Of maps (B,1,H,W) in [0,1] and B tensors of boxes (n,4), as in `metrics.localization`; errors as `metrics.box_mask`.
-    (B,) float64 in [0,1], higher is better, 1/2 for a constant map; depends on the order of the pixels only. NaN for a
-    map with a NaN, and where no pixel or every pixel lies in a box.
+    Args:
+        saliency: (B,1,H,W) in [0,1].
+        boxes: B tensors (n,4), as in `metrics.localization`.
+
+    Returns:
+        (B,) float64 in [0,1], higher is better, 1/2 for a constant map; depends on the order of the pixels only. NaN
+        for a map with a NaN, and where no pixel or every pixel lies in a box. Errors as `metrics.box_mask`.
     """
     truth = box_mask(boxes, saliency.shape[-2:]).to(saliency.device).flatten(1).double()
     flat = saliency.detach().double().flatten(1).contiguous()
@@ -323,10 +362,15 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
     """How much more of the map of the class lies on its evidence than of the maps of other classes for the same image.
 
     `EP(S_c) - mean_j EP(S_j)`, EP being the share of a map inside the boxes. A map that does not depend on the class
-    has 0. (B,) float64 in [-1,1]; higher is better.
+    has 0.
 
-    The boxes, B tensors (n,4), hold the evidence for the class of the maps, (B,1,H,W) in [0,1]. Rivals are maps
-    (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
+    Args:
+        saliency: (B,1,H,W) in [0,1], of the class whose evidence the boxes hold.
+        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
+        boxes: B tensors (n,4).
+
+    Returns:
+        (B,) float64 in [-1,1]; higher is better.
     """
     if not rivals:
         raise ValueError("rivals: wanted at least one map of another class")
@@ -351,9 +395,15 @@ def evidence_scores(
     border of the region, so a map that stays away from it can have a little more than 1. Of `class_contrast` the best
     is that of the best map beside rivals that have nothing in the region.
 
-    Maps, boxes and rivals as `class_contrast`, and the grid (h,w) of the feature maps. One row per map, with the
-    columns `energy` (EP), `auroc`, with rivals `contrast`, and the scaled `scaled_energy`, `scaled_auroc` and
-    `scaled_contrast`. Higher is better.
+    Args:
+        saliency: (B,1,H,W) in [0,1].
+        boxes: B tensors (n,4), where the evidence is.
+        grid: (h,w) of the feature maps.
+        rivals: see `class_contrast`; without any there is no contrast.
+
+    Returns:
+        One row per map; columns `energy` (EP), `auroc` and `contrast`, and the scaled `scaled_energy`, `scaled_auroc`
+        and `scaled_contrast`. Higher is better.
     """
     uniform, best = torch.ones_like(saliency), best_map(boxes, saliency.shape[-2:], grid).to(saliency)
     columns: dict[str, Tensor] = {}
@@ -412,8 +462,12 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFra
     A mosaic's four values hang together, and no photo is in two mosaics. So to resample photos is to resample mosaics,
     with their four photos and all that is known of them; likewise pairs of photos.
 
-    There is one row per method and whatever was explained, with the columns `method` and `group`. Columns and table as
-    those of `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
+    Args:
+        rows: one row per method and whatever was explained, with the columns `method` and `group`.
+        columns: names; multiplied with the factor of their record, if they have one.
+
+    Returns:
+        As `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
     """
     return tabulate(rows, columns, lambda group, column: _over_groups(group[column], group["group"]))
 

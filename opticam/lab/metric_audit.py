@@ -76,12 +76,17 @@ GROUPS = {
 
 
 class Evidence(NamedTuple):
-    """Images (B,3,H,W) in [0,1] of one kind, "mosaic", "paste" or "deletion", whose evidence is known.
+    """Images of one kind whose evidence is known.
 
-    The photos in an image are in no other image of the kind. Objects are B tensors (n,4), what a person would call the
-    object; without rows for pastes, where it would be the truth itself. Regions are B tensors (1,4), where the evidence
-    is; empty for the kind "deletion". Drops are (F,B,side*side), what the class logit loses with each cell, by F fills;
-    empty for the other kinds.
+    Attributes:
+        kind: "mosaic", "paste" or "deletion".
+        names: of the B images; the photos in them are in no other image of the kind.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        objects: B tensors (n,4), what a person would call the object; without rows for pastes, where it would be the
+            truth itself.
+        regions: B tensors (1,4), where the evidence is; empty for the kind "deletion".
+        drops: (F,B,side*side) what the class logit loses with each cell, by F fills; empty for the other kinds.
     """
 
     kind: str
@@ -94,7 +99,12 @@ class Evidence(NamedTuple):
 
 
 class Audited(NamedTuple):
-    """Maps to be judged, name -> (B,1,H,W) in [0,1], and those that the same methods make of the masked images."""
+    """Maps to be judged.
+
+    Attributes:
+        saliency: name -> (B,1,H,W) in [0,1].
+        again: name -> the map that the same method makes of the image masked by the first.
+    """
 
     saliency: dict[str, Tensor]
     again: dict[str, Tensor]
@@ -134,13 +144,19 @@ def collect_evidence(
     """Mosaics, pastes and photos whose evidence is known; see `lab.known_evidence`.
 
     Of each mosaic one verified cell is explained, in turn the first, second, ..., so that images are independent. Of
-    the photos those count that the network gets right. There is one entry for each kind that has images.
+    the photos those count that the network gets right.
 
     Args:
         model: that decides, and that is explained.
-        images: (N,3,H,W) in [0,1], with class_idx (N,) int64, N tensors of boxes (n,4), and N names.
+        images: (N,3,H,W) in [0,1].
+        class_idx: (N,) int64.
+        boxes: N tensors (n,4).
+        names: N of them.
         limit: at most so many of each kind; None for all.
         side: cells across and down whose deletion is tried.
+
+    Returns:
+        One entry for each kind that has images.
     """
     height, width = images.shape[2:]
     frame, none = torch.tensor([width, height] * 2), torch.zeros(0)
@@ -198,9 +214,15 @@ def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[
 def judge(model: nn.Module, images: Tensor, class_idx: Tensor, maps: Audited, boxes: Sequence[Tensor]) -> pd.DataFrame:
     """Every metric for every map: one row per image and map, with the columns `target` (0 to B-1) and `method`.
 
-    Beside them the columns of `evaluation.score` and of `GROUPS`, and the terms `coherency` and `complexity`. Model,
-    images and class_idx as `evaluation.score` takes them; maps from `audited_maps`; boxes, B tensors (n,4), of what a
-    person would call the object, without rows where none are known.
+    Args:
+        model: takes `images`. Left as found.
+        images: (B,3,H,W) in [0,1].
+        class_idx: (B,) int64.
+        maps: from `audited_maps`.
+        boxes: B tensors (n,4), what a person would call the object; without rows where none are known.
+
+    Returns:
+        The columns of `evaluation.score` and of `GROUPS`, and the terms `coherency` and `complexity`.
     """
     per_step = images[0, 0].numel() // STEPS
     tables = []
@@ -226,15 +248,20 @@ def judge(model: nn.Module, images: Tensor, class_idx: Tensor, maps: Audited, bo
 
 
 def agreement(scores: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Estimate], float]:
-    """Spearman rank correlation of a metric with the truth, in three ways, and the p value of the first being 0.
+    """Spearman rank correlation of a metric with the truth, in three ways.
 
-    Scores and truth are (n,M) of n images and M maps of each, higher is better. ValueError: shapes that differ, or less
-    than two maps. Each correlation is in [-1,1] with its 95 % interval over the images; 0 where one side is constant.
+    Args:
+        scores: (n,M) of n images and M maps of each, higher is better.
+        truth: (n,M) likewise.
 
     Returns:
         `maps`: over the maps of one image, mean over the images: which of these maps is better? `images`: over the
         images for one kind of map, mean over the kinds: on which image is the method right? `methods`: over the kinds
-        of maps, of means over the images: which method is better?
+        of maps, of means over the images: which method is better? Each in [-1,1] with its 95 % interval over the
+        images; 0 where one side is constant.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than two maps.
     """
     if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: wanted (n,M) as truth, M of 2 or more, got {scores.shape} and {truth.shape}")

@@ -112,9 +112,16 @@ def to_picture(image: Tensor) -> np.ndarray:
 
 
 def overlay(image: Tensor, saliency: Tensor) -> np.ndarray:
-    """The map (1,H,W) in colour over the image (3,H,W) in gray, both in [0,1]: (H,W,3) float in [0,1].
+    """The map in colour over the image in gray, with a white line around what the map calls salient.
 
-    A white line runs inside of all that is at least 0.5 in the map. It shows the map where the image is dark too.
+    The line runs inside of all that is at least 0.5. It shows the map where the image is dark too.
+
+    Args:
+        image: (3,H,W) in [0,1].
+        saliency: (1,H,W) in [0,1].
+
+    Returns:
+        (H,W,3) float in [0,1].
     """
     colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
     gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
@@ -180,9 +187,15 @@ def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: 
 
 
 def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int) -> Figure:
-    """Probabilities (C,) of the photo and of the masked photo: the class explained, then those largest in either.
+    """Probabilities for the photo and for the masked photo: the class explained, then those that matter most in either.
 
     Five classes at most. The figure is unknown to pyplot, so that a thread may draw it.
+
+    Args:
+        probs: (C,) in [0,1], of the photo.
+        masked_probs: (C,) in [0,1], of the masked photo.
+        class_names: C names.
+        class_idx: the class explained.
     """
     largest = torch.maximum(probs, masked_probs).topk(min(5, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
@@ -203,10 +216,14 @@ def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[
 
 
 def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
-    """How the logit of the masked photo rose over the steps, beside that of the photo itself, the reference.
+    """How the logit of the masked photo rose over the steps, beside that of the photo itself.
 
-    `objective` (T+1,) is before the first step and after each; one step, in 0..T, is marked. The figure is unknown to
-    pyplot, so that a thread may draw it.
+    The figure is unknown to pyplot, so that a thread may draw it.
+
+    Args:
+        objective: (T+1,), before the first step and after each.
+        reference: the logit of the photo.
+        step: the one to mark, in 0..T.
     """
     figure = Figure(figsize=(_WIDTH, 2.2))
     ax = figure.subplots()
@@ -232,10 +249,16 @@ def gallery(
     """Photos and, one row per method, their maps, with the probability of the class before (p) and after masking (o).
 
     Args:
-        photos: (n,3,H,W), with the names of their classes, and p of each as `probs`.
-        saliency: method -> (n,1,H,W), and `masked_probs`: method -> o of each photo. ValueError: not one map per photo.
+        photos: (n,3,H,W) in [0,1].
+        names: of the class of each photo.
+        probs: p of each photo.
+        saliency: method -> (n,1,H,W) in [0,1].
+        masked_probs: method -> o of each photo.
         boxes: (k,4) of each photo, drawn over it.
         size: width and height of one picture in inches; None to print all of them in a column of 85 mm.
+
+    Raises:
+        ValueError: a method has not one map per photo.
     """
     for method, maps in saliency.items():
         if len(maps) != len(photos):
@@ -335,8 +358,10 @@ def _legend(figure: Figure, ax: Axes, columns: int) -> None:
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel per metric, one bar per method.
 
-    The summary, in percent, is from `summary.summarize`. Columns are given with the titles of their panels, and for the
-    note below, over how many images the means are.
+    Args:
+        summary: from `summary.summarize`, in percent.
+        columns: column -> title of its panel.
+        num_images: over how many images, for the note below.
     """
     size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
@@ -357,8 +382,13 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
 def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str, str]) -> Figure:
     """One metric against another, one point per method, with the intervals of both.
 
-    The summary, from `summary.summarize`, has the columns x, across, and y, up, and these have labels. Where three
-    methods or more share a place, an inset shows it larger, without intervals.
+    Where three methods or more share a place, an inset shows it larger, without intervals.
+
+    Args:
+        summary: from `summary.summarize`, with both columns.
+        x: column across.
+        y: column up.
+        labels: column -> label of its axis.
     """
     figure, ax = plt.subplots(figsize=(_WIDTH, 2.6))
     points = summary[[x, y]].to_numpy()
@@ -391,8 +421,10 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
 def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column: str, label: str) -> Figure:
     """Means with their intervals: one panel per title, one above the other, in it a group of points per condition.
 
-    Panels are title -> condition -> summary, from `summary.summarize`; of it the column is drawn, with its label on the
-    axis that all panels share.
+    Args:
+        panels: title -> condition -> summary, from `summary.summarize`.
+        column: of the summaries.
+        label: of the axis up, which all panels share.
     """
     import pandas as pd
 
@@ -415,8 +447,9 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
 def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure:
     """The value of each metric for every pair of p and o, as shades of gray, and where the images lie, by method.
 
-    Rows from `evaluate` have the columns `method`, `prob` (p) and `masked_prob` (o). Metrics are functions of p and o
-    by name, one panel each.
+    Args:
+        rows: with the columns `method`, `prob` (p) and `masked_prob` (o), from `evaluate`.
+        metrics: name -> function of p and o, one panel each.
     """
     centres = (torch.arange(200).double() + 0.5) / 200
     p, o = torch.meshgrid(centres, centres, indexing="xy")
@@ -442,8 +475,12 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     """Mean differences to a reference with their intervals, one panel per metric, one dot per variant, group by group.
 
     Filled where a difference is clear after Holm's correction for all of the table, see `summary.clear_after_holm`;
-    hollow where it is not. The differences, from `summary.summarize_differences`, have the index (group, variant). NaN
-    leaves the place empty. Columns are given with the titles of their panels.
+    hollow where it is not.
+
+    Args:
+        differences: index (group, variant); per column `column`, `column_low`, `column_high`, `column_p`, from
+            `summary.summarize_differences`. NaN leaves the place empty.
+        columns: column -> title of its panel.
     """
     from opticam.lab.summary import clear_after_holm  # here: SciPy's statistics take a second to load
 
@@ -483,10 +520,13 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
 def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders: Mapping[str, str]) -> Figure:
     """How similar the maps of trained and randomised networks are, stage by stage, one curve per method.
 
-    Curves have the index (order, position, stage, method), and means of each similarity, as from `summary.summarize`.
-    Columns are given with the labels of their axes, one row of panels each, and orders with their titles, one column of
-    panels each. Bands: 95 % intervals, where `curves` has them. Each method has a marker too, so that curves differ by
-    more than their colour.
+    Bands: 95 % intervals, where `curves` has them. Each method has a marker too, so that curves differ by more than
+    their colour.
+
+    Args:
+        curves: index (order, position, stage, method), means of each similarity, as from `summary.summarize`.
+        columns: similarity -> label of its axis, one row of panels each.
+        orders: order -> title, one column of panels each.
     """
     size = (_WIDTH, 1.6 * len(columns) + 0.8)
     figure, axes = plt.subplots(len(columns), len(orders), figsize=size, squeeze=False, sharex="col", sharey="row")
@@ -516,11 +556,16 @@ def interval_table(
 ) -> "pd.DataFrame":
     """The summary as people read it: "mean [low, high]", one row per method; empty where there is no value.
 
-    Of a summary from `summary.summarize` or `summary.summarize_differences`, whose differences have a star where they
-    are clear after Holm's correction for all of the summary, see `summary.clear_after_holm`. Columns are given with
-    headings; None for all, with the headings of their records. Digits: after the point.
+    Of differences, a star marks those that are clear after Holm's correction for all of the summary, see
+    `summary.clear_after_holm`.
 
-    The index is `method` by label, "group: variant" where there are two; there is one text column per heading.
+    Args:
+        summary: from `summary.summarize` or `summary.summarize_differences`.
+        columns: column -> heading; None for all, with the headings of their records.
+        digits: after the point.
+
+    Returns:
+        Index `method` by label, "group: variant" where there are two; one text column per heading.
     """
     import pandas as pd
 
@@ -573,8 +618,12 @@ def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:
     """Write a figure as PNG, or as the suffix of `path` says, whole or not at all, without date or version inside.
 
     It has the size in inches that it was made with, and twice the dots of a notebook's. A PNG without pictures in it
-    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`. Folders are made. The note is a
-    line below the figure, such as what its bars are and over how many images. The path is returned.
+    has a palette of 256 colours. Photos are a quarter as heavy with the suffix `.jpg`.
+
+    Args:
+        figure: what to write.
+        path: where, and what is returned; folders are made.
+        note: a line below the figure, such as what its bars are and over how many images.
     """
     if note:
         figure.supxlabel(note, fontsize=7.5)

@@ -21,10 +21,13 @@ from opticam.metrics import probability_metrics
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
-    """Write a table with its provenance to a path, `.parquet`, which is returned; folders are made.
+    """Write a table with its provenance; a file of that name is replaced in one step.
 
-    A file of that name is replaced in one step. OSError: it cannot be written. The parameters, JSON, and the device are
-    those that the rows were computed with.
+    Args:
+        rows: the table.
+        path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
+        parameters: what the rows were computed with; JSON.
+        device: where they were computed.
     """
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
@@ -35,9 +38,14 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
 
 
 def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table that `write_rows` wrote, and its `parameters`, `package`, `code`, `commit`, `device`, `torch`.
+    """A table that `write_rows` wrote to a `.parquet` file, and its provenance.
 
-    OSError: no such file. ValueError: a file without provenance of this package, or no Parquet at all.
+    Returns:
+        The rows, and `parameters`, `package`, `code`, `commit`, `device`, `torch`.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file without provenance of this package, or no Parquet at all.
     """
     path = _existing(Path(path))
     try:
@@ -77,7 +85,8 @@ def write_arrays(
 ) -> Path:
     """Write arrays of numbers or text by name, such as photos and maps, to an `.npz`; all else as `write_rows`.
 
-    ValueError: an array of objects, which would be read by running code.
+    Raises:
+        ValueError: an array of objects, which would be read by running code.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
@@ -115,8 +124,15 @@ def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
 def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows of all files that `evaluate.stream` wrote into a folder, checked to be complete.
 
-    They come in the order of the images, with the provenance of the first file. OSError: no such folder, or nothing in
-    it. ValueError: files are missing or do not belong together, or an image has two rows of the same method.
+    Args:
+        folder: of `00000.parquet`, `00001.parquet`, ...
+
+    Returns:
+        The rows, in the order of the images; and the provenance of the first file.
+
+    Raises:
+        OSError: no such folder, or nothing in it.
+        ValueError: files are missing or do not belong together, or an image has two rows of the same method.
     """
     paths = sorted(Path(folder).glob("*.parquet"))
     if not paths:

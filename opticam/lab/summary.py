@@ -32,11 +32,11 @@ FEW, MANY = 20, 2000  # images: below, resampling covers less than it says; abov
 def interval(
     *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
 ) -> tuple[float, float]:
-    """95 % interval of a statistic over images, (low, high): BCa, seeded; Student's t for fewer than 20 images.
+    """95 % interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
 
     **Ours**: t, with the jackknife's standard error, also where BCa is undefined, and for the mean of more than 2000
     images, where both agree. `benchmarks/results/coverage.json` has what each covers: of 6 or 8 normal values, 95 %
-    intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %. A single image has none: NaN.
+    intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %.
 
     Where a result differs from run to run, give the mean of several repeats as (n,R): then both the images and the
     repeats are samples, with variance `var(means of images)/n + var(means of repeats)/R`, and t has the degrees of
@@ -44,13 +44,18 @@ def interval(
 
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
-            n images in R repeats that all images share, such as seeds of random weights. ValueError: no values.
-        statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean, else
-            ValueError.
+            n images in R repeats that all images share, such as seeds of random weights.
+        statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
         num_resamples: bootstrap samples.
 
+    Returns:
+        (low, high); NaN for a single image, which has no interval.
+
+    Raises:
+        ValueError: no values, or a statistic other than the mean for repeats.
+
     Reference:
-        BCa: Efron, Better bootstrap confidence intervals, JASA 1987.
+        Efron, Better bootstrap confidence intervals, JASA 1987.
     """
     return _intervals(values, statistic, num_resamples)(0.95)
 
@@ -98,8 +103,10 @@ def estimate_and_p(
     p is 1 minus the confidence of the narrowest `interval` that contains 0. So it is below 0.05 where the 95 % interval
     excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
-    p is in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a thousandth of
-    itself. NaN, which is not a test, for a single image and for values that are all the same but not 0.
+    Returns:
+        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
+        thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
+        0.
     """
     found, ends = _estimated(values, statistic, num_resamples)
     least, most = 2 / num_resamples, 1.0
@@ -115,9 +122,16 @@ def holm(p_values: Collection[float]) -> np.ndarray:
     """The p values of many tests, corrected for their number.
 
     If nothing is real, one of them falls below 0.05 in at most 5 % of such families. The smallest of m is multiplied by
-    m, the next by m - 1, and so on; none may fall below one before it. Given are the p values of all tests that are
-    looked at together, NaN being none. What comes back lies in [0,1], in the order given, NaN where there was no test.
-    ValueError: a value outside [0,1].
+    m, the next by m - 1, and so on; none may fall below one before it.
+
+    Args:
+        p_values: of all tests that are looked at together. NaN is not a test.
+
+    Returns:
+        In [0,1], in the order given; NaN where there was no test.
+
+    Raises:
+        ValueError: a value outside [0,1].
 
     Reference:
         Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
@@ -219,9 +233,16 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def proportion_interval(hits: np.ndarray) -> tuple[float, float]:
-    """Exact 95 % interval of a proportion, by Clopper and Pearson: (low, high) in [0,1]; of 20 in 20, (0.83, 1).
+    """Exact 95 % interval of a proportion, by Clopper and Pearson.
 
-    ValueError: the hits, (n,), are not zeros and ones, or none.
+    Args:
+        hits: (n,) of zeros and ones.
+
+    Returns:
+        (low, high) in [0,1]: of 20 hits in 20, (0.83, 1).
+
+    Raises:
+        ValueError: no values, or others than 0 and 1.
 
     Reference:
         Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934.
@@ -235,14 +256,16 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
     """Means over images with 95 % intervals, per method; see `interval`, for proportions `proportion_interval`.
 
     Intervals end where the values of a metric do, by the `span` of its record. Rows that were skipped do not count, nor
-    values that are not defined, such as those that need a box. The index is `method` in order of appearance. There are
-    `column`, `column_low` and `column_high` of each column.
+    values that are not defined, such as those that need a box.
 
     Args:
         rows: from `evaluate`, `results.read_shards` or `results.read_rows`.
         columns: names of columns, which are multiplied with the factor of their record, 100 for a percentage; or
             column -> factor.
         repeats: column that numbers the repeats of each image and method, all images having the same.
+
+    Returns:
+        Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
 
     def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
@@ -290,12 +313,20 @@ def summarize_differences(
     """Mean differences to one method, image by image, with 95 % intervals, per other method.
 
     All methods see the same images, so what an image adds to both sides falls out. Images that lack one of the two
-    values do not count. Differences are taken within a repeat.
+    values do not count.
 
-    Arguments as `summarize`, with the column `image` in the rows, and the method to subtract. Result as `summarize`,
-    without the reference: positive where the method has more of the column. Beside them `column_p`, the p value of no
-    difference by `estimate_and_p`, not corrected for the number of tests. ValueError: no row of the reference, or an
-    image has two rows of the same method.
+    Args:
+        rows: as `summarize`, with the column `image`; one row per image and method.
+        columns: as `summarize`.
+        reference: the method to subtract.
+        repeats: as `summarize`; differences are taken within a repeat.
+
+    Returns:
+        As `summarize`, without the reference: positive where the method has more of the column. Beside them
+        `column_p`, the p value of no difference by `estimate_and_p`, not corrected for the number of tests.
+
+    Raises:
+        ValueError: no row of the reference, or an image has two rows of the same method.
     """
     if reference not in set(rows["method"]):
         raise ValueError(f"reference: wanted one of {', '.join(rows['method'].unique())}, got {reference!r}")
@@ -315,10 +346,13 @@ def summarize_differences(
 
 
 def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
-    """Which differences of a table from `summarize_differences` are not 0: where p is below 0.05.
+    """Which differences of a table are not 0: those whose p value, corrected by `holm` for all entries, is below 0.05.
 
-    p is corrected by `holm` for all entries of the table. Index as given; a column of booleans for each that has
-    `column_p`. False where there is no value.
+    Args:
+        differences: from `summarize_differences`, with `column_p` for each column.
+
+    Returns:
+        Index as given; a column of booleans for each that has p values. False where there is no value.
     """
     columns = [str(column) for column in differences if str(column).endswith("_p")]
     corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
@@ -351,9 +385,15 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
     than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
 
-    The rows are of `evaluate` with the score "localization"; of several shards, all of them. ValueError: none has a
-    box. The table is as that of `summarize`, with the columns `max_box_acc` and `max_box_acc_v2`, percentages, higher
-    is better; see `opticam.metrics.max_box_accuracy`.
+    Args:
+        rows: of `evaluate` with the score "localization"; of several shards, all of them.
+
+    Returns:
+        Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
+        percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
+
+    Raises:
+        ValueError: no image has a box.
     """
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
@@ -382,9 +422,12 @@ PAPER = {
 def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables as the paper lays them out: methods down, metrics across; means over images, without intervals.
 
-    Of rows as `box_accuracies`, also with the score "curves". Title -> table, index `method` by label, columns by
-    heading with arrow; "seconds" are per image, on the device of the rows. A table without values is left out, as that
-    of localization where no image has a box.
+    Args:
+        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them.
+
+    Returns:
+        Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
+        of the rows. A table without values is left out, as that of localization where no image has a box.
     """
     known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
     tables = {}

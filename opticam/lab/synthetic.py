@@ -16,10 +16,12 @@ PATTERNS = ("horizontal", "vertical", "rising", "falling", "checks", "grid")
 
 
 class Scenes(NamedTuple):
-    """A batch of pictures (B,3,S,S) float32 in [0,1] and what is in them.
+    """A batch of pictures and what is in them.
 
-    Classes (B,2) int64 are the two patterns, different ones, as indices into `PATTERNS`. Boxes (B,2,4) float32 are
-    (xmin, ymin, xmax, ymax) of the two squares in whole pixels, end exclusive.
+    Attributes:
+        images: (B,3,S,S) float32 in [0,1].
+        classes: (B,2) int64, the two patterns, different ones, as indices into `PATTERNS`.
+        boxes: (B,2,4) float32, (xmin, ymin, xmax, ymax) of the two squares in whole pixels, end exclusive.
     """
 
     images: Tensor
@@ -34,8 +36,13 @@ def draw_scenes(count: int, size: int = 64, seed: int = 0) -> Scenes:
     u` (vertical), `sin(u + v)` (rising), `sin(u - v)` (falling), `sin u sin v` (checks), `max(sin u, sin v) - 0.7`
     (grid), with random phases, colours, sides of 0.28 to 0.38 S and places. Colours say nothing about the class.
 
-    The seed is for everything that is random; a picture depends on the count too. ValueError: no picture, or a size, in
-    pixels, that is not a multiple of 8.
+    Args:
+        count: B.
+        size: S, in pixels; a multiple of 8.
+        seed: for everything that is random; a picture depends on the count too.
+
+    Raises:
+        ValueError: no picture, or a size that is not a multiple of 8.
     """
     if count < 1:
         raise ValueError(f"count: wanted at least 1 picture, got {count}")
