@@ -120,29 +120,23 @@ class Photos(Dataset):
 
     @property
     def paths(self) -> list[Path]:
-        """Image files."""
         return [photo.path for photo in self.records]
 
     @property
     def names(self) -> list[str]:
-        """Unique name of each."""
         return [photo.name for photo in self.records]
 
     @property
     def labels(self) -> list[int]:
-        """Class index of each."""
         return [photo.label for photo in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The photo as the network sees it.
+        """The photo as the network sees it; errors as `read_image`.
 
-        Raises:
-            IndexError: no such photo.
-            OSError: the file is missing, no image, or damaged.
-            ValueError: the record has a fault, or the pixels no agreed range.
+        IndexError: no such photo. ValueError: the record has a fault, or a box lies outside of the photo.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
@@ -182,10 +176,10 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
     """
     if not samples:
         raise ValueError("samples: wanted at least one")
+    first = tuple(samples[0].image.shape)
     for _, image, label, _ in samples:
-        if image.shape != samples[0].image.shape:
-            shapes = tuple(samples[0].image.shape), tuple(image.shape)
-            raise ValueError(f"samples: wanted images of one size, got {shapes[0]} and {shapes[1]}")
+        if image.shape != first:
+            raise ValueError(f"samples: wanted images of one size, got {first} and {tuple(image.shape)}")
         if not isinstance(label, int | np.integer):
             raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
     images = torch.stack([sample.image for sample in samples]).to(device)
@@ -244,13 +238,12 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         path: any format that Pillow reads.
         upright: apply the EXIF orientation; False leaves the pixels as they are stored.
         window: (low, high), the values shown black and white, of pixels of more than 8 bits: (0, 4095) for 12 bits,
-            (-160, 240) for soft tissue in Hounsfield units. Pixels of 8 bits have none.
+            (-160, 240) for soft tissue in Hounsfield units. It must show something of the image. Pixels of 8 bits have
+            none. Pixels that are negative or floating-point numbers need one.
 
     Raises:
         OSError: the file is missing, no image, or damaged.
-        ValueError: the pixels have no agreed range, such as negative or floating-point numbers, and there is no window;
-            the window is not two numbers, or shows nothing of the image, or the pixels have 8 bits; the image has more
-            pixels than Pillow opens, or the file more than one page or frame.
+        ValueError: the wrong window, or none; more pixels than Pillow opens, or more than one page or frame.
     """
     path = Path(path)
     check_window(window)
@@ -530,9 +523,8 @@ def imagenet(
         if outside := [name for name in predictions if Path(name).name != name]:
             raise ValueError(f"{solution.name}: wanted names of images without folders, got {outside[0]!r}")
     _, listed = _class_folders(images, r"n\d{8}")
-    if not listed and predictions:
-        listed = [(images / f"{name}.JPEG", "") for name in predictions]
-    elif not listed and places:
+    listed = listed or [(images / f"{name}.JPEG", "") for name in predictions]
+    if not listed and places:
         listed = [(path, "") for path in _images(images.iterdir())]
     if not listed:
         raise FileNotFoundError(

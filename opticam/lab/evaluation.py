@@ -240,11 +240,6 @@ COLUMN_GROUPS: dict[str, Callable[[BatchWithMaps], dict[str, Any]]] = {
 }
 
 
-def _is_single(name: str) -> bool:
-    """Whether a metric is a score of its own: all that it needs is known of an explained batch."""
-    return set(COLUMNS[name].needs) <= set(BatchWithMaps._fields)
-
-
 def _score_columns(kind: str, batch: BatchWithMaps) -> dict[str, Any]:
     if kind in COLUMN_GROUPS:
         return COLUMN_GROUPS[kind](batch)
@@ -403,7 +398,8 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     for name, method in methods.items():
         if not callable(method):
             raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
-    known = [*COLUMN_GROUPS, *(name for name in COLUMNS if _is_single(name))]
+    of_batch = set(BatchWithMaps._fields)  # a metric that needs more, such as a second map, is no score
+    known = [*COLUMN_GROUPS, *(name for name, metric in COLUMNS.items() if set(metric.needs) <= of_batch)]
     if isinstance(scores, str):
         raise TypeError(f"scores: wanted a list of names, got {scores!r}")
     for name in scores:

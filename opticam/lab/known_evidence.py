@@ -22,13 +22,13 @@ from opticam.checks import check_at_least, check_images, check_inputs, examine
 from opticam.classifier import Classifier, as_classifier, class_logit, for_autograd, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
-from opticam.lab.summary import Estimate, entries, estimate_and_p, ratio_of_means
+from opticam.lab.summary import NOTHING, Estimate, estimate_and_p, ratio_of_means, tabulate
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
 from opticam.state import frozen
 
-SIDE = 2  # cells of a mosaic across and down
+SIDE = 2  # cells of a mosaic across and down, so that it has four
 FILLS = ("mean", "blur")  # of BASELINES: what a verified cell is replaced by
 _SMALLEST = 32  # pixels: an object that shows less is not pasted
 
@@ -72,24 +72,24 @@ class Pastes(NamedTuple):
     tried: int
 
 
-def to_mosaics(cells: Tensor, side: int = SIDE) -> Tensor:
-    """Stitch tensors, row by row: (B*side*side,C,h,w) to (B,C,side*h,side*w)."""
-    return cells.unflatten(0, (-1, side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+def to_mosaics(cells: Tensor) -> Tensor:
+    """Stitch tensors, row by row: (4M,C,h,w) to (M,C,2h,2w)."""
+    return cells.unflatten(0, (-1, SIDE, SIDE)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def to_cells(mosaics: Tensor, side: int = SIDE) -> Tensor:
-    """Cut tensors into cells, row by row: (B,C,side*h,side*w) to (B*side*side,C,h,w); undoes `to_mosaics`."""
-    return mosaics.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+def to_cells(mosaics: Tensor) -> Tensor:
+    """Cut mosaics into cells, row by row: (M,C,2h,2w) to (4M,C,h,w); undoes `to_mosaics`."""
+    return mosaics.unflatten(3, (SIDE, -1)).unflatten(2, (SIDE, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
-def cell_boxes(size: tuple[int, int] | torch.Size, side: int = SIDE) -> Tensor:
-    """(side*side,4): the boxes of the cells of an image of H x W pixels, row by row, as metrics take them."""
-    height, width = (length / side for length in size)
-    corners = [(column * width, row * height) for row in range(side) for column in range(side)]
+def cell_boxes(size: tuple[int, int] | torch.Size) -> Tensor:
+    """(4,4): the boxes of the cells of a mosaic of H x W pixels, row by row, as metrics take them."""
+    height, width = (length / SIDE for length in size)
+    corners = [(column * width, row * height) for row in range(SIDE) for column in range(SIDE)]
     return torch.tensor([[x, y, x + width, y + height] for x, y in corners])
 
 
-def choose_mosaics(probs: Tensor, class_idx: Tensor, *, sure: float = 0.9, none: float = 1e-3, seed: int = 0) -> Tensor:
+def choose_mosaics(probs: Tensor, class_idx: Tensor, *, none: float = 1e-3, seed: int = 0) -> Tensor:
     """Fours of photos of different classes, each certain of its own class and of none of the others'.
 
     Photos come in a random order. Each goes to the first unfinished mosaic whose photos it agrees with, or begins a new
@@ -97,9 +97,8 @@ def choose_mosaics(probs: Tensor, class_idx: Tensor, *, sure: float = 0.9, none:
 
     Args:
         probs: (N,C) of every class for each photo.
-        class_idx: (N,) int64, the class of each.
-        sure: a photo must have more than this for its class, which must be its first choice.
-        none: and less than this for the class of every other photo of its mosaic, and they for its.
+        class_idx: (N,) int64, the class of each; its probability must be the largest and more than 0.9.
+        none: a photo must have less than this for the class of every other photo of its mosaic, and they for its.
         seed: of the order.
 
     Returns:
@@ -111,35 +110,29 @@ def choose_mosaics(probs: Tensor, class_idx: Tensor, *, sure: float = 0.9, none:
     if probs.ndim != 2 or class_idx.shape != probs.shape[:1]:
         raise ValueError(f"probs: wanted (N,C) and class_idx (N,), got {tuple(probs.shape)}, {tuple(class_idx.shape)}")
     probs, class_idx = probs.cpu(), class_idx.cpu()
-    certain = (class_logit(probs, class_idx) > sure) & (probs.argmax(1) == class_idx)
+    certain = (class_logit(probs, class_idx) > 0.9) & (probs.argmax(1) == class_idx)
     crossed = probs[:, class_idx]  # [i, j]: what photo i has of the class of photo j
     apart = (torch.maximum(crossed, crossed.T) < none) & (class_idx[:, None] != class_idx)
     order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(seed))
     fours: list[list[int]] = []
     for photo in order[certain[order]].tolist():
         open_ones = (four for four in fours if len(four) < SIDE**2 and bool(apart[photo, four].all()))
-        four = next(open_ones, None)
-        if four is None:
-            fours.append([photo])
-        else:
-            four.append(photo)
+        if (four := next(open_ones, None)) is None:
+            fours.append(four := [])
+        four.append(photo)
     return torch.tensor([four for four in fours if len(four) == SIDE**2], dtype=torch.int64).reshape(-1, SIDE**2)
 
 
-def find_mosaics(
-    model: nn.Module, images: Tensor, class_idx: Tensor, *, seed: int = 0, batch_size: int = 16
-) -> Mosaics:
+def find_mosaics(model: nn.Module, images: Tensor, class_idx: Tensor) -> Mosaics:
     """Mosaics at twice the size of the photos, with what the network's logits say of each cell; see `choose_mosaics`.
 
     Args:
         model: takes photos and mosaics, as networks do that pool their last maps. Left as found.
         images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
         class_idx: (N,) int64.
-        seed: of the choice.
-        batch_size: photos in flight; of mosaics a quarter.
     """
     check_inputs(model, images, class_idx)
-    photos = choose_mosaics(all_probabilities(model, images, batch_size), class_idx, seed=seed).to(class_idx.device)
+    photos = choose_mosaics(all_probabilities(model, images), class_idx).to(class_idx.device)
     mosaics = to_mosaics(images[photos.flatten()])
     if len(photos) == 0:
         return Mosaics(mosaics, photos, photos, photos.bool())
@@ -147,7 +140,7 @@ def find_mosaics(
     cell = torch.arange(SIDE**2, device=photos.device).repeat(len(photos))
     verified = torch.ones_like(cell, dtype=torch.bool)
     for fill in FILLS:
-        drops = cell_drops(model, many, classes, SIDE, BASELINES[fill], batch_size=max(1, batch_size // 4))
+        drops = cell_drops(model, many, classes, SIDE, BASELINES[fill], batch_size=4)
         others = drops.scatter(1, cell[:, None], -torch.inf).amax(1)
         verified &= class_logit(drops, cell) > others
     return Mosaics(mosaics, class_idx[photos], photos, verified.view(photos.shape))
@@ -164,12 +157,10 @@ def cell_drops(
 ) -> Tensor:
     """How much the class logit falls when one cell of the image is replaced, `f(x)_c - f(x_without_cell)_c`.
 
+    Model, images, class_idx and baseline, which is what the cell shows instead, as `evaluation.score` takes them.
+
     Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W) float in [0,1], H and W multiples of `side`; errors as `checks.check_inputs`.
-        class_idx: (B,) int64.
-        side: cells across and down; `side**2` passes an image.
-        baseline: what the cell shows instead, as `evaluation.score` takes it.
+        side: cells across and down, a divisor of H and W, else ValueError; `side**2` passes an image.
         batch_size: images in flight; the result does not depend on it.
 
     Returns:
@@ -216,35 +207,31 @@ class OneCell(nn.Module):
         Rao, Boehle, Schiele, Towards better understanding attribution methods, CVPR 2022, arXiv 2205.10435.
     """
 
-    def __init__(self, network: nn.Module, cell: int, apart: bool = True) -> None:
+    def __init__(self, network: nn.Module, cell: int) -> None:
         super().__init__()
         if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
             name = type(network).__name__
             raise ValueError(f"network: wanted one with forward_features and forward_head, as timm's; got {name}")
         if cell not in range(SIDE**2):
             raise ValueError(f"cell: wanted one of 0..{SIDE**2 - 1}, got {cell!r}")
-        self.network, self.cell, self.apart = network, cell, apart
+        self.network, self.cell = network, cell
         self.maps = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,C) of mosaics (B,3,2H,2W)."""
         network: Any = self.network
-        cells = to_cells(images)
-        maps = to_mosaics(network.forward_features(cells)) if self.apart else network.forward_features(images)
+        maps = to_mosaics(network.forward_features(to_cells(images)))
         seen = to_cells(self.maps(maps)).unflatten(0, (-1, SIDE**2))
         return network.forward_head(seen[:, self.cell])
 
 
-def see_one_cell(model: Classifier, cell: int, apart: bool = True) -> Classifier:
-    """The classifier behind whose maps only one cell of a mosaic is seen; its target layer is `maps`. See `OneCell`.
-
-    It shares the weights of the model.
-    """
+def see_one_cell(model: Classifier, cell: int) -> Classifier:
+    """The classifier of a `OneCell` that shares the weights of the model; ValueError if that gives no logits."""
     classifier = as_classifier(model)
     if classifier is None or classifier.to_logits is not None:
         raise ValueError("model: wanted a Classifier whose network returns logits, as load_model gives it")
     return wrap(
-        OneCell(classifier.network, cell, apart),
+        OneCell(classifier.network, cell),
         "maps",
         head=classifier.head,
         mean=classifier.mean.flatten().tolist(),
@@ -303,9 +290,7 @@ def paste_object(
     return pasted, scrambled, torch.tensor([[left, top, left + w, top + h]], dtype=torch.float32)
 
 
-def find_pastes(
-    model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor], *, seed: int = 0, batch_size: int = 16
-) -> Pastes:
+def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor]) -> Pastes:
     """Pastes for whose object the network decides, and that it does not mistake for the object when scrambled.
 
     Photos that the network gets right and whose object shows at least 32 pixels each way are put in pairs of different
@@ -317,16 +302,14 @@ def find_pastes(
         images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
         class_idx: (N,) int64.
         boxes: N tensors (n,4), of the objects of the class.
-        seed: of pairs, places and phases.
-        batch_size: images in flight.
     """
     check_inputs(model, images, class_idx)
-    right = (all_probabilities(model, images, batch_size).argmax(1) == class_idx).cpu()
+    right = (all_probabilities(model, images).argmax(1) == class_idx).cpu()
     low, high = torch.zeros(2), torch.tensor([images.shape[3], images.shape[2]])
     for i, some in enumerate(boxes):
         sides = torch.minimum(some[:, 2:], high) - torch.maximum(some[:, :2], low)
         right[i] &= bool((sides >= _SMALLEST).all(1).any())
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     waiting: list[int] = []
     pairs: list[tuple[int, int]] = []
     for photo in order[right[order]].tolist():
@@ -339,10 +322,10 @@ def find_pastes(
     if not pairs:
         none = torch.zeros(0, dtype=torch.int64)
         return Pastes(images[:0], class_idx[:0], class_idx[:0], [], none.view(0, 2), none, 0)
-    made = [paste_object(images[i], images[j], boxes[j], seed=seed + k) for k, (i, j) in enumerate(pairs)]
+    made = [paste_object(images[i], images[j], boxes[j], seed=k) for k, (i, j) in enumerate(pairs)]
     pasted, scrambled = (torch.stack(part) for part in list(zip(*made, strict=True))[:2])
     hosts, sources = (class_idx[list(photos)] for photos in zip(*pairs, strict=True))
-    seen, covered = (all_probabilities(model, some, batch_size).argmax(1) for some in (pasted, scrambled))
+    seen, covered = (all_probabilities(model, some).argmax(1) for some in (pasted, scrambled))
     kept = ((seen == sources) & (covered == hosts)).nonzero()[:, 0]
     return Pastes(
         pasted[kept],
@@ -433,24 +416,22 @@ def evidence_scores(
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
-def maps_of_other_cells(saliency: Tensor, side: int = SIDE) -> list[Tensor]:
-    """Of the maps of all cells of mosaics, (M*4,1,H,W), the rivals of each: the maps of the other cells' classes."""
-    by_mosaic = saliency.unflatten(0, (-1, side**2))
-    return [by_mosaic.roll(shift, 1).flatten(0, 1) for shift in range(1, side**2)]
+def maps_of_other_cells(saliency: Tensor) -> list[Tensor]:
+    """Of the maps of all cells of mosaics, (4M,1,H,W), the rivals of each: the maps of the other cells' classes."""
+    by_mosaic = saliency.unflatten(0, (-1, SIDE**2))
+    return [by_mosaic.roll(shift, 1).flatten(0, 1) for shift in range(1, SIDE**2)]
 
 
-def maps_of_other_mosaics(saliency: Tensor, side: int = SIDE, seed: int = 0) -> Tensor:
-    """For each of the maps of all cells, (M*4,1,H,W), a map of the next mosaic, its cells in a random order.
+def maps_of_other_mosaics(saliency: Tensor) -> Tensor:
+    """For each of the maps of all cells, (4M,1,H,W), a map of the next mosaic, its cells in a random order.
 
     So a map of this list has the histogram and the smoothness of a real one, and a mosaic's four show all cells alike.
-
-    Raises:
-        ValueError: fewer than two mosaics.
+    ValueError: fewer than two mosaics.
     """
-    by_mosaic = saliency.unflatten(0, (-1, side**2))
+    by_mosaic = saliency.unflatten(0, (-1, SIDE**2))
     if len(by_mosaic) < 2:
         raise ValueError(f"saliency: wanted maps of at least two mosaics, got {len(by_mosaic)}")
-    draw = torch.rand(len(by_mosaic), side**2, generator=torch.Generator().manual_seed(seed))
+    draw = torch.rand(len(by_mosaic), SIDE**2, generator=torch.Generator().manual_seed(0))
     mosaics = torch.arange(len(by_mosaic))[:, None]
     return by_mosaic.roll(-1, 0)[mosaics, draw.argsort(1)].flatten(0, 1)
 
@@ -475,7 +456,7 @@ def centred(model: nn.Module, images: Tensor, class_idx: Tensor) -> Tensor:
     return (down[:, None] * across).to(images).expand(len(images), 1, -1, -1).contiguous()
 
 
-def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = "group") -> pd.DataFrame:
+def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
     """Means per method with 95 % intervals, where rows of one group are not independent: groups are resampled.
 
     A mosaic's four values hang together, and no photo is in two mosaics. So to resample photos is to resample mosaics,
@@ -484,39 +465,28 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str], group: str = 
     Args:
         rows: one row per method and whatever was explained, with the columns `method` and `group`.
         columns: names; multiplied with the factor of their record, if they have one.
-        group: the column that says what hangs together.
 
     Returns:
-        Index `method`; `column`, `column_low`, `column_high` and `column_p`, the p value of its being 0, as those of
-        `summary.summarize_differences`. NaN counts as no row.
+        As `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
     """
-    summary = {}
-    for method, of_method in rows.groupby("method", sort=False):
-        cells: dict[str, float] = {}
-        for column, factor in factors(columns).items():
-            found, p = _over_groups(of_method[column], of_method[group])
-            cells |= entries(column, found, factor) | {f"{column}_p": p}
-        summary[method] = cells
-    return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
+    return tabulate(rows, columns, lambda group, column: _over_groups(group[column], group["group"]))
 
 
-def difference_over_groups(
-    rows: pd.DataFrame, column: str, method: str, reference: str, group: str = "group"
-) -> Estimate:
+def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
     """Mean of what a method has more of a column than a reference, image by image, with its 95 % interval over groups.
 
-    Rows, column and group as `summarize_groups` takes them; each image has one row of both methods.
+    Rows and column as `summarize_groups` takes them; each image has one row of both methods.
     """
-    wide = rows.pivot(index=[group, "image"], columns="method", values=column)
+    wide = rows.pivot(index=["group", "image"], columns="method", values=column).reset_index("group")
     more = factors([column])[column] * (wide[method] - wide[reference])
-    return _over_groups(more, more.index.get_level_values(group).to_series(index=more.index))[0]
+    return _over_groups(more, wide["group"])[0]
 
 
 def _over_groups(values: pd.Series, groups: pd.Series) -> tuple[Estimate, float]:
     """The mean over all values, NaN left out, with its interval over groups, and its p value."""
     by_group = values.dropna().groupby(groups)
     if not len(by_group):
-        return Estimate(math.nan, math.nan, math.nan), math.nan
+        return NOTHING, math.nan
     sums, counts = by_group.sum().to_numpy(float), by_group.count().to_numpy(float)
     return estimate_and_p(sums, counts, statistic=ratio_of_means)
 
@@ -532,20 +502,17 @@ def evidence_rows(
 
     Arguments as there, but maps and rivals by method. `columns` are further ones of B values each, such as names.
     """
-    others = rivals or {}
-    tables = [
-        evidence_scores(S, boxes, grid, others.get(name, ())).assign(method=name, **(columns or {}))
-        for name, S in saliency.items()
-    ]
+    of_method = {name: evidence_scores(S, boxes, grid, (rivals or {}).get(name, ())) for name, S in saliency.items()}
+    tables = [table.assign(method=name, **(columns or {})) for name, table in of_method.items()]
     return pd.concat(tables, ignore_index=True)
 
 
-def all_probabilities(model: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+def all_probabilities(model: nn.Module, images: Tensor) -> Tensor:
     """What the network gives each class, (B,C) float64 in [0,1]; errors as `checks.check_images`."""
     check_images(model, images)
     found: list[Tensor] = []
     with frozen(model), torch.no_grad():
-        for part in images.split(batch_size):
+        for part in images.split(16):
             logits, head = read(model, prepared(model, part)) if found else examine(model, prepared(model, part))
             found.append(probabilities(logits.double(), head))
     return torch.cat(found)

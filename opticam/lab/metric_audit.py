@@ -7,7 +7,6 @@ image, and does not change when a map is only made sharper, blurrier or brighter
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +29,12 @@ from opticam.lab.known_evidence import (
     pixel_auroc,
     uniform,
 )
-from opticam.lab.summary import Estimate, clipped, entries, estimate, estimate_and_p, interval, ratio_of_means, spearman
+from opticam.lab.summary import Estimate, clipped, entries, estimate, estimate_and_p, ratio_of_means, spearman
 from opticam.methods import fake_cam
 from opticam.metrics import COLUMNS, adcc, arcc, coherency, complexity, insertion_deletion, road
 from opticam.saliency import BASELINES, apply_mask, min_max
 
-STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD: less than half of the passes, since many maps are scored
+STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD; else 28 and four: many maps are scored here
 BASE = "grad_cam"  # whose maps are changed, and which uninformative maps are compared with
 
 
@@ -111,9 +110,7 @@ class Audited(NamedTuple):
     again: dict[str, Tensor]
 
 
-def audited_maps(
-    model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method], batch_size: int = 4
-) -> Audited:
+def audited_maps(model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method]) -> Audited:
     """The maps of methods, of `CHANGES` of the base method's map, and of the controls.
 
     Arguments as `evaluation.saliency_maps`. ValueError: the base method, `grad_cam`, is not among the methods.
@@ -121,12 +118,13 @@ def audited_maps(
     if BASE not in methods:
         raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
     made = {name: method for name, method in methods.items() if name not in CONTROLS}
-    made |= {name: partial(_changed, methods[BASE], change) for name, change in CHANGES.items()}
-    saliency = saliency_maps(model, images, class_idx, made, batch_size)
-    again = {
-        name: saliency_maps(model, apply_mask(images, saliency[name]), class_idx, {name: method}, batch_size)[name]
-        for name, method in made.items()
-    }
+    saliency = saliency_maps(model, images, class_idx, made, batch_size=4)
+    saliency |= {name: change(saliency[BASE]) for name, change in CHANGES.items()}
+    again = {}
+    for name, S in saliency.items():
+        method = {name: methods[BASE if name in CHANGES else name]}
+        of_masked = saliency_maps(model, apply_mask(images, S), class_idx, method, batch_size=4)[name]
+        again[name] = CHANGES[name](of_masked) if name in CHANGES else of_masked
     fixed = {name: control(model, images, class_idx) for name, control in CONTROLS.items()}
     if len(images) > 1:
         fixed["other"] = saliency[BASE].roll(1, 0)
@@ -161,37 +159,26 @@ def collect_evidence(
         One entry for each kind that has images.
     """
     height, width = images.shape[2:]
-    frame = torch.tensor([width, height] * 2)
-    nothing, none = torch.zeros(0, 4), torch.zeros(0)
+    frame, none = torch.tensor([width, height] * 2), torch.zeros(0)
     found = []
     mosaics = find_mosaics(model, images, class_idx)
-    places = []
-    for m in mosaics.verified.any(1).nonzero()[:, 0].tolist()[:limit]:
-        cells = [(m + k) % SIDE**2 for k in range(SIDE**2)]
-        places.append((m, next(k for k in cells if mosaics.verified[m, k])))
-    if places:
-        which, cell = (list(part) for part in zip(*places, strict=True))
+    which = mosaics.verified.any(1).nonzero()[:, 0].tolist()[:limit]
+    if which:
+        turns = [[(m + k) % SIDE**2 for k in range(SIDE**2)] for m in which]
+        cell = [next(k for k in turn if mosaics.verified[m, k]) for m, turn in zip(which, turns, strict=True)]
         corners = cell_boxes((SIDE * height, SIDE * width))[cell]
         shown = mosaics.photos[which, cell].tolist()
-        objects = [
-            torch.minimum(boxes[i].clamp(min=0), frame) + corner[:2].repeat(2)
-            for i, corner in zip(shown, corners, strict=True)
-        ]
+        inside = [torch.minimum(boxes[i].clamp(min=0), frame) for i in shown]
+        objects = [some + corner[:2].repeat(2) for some, corner in zip(inside, corners, strict=True)]
         called = [f"{names[i]}, cell {k}" for i, k in zip(shown, cell, strict=True)]
-        regions = list(corners[:, None])
-        found.append(
-            Evidence("mosaic", called, mosaics.images[which], mosaics.class_idx[which, cell], objects, regions, none)
-        )
+        pictures = mosaics.images[which], mosaics.class_idx[which, cell]
+        found.append(Evidence("mosaic", called, *pictures, objects, list(corners[:, None]), none))
     pastes = find_pastes(model, images, class_idx, boxes)
     first = [k for k, pair in enumerate(pastes.pairs.tolist()) if pair not in pastes.pairs[:k].tolist()][:limit]
     if first:
         called = [f"{names[j]} in {names[i]}" for i, j in pastes.photos[first].tolist()]
-        regions = [pastes.boxes[k] for k in first]
-        found.append(
-            Evidence(
-                "paste", called, pastes.images[first], pastes.class_idx[first], [nothing] * len(first), regions, none
-            )
-        )
+        objects, regions = [torch.zeros(0, 4)] * len(first), [pastes.boxes[k] for k in first]
+        found.append(Evidence("paste", called, pastes.images[first], pastes.class_idx[first], objects, regions, none))
     right = (all_probabilities(model, images).argmax(1) == class_idx).nonzero()[:, 0].tolist()[:limit]
     if right:
         x, c = images[right], class_idx[right]
@@ -224,23 +211,7 @@ def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[
     return pd.concat(tables, ignore_index=True)
 
 
-def _changed(
-    method: Method, change: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, class_idx: Tensor
-) -> Tensor:
-    return change(method(model, images, class_idx))
-
-
-def judge(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    maps: Audited,
-    boxes: Sequence[Tensor],
-    *,
-    steps: int = STEPS,
-    fractions: Sequence[float] = FRACTIONS,
-    batch_size: int = 8,
-) -> pd.DataFrame:
+def judge(model: nn.Module, images: Tensor, class_idx: Tensor, maps: Audited, boxes: Sequence[Tensor]) -> pd.DataFrame:
     """Every metric for every map: one row per image and map, with the columns `target` (0 to B-1) and `method`.
 
     Args:
@@ -249,20 +220,17 @@ def judge(
         class_idx: (B,) int64.
         maps: from `audited_maps`.
         boxes: B tensors (n,4), what a person would call the object; without rows where none are known.
-        steps: of insertion and deletion; the paper's are 28 for 224 pixels.
-        fractions: of ROAD; those of `road` itself are 0.2, 0.4, 0.6 and 0.8.
-        batch_size: masked images in flight.
 
     Returns:
         The columns of `evaluation.score` and of `GROUPS`, and the terms `coherency` and `complexity`.
     """
-    per_step = images[0, 0].numel() // steps
+    per_step = images[0, 0].numel() // STEPS
     tables = []
     for name, S in maps.saliency.items():
         table = score(model, images, class_idx, S)
         arguments = model, images, class_idx, S
-        inserted, deleted = insertion_deletion(*arguments, pixels_per_step=per_step, batch_size=batch_size)
-        removed = road(*arguments, fractions=fractions, batch_size=batch_size)
+        inserted, deleted = insertion_deletion(*arguments, pixels_per_step=per_step, batch_size=8)
+        removed = road(*arguments, fractions=FRACTIONS, batch_size=8)
         drop = torch.tensor(table["average_drop"].to_numpy())
         columns = {
             "insertion": inserted[0],
@@ -279,7 +247,7 @@ def judge(
     return pd.concat(tables, ignore_index=True)
 
 
-def agreement(scores: np.ndarray, truth: np.ndarray) -> dict[str, Estimate]:
+def agreement(scores: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Estimate], float]:
     """Spearman rank correlation of a metric with the truth, in three ways.
 
     Args:
@@ -295,28 +263,22 @@ def agreement(scores: np.ndarray, truth: np.ndarray) -> dict[str, Estimate]:
     Raises:
         ValueError: shapes that differ, or fewer than two maps.
     """
-    return _agreement(scores, truth)[0]
-
-
-def _agreement(scores: np.ndarray, truth: np.ndarray) -> tuple[dict[str, Estimate], float]:
-    """`agreement`, and the p value of `maps` being 0."""
     if scores.shape != truth.shape or scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: wanted (n,M) as truth, M of 2 or more, got {scores.shape} and {truth.shape}")
     columns = *scores.T, *truth.T
     maps, p = estimate_and_p(spearman(scores, truth, axis=1))
-    found = {"maps": maps}
-    for name, statistic in (("images", _over_images), ("methods", _over_methods)):
-        value = float(statistic(*columns, axis=-1))
-        found[name] = Estimate(value, *interval(*columns, statistic=statistic, num_resamples=2000))
-    return found, p
+    images, methods = (
+        estimate(*columns, statistic=statistic, num_resamples=2000) for statistic in (_over_images, _over_methods)
+    )
+    return {"maps": maps, "images": images, "methods": methods}, p
 
 
-def _over_images(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+def _over_images(*columns: np.ndarray, axis: int) -> np.ndarray:
     scores, truth = columns[: len(columns) // 2], columns[len(columns) // 2 :]
     return np.mean([spearman(a, b, axis) for a, b in zip(scores, truth, strict=True)], 0)
 
 
-def _over_methods(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
+def _over_methods(*columns: np.ndarray, axis: int) -> np.ndarray:
     means = np.stack([values.mean(axis) for values in columns], -1)
     return spearman(means[..., : len(columns) // 2], means[..., len(columns) // 2 :], axis=-1)
 
@@ -324,17 +286,15 @@ def _over_methods(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
 ENDS = dict.fromkeys(("maps", "images", "methods"), (-1, 1)) | {"uninformative": (0, 1)}  # of the values
 
 
-def audit(
-    rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[str], truth: str = "truth"
-) -> pd.DataFrame:
+def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[str]) -> pd.DataFrame:
     """What each metric is worth, by known evidence: one row per metric.
 
     Args:
         rows: one row per target and map, with the columns `target` (unique over all kinds of evidence), `method`, those
-            of the metrics, and the truth. A target without the metric for one of its maps does not count for it.
+            of the metrics, and `truth`, higher is better. A target without the metric for one of its maps does not
+            count for it.
         metrics: column -> whether higher is better.
         methods: the maps that the truth orders; the base method among them.
-        truth: the column of the truth, higher is better.
 
     Returns:
         Index `metric`; each with `_low` and `_high`: `maps`, `images`, `methods` of `agreement`; `uninformative`, how
@@ -345,13 +305,13 @@ def audit(
     """
     found = {}
     wide = rows.pivot(index="target", columns="method")
-    controls = [name for name in (*CONTROLS, "other") if name in wide[truth]]
+    controls = [name for name in (*CONTROLS, "other") if name in wide["truth"]]
     for metric, higher in metrics.items():
         values = pd.DataFrame(wide[metric] if higher else -wide[metric]).dropna(subset=list(methods))
         if not len(values):
             continue
-        scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide[truth]))
-        cells, p = _agreement(scores, right)
+        scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide["truth"]))
+        cells, p = agreement(scores, right)
         base = values[BASE].to_numpy(float)
         wins = [(values[name] > base) + (values[name] == base) / 2 for name in controls]
         if wins:

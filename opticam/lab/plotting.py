@@ -1,6 +1,6 @@
 """Pictures: overlays, grids of images, bars with intervals, tables; one style for all figures; save_figure.
 
-What returns a figure does not show it. Photos and maps are tensors in [0,1].
+What returns a figure does not show it. Photos (3,H,W), maps (1,H,W) and probabilities are in [0,1], boxes in pixels.
 """
 
 import io
@@ -36,8 +36,7 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 _BLUE, _RED = "#0173b2", "#d55e00"  # of seaborn's palette "colorblind"
 _MARKERS = "osD^vPX<>*"
 _WIDTH = 85 / 25.4  # inches of a journal's column: charts are drawn at the size they are printed
-_SCREEN = {"dpi": 100, "font": 10}  # of pictures side by side, as pages show them
-_PRINT = {"dpi": 200, "font": 7}
+_DPI = 200  # of what is printed
 # the pale end is cut off: over a gray photo it would look weaker than what surrounds it
 SALIENCY_CMAP = mpl.colors.ListedColormap(mpl.colormaps["inferno"](np.linspace(0, 0.85, 256)), "saliency")
 
@@ -83,7 +82,7 @@ def _with_palette(chart: bytes) -> bytes:
 def use_plain_style() -> None:
     """The part of `use_style` that matters to pictures without axes, without the time that seaborn's import takes."""
     mpl.rcParams |= {
-        "figure.dpi": _PRINT["dpi"],
+        "figure.dpi": _DPI,
         "font.size": 7.5,
         "axes.titlesize": 8,
         "axes.labelsize": 7.5,
@@ -112,28 +111,25 @@ def to_picture(image: Tensor) -> np.ndarray:
     return array[..., 0] if array.shape[-1] == 1 else array.clip(0, 1)
 
 
-def overlay(image: Tensor, saliency: Tensor, alpha: float = 0.55, contour: float | None = 0.5) -> np.ndarray:
+def overlay(image: Tensor, saliency: Tensor) -> np.ndarray:
     """The map in colour over the image in gray, with a white line around what the map calls salient.
 
-    The line shows the map where the image is dark too.
+    The line runs inside of all that is at least 0.5. It shows the map where the image is dark too.
 
     Args:
         image: (3,H,W) in [0,1].
         saliency: (1,H,W) in [0,1].
-        alpha: weight of the map.
-        contour: the line runs inside of all that is at least this; None for no line.
 
     Returns:
         (H,W,3) float in [0,1].
     """
     colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
     gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
-    picture = alpha * colored + (1 - alpha) * gray[..., None]
-    if contour is not None:
-        thick = math.ceil(saliency.shape[-1] / 150)
-        inside = (saliency.detach().cpu()[None] >= contour).float()
-        core = -F.max_pool2d(-inside, 2 * thick + 1, 1, thick)  # what is thick pixels or more away from the outside
-        picture[(inside > core)[0, 0].numpy()] = 1
+    picture = 0.55 * colored + (1 - 0.55) * gray[..., None]
+    thick = math.ceil(saliency.shape[-1] / 150)
+    inside = (saliency.detach().cpu()[None] >= 0.5).float()
+    core = -F.max_pool2d(-inside, 2 * thick + 1, 1, thick)  # what is thick pixels or more away from the outside
+    picture[(inside > core)[0, 0].numpy()] = 1
     return picture
 
 
@@ -159,54 +155,49 @@ def image_grid(
         printed: text of 7 points, for a page of a journal; else of 10, for a screen.
     """
     columns = max(len(row) for row in rows)
-    style = _PRINT if printed else _SCREEN
-    font = style["font"]
+    dpi, font = (_DPI, 7) if printed else (100, 10)
     extra = 0.025 * font if captions else 0.0
     figsize = (size * columns, (size + extra) * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=style["dpi"], squeeze=False)
+    figure, axes = plt.subplots(len(rows), columns, figsize=figsize, dpi=dpi, squeeze=False)
     if printed:
         figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for ax in axes.flat:
         ax.set_axis_off()
         ax.set_anchor("N" if printed else "C")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            ax = axes[i, j]
+    for line, row in zip(axes, rows, strict=True):
+        for ax, picture in zip(line, row, strict=False):
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
-            if i < len(captions) and j < len(captions[i]):
-                below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
-                ax.text(0.5, -0.04, captions[i][j], transform=ax.transAxes, **below)
-            if i == 0 and j < len(column_titles):
-                ax.set_title(column_titles[j], fontsize=font)
-            if j == 0 and i < len(row_titles):
-                beside = {"ha": "right", "va": "center", "rotation": 90, "fontsize": font}
-                ax.text(-0.06, 0.5, row_titles[i], transform=ax.transAxes, **beside)
+    for ax, title in zip(axes[0], column_titles, strict=False):
+        ax.set_title(title, fontsize=font)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.text(-0.06, 0.5, title, transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=font)
+    for i, (line, texts) in enumerate(zip(axes, captions, strict=False)):
+        below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
+        for ax, text in zip(line, texts, strict=False):
+            ax.text(0.5, -0.04, text, transform=ax.transAxes, **below)
     for some, ax in zip(boxes, axes.flat, strict=False):
         show_boxes(ax, some, lw=0.8 if printed else 1.5)
     return figure
 
 
 def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
-    """One decision explained: image (3,H,W), overlay of the map (1,H,W) and masked image side by side; three titles."""
+    """One decision explained: image, overlay of the map and masked image side by side; three titles."""
     return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
 
 
-def probability_bars(
-    probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int, num_classes: int = 5
-) -> Figure:
+def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int) -> Figure:
     """Probabilities for the photo and for the masked photo: the class explained, then those that matter most in either.
 
-    The figure is unknown to pyplot, so that a thread may draw it.
+    Five classes at most. The figure is unknown to pyplot, so that a thread may draw it.
 
     Args:
         probs: (C,) in [0,1], of the photo.
         masked_probs: (C,) in [0,1], of the masked photo.
         class_names: C names.
         class_idx: the class explained.
-        num_classes: bars, with the class explained.
     """
-    largest = torch.maximum(probs, masked_probs).topk(min(num_classes, len(probs))).indices.tolist()
+    largest = torch.maximum(probs, masked_probs).topk(min(5, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
     figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
     ax = figure.subplots()
@@ -298,10 +289,8 @@ def overview(
     """Opti-CAM in one picture: photo, feature maps, their weights, map, masked photo; the logit while they move.
 
     Args:
-        photo: (3,H,W) in [0,1].
-        features: (n,h,w) non-negative, some of the feature maps.
-        weights: (n,) of these, after the optimisation.
-        saliency: (1,H,W) in [0,1].
+        photo: (3,H,W), with the map `saliency` (1,H,W).
+        features: (n,h,w) non-negative, some of the feature maps, with their weights (n,) after the optimisation.
         logits: (T+1,) of the masked photo.
         references: label -> another logit of the class, drawn as a level line.
         name: of the class.
@@ -493,19 +482,14 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
             `summary.summarize_differences`. NaN leaves the place empty.
         columns: column -> title of its panel.
     """
-    groups = list(dict.fromkeys(differences.index.get_level_values(0)))
-    places, variants, headings_at, position = [], [], [], 0.0
-    for group in groups:
-        headings_at.append((position, group))
-        for variant in differences.loc[[group]].index.get_level_values(1):
-            position += 1
-            places.append(position)
-            variants.append(variant)
-        position += 1.3
     from opticam.lab.summary import clear_after_holm  # here: SciPy's statistics take a second to load
 
     clear = clear_after_holm(differences)
-    size = (_WIDTH, 0.14 * position + 0.7)
+    group_of, variants = (list(differences.index.get_level_values(level)) for level in (0, 1))
+    groups = list(dict.fromkeys(group_of))
+    places = [row + 1 + 1.3 * groups.index(group) for row, group in enumerate(group_of)]
+    end = len(places) + 1.3 * len(groups)
+    size = (_WIDTH, 0.14 * end + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
@@ -520,11 +504,12 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         ax.patch.set_visible(False)  # the names of groups run on into it, and cover its line
     axes[0, 0].set_yticks(places, variants)
     axes[0, 0].set_zorder(1)
-    for place, group in headings_at:
+    for group in groups:
+        place = places[group_of.index(group)] - 1
         over = {"transform": axes[0, 0].get_yaxis_transform(), "in_layout": False}
         over |= {"bbox": {"fc": "w", "ec": "none", "pad": 0.6}}
         axes[0, 0].text(0.02, place, group, **over, va="center", fontweight="bold", fontsize=7)
-    axes[0, 0].set_ylim(position - 0.6, -0.8)
+    axes[0, 0].set_ylim(end - 0.6, -0.8)
     key: dict[str, Any] = {"color": "w", "marker": "o", "ms": 4}
     filled = mpl.lines.Line2D([], [], **key, mfc=_BLUE, mec=_BLUE, label="clear after Holm's correction")
     hollow = mpl.lines.Line2D([], [], **key, mfc="w", mec="0.45", label="not clear")
@@ -620,12 +605,13 @@ def latex_table(table: "pd.DataFrame") -> str:
     return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$") + "\n"
 
 
-def show_boxes(ax: Axes, boxes: Tensor, color: str = "#00d0ff", lw: float = 1.5) -> None:
+def show_boxes(ax: Axes, boxes: Tensor, lw: float = 1.5) -> None:
     """Draw boxes (n,4), (xmin, ymin, xmax, ymax) in pixels, over the image on `ax`; what lies outside, at its edge."""
     height, width = ax.images[0].get_size()
     inside = torch.stack([boxes[:, 0::2].clamp(1, width - 2), boxes[:, 1::2].clamp(1, height - 2)], 2).flatten(1)
     for xmin, ymin, xmax, ymax in inside.tolist():
-        ax.add_patch(mpl.patches.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, lw=lw))
+        place = (xmin, ymin), xmax - xmin, ymax - ymin
+        ax.add_patch(mpl.patches.Rectangle(*place, fill=False, edgecolor="#00d0ff", lw=lw))
 
 
 def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:

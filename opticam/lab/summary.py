@@ -25,16 +25,14 @@ class Estimate(NamedTuple):
         return shown[0] if self.low == self.value == self.high else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
+NOTHING = Estimate(np.nan, np.nan, np.nan)  # of no values
 FEW, MANY = 20, 2000  # images: below, resampling covers less than it says; above, it adds nothing to a mean
 
 
 def interval(
-    *values: np.ndarray,
-    statistic: Callable[..., np.ndarray] = np.mean,
-    confidence: float = 0.95,
-    num_resamples: int = 10_000,
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
 ) -> tuple[float, float]:
-    """Confidence interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
+    """95 % interval of a statistic over images: BCa bootstrap, seeded; Student's t for fewer than 20 images.
 
     **Ours**: t, with the jackknife's standard error, also where BCa is undefined, and for the mean of more than 2000
     images, where both agree. `benchmarks/results/coverage.json` has what each covers: of 6 or 8 normal values, 95 %
@@ -48,7 +46,6 @@ def interval(
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
             n images in R repeats that all images share, such as seeds of random weights.
         statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
-        confidence: share of the interval.
         num_resamples: bootstrap samples.
 
     Returns:
@@ -60,23 +57,21 @@ def interval(
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    return _intervals(values, statistic, num_resamples)(confidence)
+    return _intervals(values, statistic, num_resamples)(0.95)
 
 
 def _intervals(
-    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int = 10_000
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
 ) -> Callable[[float], tuple[float, float]]:
     """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
-    if values[0].ndim == 2 and statistic is not np.mean:
+    number, repeated = len(values[0]), values[0].ndim == 2
+    if repeated and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
-    number = len(values[0])
     if number == 1:
         return lambda confidence: (np.nan, np.nan)
-    if values[0].ndim == 2:
-        return partial(_t_interval, float(values[0].mean()), *_spread(values[0]))
-    if number >= FEW and not (statistic is np.mean and number > MANY):
+    if number >= FEW and not repeated and not (statistic is np.mean and number > MANY):
         bootstrap = partial(
             stats.bootstrap,
             values,
@@ -94,10 +89,9 @@ def _intervals(
                 bootstrap(n_resamples=0, bootstrap_result=drawn, confidence_level=confidence).confidence_interval
             )
     if statistic is np.mean:
-        error = values[0].std(ddof=1) / np.sqrt(number)
-    else:
-        without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
-        error = without.std() * np.sqrt(number - 1)
+        return partial(_t_interval, float(values[0].mean()), *_spread(values[0].reshape(number, -1)))
+    without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
+    error = without.std() * np.sqrt(number - 1)
     return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
 
 
@@ -114,9 +108,7 @@ def estimate_and_p(
         thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
         0.
     """
-    ends = _intervals(values, statistic, num_resamples)
-    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
-    found = Estimate(float(value), *ends(0.95))
+    found, ends = _estimated(values, statistic, num_resamples)
     least, most = 2 / num_resamples, 1.0
     while most > 1.001 * least:
         middle = np.sqrt(least * most)
@@ -159,10 +151,19 @@ def _pair(found: Any) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def estimate(*values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> Estimate:
+def estimate(
+    *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
+) -> Estimate:
     """A statistic over images with its 95 % interval; arguments and errors as `interval`."""
-    value = statistic(*values) if values[0].ndim == 2 else statistic(*values, axis=-1)
-    return Estimate(float(value), *interval(*values, statistic=statistic))
+    return _estimated(values, statistic, num_resamples)[0]
+
+
+def _estimated(
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
+) -> tuple[Estimate, Callable[[float], tuple[float, float]]]:
+    ends = _intervals(values, statistic, num_resamples)
+    value = statistic(*values, axis=None if values[0].ndim == 2 else -1)
+    return Estimate(float(value), *ends(0.95)), ends
 
 
 def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
@@ -231,12 +232,11 @@ def _spread(values: np.ndarray) -> tuple[float, float]:
     return np.sqrt(parts.sum()), freedom
 
 
-def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion, by Clopper and Pearson.
+def proportion_interval(hits: np.ndarray) -> tuple[float, float]:
+    """Exact 95 % interval of a proportion, by Clopper and Pearson.
 
     Args:
         hits: (n,) of zeros and ones.
-        confidence: share of the interval.
 
     Returns:
         (low, high) in [0,1]: of 20 hits in 20, (0.83, 1).
@@ -249,7 +249,7 @@ def proportion_interval(hits: np.ndarray, confidence: float = 0.95) -> tuple[flo
     """
     if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
         raise ValueError("hits: wanted zeros and ones, at least one")
-    return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact"))
+    return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="exact"))
 
 
 def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None = None) -> pd.DataFrame:
@@ -267,36 +267,44 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
     Returns:
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
     """
-    return _summarize(rows, columns, repeats)
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
+        values = _values(group, column, repeats)
+        if not len(values):
+            return NOTHING, None
+        proportion = column in COLUMNS and COLUMNS[column].proportion and repeats is None
+        exact = proportion and np.isin(values, (0, 1)).all()
+        found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
+        return _within(found, column, 1, difference=False), None
+
+    return tabulate(rows[rows["status"] != "skipped"] if "status" in rows else rows, columns, mean_of)
 
 
-def _summarize(
-    rows: pd.DataFrame, columns: Collection[str], repeats: str | None, differences: bool = False
+def tabulate(
+    rows: pd.DataFrame,
+    columns: Collection[str],
+    found_in: Callable[[pd.DataFrame, str], tuple[Estimate, float | None]],
 ) -> pd.DataFrame:
+    """What is found in the rows of each method, for each column: a table like that of `summarize`.
+
+    `column_p` is the p value, where there is one.
+    """
     if not isinstance(columns, Mapping):
         columns = factors(columns)
-    proportions = {column for column in columns if column in COLUMNS and COLUMNS[column].proportion}
-    summary = {}
-    if "status" in rows:
-        rows = rows[rows["status"] != "skipped"]
+    table = {}
     for method, group in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
         for column, factor in columns.items():
-            values: np.ndarray
-            if repeats is None:
-                values = group[column].dropna().to_numpy(float)
-            else:
-                values = group.pivot(index="image", columns=repeats, values=column).dropna().to_numpy(float)
-            found, p = Estimate(np.nan, np.nan, np.nan), np.nan
-            if len(values) and differences:
-                found, p = estimate_and_p(values)
-            elif len(values):
-                exact = column in proportions and repeats is None and np.isin(values, (0, 1)).all()
-                found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
-            cells |= entries(column, _within(found, column, 1, differences), factor)
-            cells |= {f"{column}_p": p} if differences else {}
-        summary[method] = cells
-    return pd.DataFrame.from_dict(summary, orient="index").rename_axis("method")
+            found, p = found_in(group, column)
+            cells |= entries(column, found, factor) | ({} if p is None else {f"{column}_p": p})
+        table[method] = cells
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("method")
+
+
+def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray:
+    """The column of one method as `interval` takes it: (n,), or (n,R) of repeats."""
+    values = group[column] if repeats is None else group.pivot(index="image", columns=repeats, values=column)
+    return values.dropna().to_numpy(float)
 
 
 def summarize_differences(
@@ -328,22 +336,27 @@ def summarize_differences(
     for column in columns:
         wide = rows.pivot(index=keys, columns="method", values=column)
         differences[column] = wide.sub(wide[reference], axis=0)[order].stack(future_stack=True)
-    return _summarize(pd.DataFrame(differences).reset_index(), columns, repeats, differences=True)
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
+        values = _values(group, column, repeats)
+        found, p = estimate_and_p(values) if len(values) else (NOTHING, np.nan)
+        return _within(found, column, 1, difference=True), p
+
+    return tabulate(pd.DataFrame(differences).reset_index(), columns, mean_of)
 
 
-def clear_after_holm(differences: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
-    """Which differences of a table are not 0: those whose p value is small, corrected by `holm` for all of its entries.
+def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
+    """Which differences of a table are not 0: those whose p value, corrected by `holm` for all entries, is below 0.05.
 
     Args:
         differences: from `summarize_differences`, with `column_p` for each column.
-        level: below which p has to fall.
 
     Returns:
         Index as given; a column of booleans for each that has p values. False where there is no value.
     """
     columns = [str(column) for column in differences if str(column).endswith("_p")]
     corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
-    return pd.DataFrame(corrected < level, differences.index, [column.removesuffix("_p") for column in columns])
+    return pd.DataFrame(corrected < 0.05, differences.index, [column.removesuffix("_p") for column in columns])
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -385,15 +398,14 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
-    accuracies = {}
-    for method, group in with_box.groupby("method", sort=False):
+    kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
+
+    def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
         bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
         hits = bits.reshape(len(group), 4, -1)
-        cells: dict[str, float] = {}
-        for column, kinds in (("max_box_acc", slice(1)), ("max_box_acc_v2", slice(1, 4))):
-            cells |= entries(column, clipped(_best_share(hits[:, kinds]), 0, 1), 100)
-        accuracies[method] = cells
-    return pd.DataFrame.from_dict(accuracies, orient="index").rename_axis("method")
+        return clipped(_best_share(hits[:, kinds[column]]), 0, 1), None
+
+    return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)
 
 
 PAPER = {

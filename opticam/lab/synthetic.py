@@ -57,12 +57,11 @@ def draw_scenes(count: int, size: int = 64, seed: int = 0) -> Scenes:
     boxes = _places(uniform(2, 3), uniform(1) < 0.5, size)
     centres = torch.arange(size) + 0.5
     x, y = centres, centres[:, None]
-    phases = 2 * math.pi * uniform(2, 2)
-    u, v = (
-        16 * math.pi / size * axis + phase[..., None, None]
-        for axis, phase in zip((x, y), phases.unbind(2), strict=True)
-    )
-    waves = _waves(u.expand(-1, -1, size, size), v.expand(-1, -1, size, size))
+    across, down = (2 * math.pi * uniform(2, 2))[..., None, None].unbind(2)
+    frequency = 16 * math.pi / size
+    u, v = torch.broadcast_tensors(frequency * x + across, frequency * y + down)  # (B,2,S,S)
+    a, b = u.sin(), v.sin()
+    waves = torch.stack([b, a, (u + v).sin(), (u - v).sin(), a * b, torch.maximum(a, b) - 0.7], 2)
     light, dark = 0.6 + 0.4 * uniform(2, 3, 1, 1), 0.4 * uniform(2, 3, 1, 1)
     images = 0.2 + 0.4 * upsample(uniform(3, 8, 8), (size, size)) + 0.2 * uniform(3, size, size)
     for i in range(2):
@@ -80,9 +79,3 @@ def _places(chance: Tensor, upright: Tensor, size: int) -> Tensor:
     across = (chance[..., 2] * (size - side + 1)).floor()
     corners = torch.stack([torch.where(upright, across, along), torch.where(upright, along, across)], 2)
     return torch.cat([corners, corners + side[..., None]], 2)
-
-
-def _waves(u: Tensor, v: Tensor) -> Tensor:
-    """(B,2,6,S,S), in the order of `PATTERNS`, of phases (B,2,S,S) across and down."""
-    a, b = u.sin(), v.sin()
-    return torch.stack([b, a, (u + v).sin(), (u - v).sin(), a * b, torch.maximum(a, b) - 0.7], 2)

@@ -38,15 +38,16 @@ def test_agreement_in_three_ways_equals_the_ranks_counted():
     truth = rng.random((9, 5))
     scores = truth + 0.5 * rng.random((9, 5))
     scores[0] = (4 * scores[0]).round()  # ties
-    found = agreement(scores, truth)
+    found, p = agreement(scores, truth)
     by_image = [references.rank_correlation(a, b) for a, b in zip(scores, truth, strict=True)]
     by_kind = [references.rank_correlation(a, b) for a, b in zip(scores.T, truth.T, strict=True)]
     assert found["maps"].value == pytest.approx(np.mean(by_image))
     assert found["images"].value == pytest.approx(np.mean(by_kind))
     assert found["methods"].value == pytest.approx(references.rank_correlation(scores.mean(0), truth.mean(0)))
+    assert p < 0.05
     assert all(estimate.low <= estimate.value <= estimate.high for estimate in found.values())
     skewed = np.array([[0.0, 1], [0, 1], [9, 1]])  # means 3 and 1: the first is better
-    assert agreement(skewed, np.array([[1.0, 0]] * 3))["methods"].value == 1
+    assert agreement(skewed, np.array([[1.0, 0]] * 3))[0]["methods"].value == 1
     with pytest.raises(ValueError, match="scores: wanted"):
         agreement(scores[:, :1], truth[:, :1])
 
@@ -140,7 +141,7 @@ def test_every_metric_judges_every_map_and_order_is_not_changed_by_monotone_chan
     masked = images * maps.saliency["layer_cam"]
     torch.testing.assert_close(maps.again["layer_cam"], methods["layer_cam"](classifier, masked, class_idx))
     boxes = [cell_boxes((32, 32))[[k]] for k in range(3)]
-    rows = judge(classifier, images, class_idx, maps, boxes, steps=4, fractions=(0.3,))
+    rows = judge(classifier, images, class_idx, maps, boxes)
     assert set(audited_metrics()) == {name for names in GROUPS.values() for name in names} <= set(rows)
     assert len(rows) == 3 * len(maps.saliency)
     assert not rows[[*audited_metrics()]].isna().any().any()

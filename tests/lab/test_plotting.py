@@ -73,7 +73,6 @@ def test_a_white_line_runs_inside_of_what_the_map_calls_salient():
     assert white.sum() == 16
     assert white[3, 2:7].all()
     assert not white[4:7, 3:6].any()
-    assert not (overlay(dark, saliency, contour=None) == 1).any()
     assert not (overlay(dark, torch.ones(1, 12, 12)) == 1).any()  # without an edge
     large = torch.zeros(1, 224, 224)
     large[:, 100:110, 100:110] = 1
@@ -194,11 +193,12 @@ def test_metric_values_shows_the_metric_and_the_images():
 
 def test_probability_bars_begin_with_the_class_explained():
     probs, masked_probs = torch.tensor([0.1, 0.6, 0.3, 0.0]), torch.tensor([0.2, 0.1, 0.25, 0.45])
-    figure = probability_bars(probs, masked_probs, ["ant", "bee", "cat", "dog"], 2, num_classes=3)
+    figure = probability_bars(probs, masked_probs, ["ant", "bee", "cat", "dog"], 2)
     (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "bee", "dog"]  # of bee 0.6, of dog 0.45
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["cat", "bee", "dog", "ant"]  # of bee 0.6, of dog 0.45
     before, after = ([round(bar.get_width(), 4) for bar in bars] for bars in ax.containers)
-    assert (before, after) == ([30, 60, 0], [25, 10, 45])
+    assert (before, after) == ([30, 60, 0, 10], [25, 10, 45, 20])
     assert not mpl.pyplot.get_fignums()
 
 
