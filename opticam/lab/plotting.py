@@ -170,12 +170,12 @@ def image_grid(
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
     for ax, title in zip(axes[0], column_titles, strict=False):
         ax.set_title(title, fontsize=font)
-    for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.text(-0.06, 0.5, title, transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=font)
     for i, (line, texts) in enumerate(zip(axes, captions, strict=False)):
         below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
         for ax, text in zip(line, texts, strict=False):
             ax.text(0.5, -0.04, text, transform=ax.transAxes, **below)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.text(-0.06, 0.5, title, transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=font)
     for some, ax in zip(boxes, axes.flat, strict=False):
         show_boxes(ax, some, lw=0.8 if printed else 1.5)
     return figure
@@ -374,7 +374,7 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
             ax.annotate(f"{value:.1f}", (value + high + 5, position), va="center", fontsize=7)
         ax.set_title(title)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set(xlim=(0, 160), xticks=(0, 50, 100))
+    axes[0, 0].set(xlim=(0, 160), xticks=(0, 100))
     figure.supxlabel(f"%, mean over {num_images} images, 95 % interval", fontsize=7.5)
     return figure
 
