@@ -294,6 +294,11 @@ def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
     return logits.gather(1, class_idx[:, None])[:, 0]
 
 
+def log_odds(logits: Tensor, class_idx: Tensor) -> Tensor:
+    """Log-odds of each image's class under a softmax, `y_c - log sum_{j != c} exp y_j`, (B,)."""
+    return class_logit(logits, class_idx) - logits.scatter(1, class_idx[:, None], -torch.inf).logsumexp(1)
+
+
 def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
     """`metrics.class_probability` without its checks, which wait for the device: for loops."""
     return class_logit(probabilities(logits.double(), head), class_idx)
