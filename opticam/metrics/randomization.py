@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opticam.classifier import bare
 from opticam.features import resolve_layer
+from opticam.metrics.classification import check_alike
 from opticam.saliency import check_saliency
 
 
@@ -25,17 +26,12 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     Kernels and matrices are drawn from He's normal distribution, variance 2/fan_in, biases from N(0, 0.02^2). Modules
     with nothing but vectors go back to their own start by `reset_parameters` if they have it, else they are drawn like
     biases; for batch norm this means scale 1, shift 0, running mean 0 and variance 1. All of this is **ours**, for one
-    reason: the features of a randomised network should neither vanish nor forget the image. On EfficientNet-Lite0,
-    wholly randomised, the last feature maps of four photos differ by a standard deviation of 0.8 from photo to photo
-    (trained: 0.4). With `reset_parameters` throughout it is 2e-9, since torch's uniform draw loses a factor at every
-    layer; with the running statistics of training kept it is 0.02, since these do not fit random weights.
+    reason: the features of a randomised network should neither vanish nor forget the image. On EfficientNet-Lite0 the
+    last feature maps of four photos differ by a standard deviation of 0.8 from photo to photo (trained: 0.4). With
+    `reset_parameters` throughout it would be 2e-9, with the running statistics of training kept 0.02.
 
-    Args:
-        model: any network. Not touched; nor is the global random state.
-        seed: of the random weights; the same on every device.
-
-    Returns:
-        A network of the same class, flags, device and dtype.
+    The copy has the class, flags, device and dtype of the model. The seed gives the same weights on every device. The
+    model is not touched, nor is the global random state.
 
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
@@ -54,21 +50,19 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Networks randomised from the logits down: each by one stage more than the one before.
 
-    The order is the reverse of `named_modules`, that is, of how the network was put together, which for all networks
-    here is the reverse of the forward pass. The last network, if the stages cover all, is `randomized(model, seed)`.
+    The order is the reverse of `named_modules`, which for all networks here is the reverse of the forward pass. The
+    last network, if the stages cover all, is `randomized(model, seed)`.
 
     Args:
         model: any network. Not touched; nor is the global random state.
         seed: of the random weights; a stage gets the same ones in `cascading` and `independent`.
         stages: dotted names (for a `Classifier`: as the wrapped network names them), each a module that is randomised
-            with all it contains, in any order; by default every module that has parameters of its own.
+            with all it contains, in any order; by default every module that has parameters of its own. ValueError: no
+            such module, or one without parameters.
 
     Returns:
         Iterator of the name of the stage last randomised and a network of its own, in the modes of the model. Own
         parameters of the whole network, such as position embeddings, go by the name of its class.
-
-    Raises:
-        ValueError: no such module, or one without parameters.
     """
     return _randomized_by_stage(model, seed, stages, cumulative=True)
 
@@ -81,21 +75,11 @@ def independent(
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman rank correlation over the pixels of each pair of maps; ties share their mean rank.
-
-    Maps here are non-negative, so that the variant with absolute values is not needed.
-
-    Args:
-        a: (B,1,H,W).
-        b: (B,1,H,W).
+    """Spearman rank correlation over the pixels of each pair of maps (B,1,H,W); ties share their mean rank.
 
     Returns:
-        (B,) float64 in [-1,1], 1 for maps of the same order: similar; 0 where a map is constant, to be counted, as such
-        a map tells nothing; NaN where a map has a NaN. In a sanity check lower is better.
-
-    Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: wrong shape.
+        (B,) float64 in [-1,1], 1 for maps of the same order; 0, to be counted, where a map is constant; NaN where a map
+        has a NaN. In a sanity check lower is better. TypeError or ValueError: not two tensors of that shape.
     """
     from scipy import stats
 
@@ -104,16 +88,13 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of each pair of maps, in two dimensions, range 1.
+    """Mean SSIM of each pair of maps, in two dimensions, range 1, at the settings of its paper.
 
-    Settings of the paper of SSIM: Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances,
-    mean over the windows that lie wholly inside.
+    These are a Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances, and the mean over
+    the windows that lie wholly inside.
 
-    Result and errors as `rank_correlation`, but 1 is for equal maps.
-
-    Args:
-        a: (B,1,H,W) in [0,1], sides of 11 pixels or more.
-        b: likewise.
+    Arguments, result and errors as `rank_correlation`, but maps are in [0,1], with sides of 11 pixels or more, and 1 is
+    for equal maps.
 
     Reference:
         Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004.
@@ -133,14 +114,15 @@ def _randomized_by_stage(
     model: nn.Module, seed: int, stages: Sequence[str] | None, *, cumulative: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     groups = _groups(model, stages)
-    trained, random = _copied(model), randomized(model, seed)
+    trained, sources = _copied(model), list(randomized(model, seed).modules())
 
     def networks() -> Iterator[tuple[str, nn.Module]]:
         network = trained
         for stage, places in reversed(groups):
             network = deepcopy(network if cumulative else trained)
-            for source, target in zip(_at(random, places), _at(network, places), strict=True):
-                _copy_own(source, target)
+            targets = list(network.modules())
+            for place in places:
+                _copy_own(sources[place], targets[place])
             yield stage, deepcopy(network)  # what the caller does to it must not reach the next
 
     return networks()
@@ -174,11 +156,6 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
             raise ValueError(f"stages: wanted modules with parameters, {name!r} has none")
         groups.append((name, [place[id(part)] for part in module.modules()]))
     return sorted(groups, key=lambda group: group[1][0])
-
-
-def _at(model: nn.Module, places: list[int]) -> list[nn.Module]:
-    modules = list(model.modules())
-    return [modules[i] for i in places]
 
 
 def _reinitialize(module: nn.Module) -> None:
@@ -216,5 +193,4 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
             raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(maps).__name__}")
     if a.ndim != 4 or a.shape[1] != 1 or 0 in a.shape:
         raise ValueError(f"a: wanted shape (B,1,H,W) without empty dimensions, got {tuple(a.shape)}")
-    if b.shape != a.shape:
-        raise ValueError(f"b: wanted the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
+    check_alike(a=a, b=b)
