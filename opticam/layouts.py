@@ -6,7 +6,7 @@ configuration of a network of the package transformers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,39 +42,32 @@ class Tokens(NamedTuple):
     prefix: int = 0
 
     def __call__(self, output: Tensor) -> Tensor:
-        """Maps (B,K,rows,columns), a view.
-
-        Raises:
-            ValueError: not that many tokens.
-        """
+        """Maps (B,K,rows,columns), a view. ValueError: not that many tokens."""
         if output.ndim != 3 or output.shape[1] != self.prefix + self.rows * self.columns:
             wanted = f"(B,{self.prefix}+{self.rows}*{self.columns},K)"
             raise ValueError(f"layer: wanted tokens {wanted}, got shape {tuple(output.shape)}")
         return output[:, self.prefix :].transpose(1, 2).unflatten(2, (self.rows, self.columns))
 
 
+def told_layout(model: nn.Module) -> Layout | None:
+    """The layout that the user has said of a `Classifier`."""
+    classifier = as_classifier(model)
+    return None if classifier is None else classifier.layout
+
+
 def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequence[int]) -> Layout:
-    """The function from the output of a layer to feature maps (B,K,h,w).
+    """The function from the output of a layer, for images of size (H,W), to feature maps (B,K,h,w).
 
     A `Classifier` whose layout the user has said has that one. Otherwise maps (B,K,h,w) are known from convolutions,
     batch norms, pooling and what is built of them; channels-last maps from Swin transformers and timm's records; tokens
     from transformers and mixers of timm, torchvision and transformers whose order of tokens is the reading order.
-
-    Args:
-        model: any network.
-        layer: a module of it.
-        output: of the layer.
-        size: (H,W) of the images.
-
-    Raises:
-        ValueError: the layout is not known.
+    ValueError: the layout is not known.
     """
-    classifier = as_classifier(model)
-    if classifier is not None and classifier.layout is not None:
-        return classifier.layout
+    if (told := told_layout(model)) is not None:
+        return told
     if output.ndim not in (3, 4):
         raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
-    path = _path(bare(model), layer)
+    path = path_to(bare(model), layer)
     layout = _layout_of_maps(path, output, size) if output.ndim == 4 else _layout_of_tokens(path, output, size)
     if layout is None:
         raise ValueError(
@@ -110,17 +103,14 @@ def check_cells(size: Sequence[int], cells: Sequence[int]) -> None:
 def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
     """The tokens of a network that is one plain sequence headed by a class token that its head reads, or None.
 
-    Args:
-        model: any network; the transformer may lie inside it. Of a `Classifier` with `layout=Tokens(...)`, these, if
-            they have a prefix.
-        size: (H,W) of the images.
+    The transformer may lie inside it. Of a `Classifier` with `layout=Tokens(...)`, these, if they have a prefix.
     """
-    classifier = as_classifier(model)
-    if classifier is not None and classifier.layout is not None:
-        if not (isinstance(classifier.layout, Tokens) and classifier.layout.prefix):
+    told = told_layout(model)
+    if told is not None:
+        if not (isinstance(told, Tokens) and told.prefix):
             return None
-        check_patches(model, size, classifier.layout[:2])
-        return classifier.layout
+        check_patches(model, size, told[:2])
+        return told
     transformer = plain_transformer(model)
     return None if transformer is None else token_grid(transformer, size)
 
@@ -128,9 +118,7 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
 def plain_transformer(model: nn.Module, pooled: bool = False) -> nn.Module | None:
     """The only transformer in the model, of those known as one plain sequence, or None.
 
-    Args:
-        model: any network.
-        pooled: also one whose head does not read a class token, but pools.
+    With `pooled` also one whose head does not read a class token, but pools.
     """
     found = [module for module in model.modules() if _name(module) in _CLASS_TOKEN]
     if len(found) != 1:
@@ -202,23 +190,8 @@ _BLOCKS = {
     "transformers.models.convnext.modeling_convnext.ConvNextStage",
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Stage",
 }
-_CONVOLUTIONAL = (
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.BatchNorm2d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm2d,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Dropout2d,
-)
+# beside those whose names end in 2d
+_CONVOLUTIONAL = (nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle)
 _ELEMENTWISE = (
     "torch.nn.modules.activation",
     "torch.nn.modules.dropout",
@@ -231,13 +204,8 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def path_to(network: nn.Module, layer: nn.Module) -> list[nn.Module]:
-    """The modules from the network down to the layer."""
-    return [module for _, module in _path(network, layer)]
-
-
-def _path(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As `path_to`, each with its own name."""
+def path_to(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules from the network down to the layer, each with its own name."""
     dotted = next((name for name, module in network.named_modules() if module is layer), "")
     path = [("", network)]
     for name in filter(None, dotted.split(".")):
@@ -339,7 +307,8 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
         return _layout_of_maps([*path, (name, child)], output, size)
     siblings = list(path[-2][1].named_children()) if len(path) > 1 and isinstance(path[-2][1], nn.Sequential) else []
     place = next((index for index, (_, module) in enumerate(siblings) if module is layer), 0)
-    if place and _is_elementwise(layer):
+    elementwise = isinstance(layer, nn.Identity) or _name(layer).startswith(_ELEMENTWISE)
+    if place and (elementwise or _name(layer).endswith(".StochasticDepth")):
         return _layout_of_maps([*path[:-1], siblings[place - 1]], output, size)
     if _name(network) in _SWIN:
         return channels_last
@@ -369,7 +338,9 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
     if not convolutional:
         return None
     network = path[0][1]
-    known = set(_channel_numbers(network))
+    named = ("in_channels", "out_channels", "num_features", "in_features", "out_features")
+    numbers = (getattr(module, name, None) for module in network.modules() for name in named)
+    known = {number for number in numbers if isinstance(number, int)}
     if not (first or last) and not (a in known and c not in known):
         return None
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)
@@ -386,23 +357,12 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def _is_convolutional(module: nn.Module) -> bool:
-    of_library = _name(module).startswith(("timm.layers.", "torchvision."))
-    return isinstance(module, _CONVOLUTIONAL) or (of_library and type(module).__name__.endswith("2d"))
-
-
-def _is_elementwise(module: nn.Module) -> bool:
-    name = _name(module)
-    return isinstance(module, nn.Identity) or name.startswith(_ELEMENTWISE) or name.endswith(".StochasticDepth")
+    named = [kind for kind in type(module).__mro__ if kind.__name__.endswith("2d")]
+    of_library = any(kind.__module__.startswith(("torch.nn.", "timm.layers.", "torchvision.")) for kind in named)
+    return of_library or isinstance(module, _CONVOLUTIONAL)
 
 
 def _wants_channels_last(module: nn.Module) -> bool:
     name = type(module).__name__
     norm = ("LayerNorm" in name or "RMSNorm" in name or "RmsNorm" in name) and not _is_convolutional(module)
     return norm or isinstance(module, nn.MultiheadAttention) or _name(module) == "torchvision.ops.misc.Permute"
-
-
-def _channel_numbers(network: nn.Module) -> Iterable[int]:
-    for module in network.modules():
-        for name in ("in_channels", "out_channels", "num_features", "in_features", "out_features"):
-            if isinstance(number := getattr(module, name, None), int):
-                yield number

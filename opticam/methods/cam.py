@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
         Selvaraju et al., Grad-CAM: Visual explanations from deep networks via gradient-based localization, ICCV 2017,
         arXiv 1610.02391, eq. 1 and 2.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
 
@@ -46,13 +44,12 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
 def grad_cam_plus_plus(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """Grad-CAM++ maps: `w_k = sum_ij a_kij relu(g_kij)`, `a = g^2 / (2 g^2 + (sum_ij A_kij) g^3)`.
 
-    Arguments, result and errors as `grad_cam`. Where g = 0 a has no weight; where the denominator is 0, a is 0.
+    Arguments, result and errors as `grad_cam`. Where the denominator is 0, a is 0.
 
     Reference:
         Chattopadhyay et al., Grad-CAM++: Improved visual explanations for deep convolutional networks, WACV 2018,
         arXiv 1710.11063, eq. 19.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     denominator = 2 + features.sum((2, 3), keepdim=True) * gradients  # both sides divided by g^2
     a = torch.where(denominator != 0, 1 / denominator, 0)
@@ -68,7 +65,6 @@ def x_grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: La
         Fu et al., Axiom-based Grad-CAM: Towards accurate visualization and explanation of CNNs, BMVC 2020,
         arXiv 2008.02312, eq. 8.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     total = features.sum((2, 3))
     weights = torch.where(total != 0, (gradients * features).sum((2, 3)) / total, 0)
@@ -84,7 +80,6 @@ def hires_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
         Draelos, Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks,
         2020, arXiv 2011.08891.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map((gradients * features).sum(1, keepdim=True), images.shape[-2:])
 
@@ -98,7 +93,6 @@ def layer_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
         Jiang et al., LayerCAM: Exploring hierarchical class activation maps for localization, IEEE TIP 2021,
         eq. 5 to 7.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map((gradients.relu() * features).sum(1, keepdim=True), images.shape[-2:])
 
@@ -108,11 +102,9 @@ def ablation_cam(
 ) -> Tensor:
     """Ablation-CAM maps: `w_k = (y_c - y_c[A_k = 0]) / y_c`, the share of the class logit lost with feature map k.
 
-    Of K feature maps, K passes, only of the part of the network after the layer where it can be split off.
-    Arguments, result and errors as `grad_cam`; where y_c = 0 the weights are 0.
-
-    Args:
-        batch_size: outputs of the layer in flight.
+    K passes for K feature maps, only of the part of the network after the layer where it can be split off, with
+    `batch_size` outputs of the layer in flight. Arguments, result and errors as `grad_cam`; where y_c = 0 the weights
+    are 0.
 
     Reference:
         Desai, Ramaswamy, Ablation-CAM: Visual explanations for deep convolutional network via gradient-free
@@ -128,7 +120,7 @@ def ablation_cam(
     if features is None or not features[:1].allclose(as_grid(output[:1], model, x, layer).to(dtype), equal_nan=True):
         raise ValueError("layer: ablation_cam wants one whose output has a row for each image")
     lost = torch.empty_like(features[:, :, 0, 0])
-    for rows, channels in _pairs(lost, batch_size):
+    for rows, channels in _pairs(torch.ones_like(lost), batch_size):
         ablated = output[rows]
         maps = as_grid(ablated, model, x, layer)
         if maps.untyped_storage().data_ptr() != ablated.untyped_storage().data_ptr():
@@ -144,11 +136,9 @@ def score_cam(
 ) -> Tensor:
     """Score-CAM maps: `w = softmax_k(f(x * n(up(A_k)))_c - f(0)_c)`, each feature map judged as a mask.
 
-    K + 2 passes for K feature maps; a constant one masks everything and needs none but that of the black image.
-    Arguments, result and errors as `grad_cam`. f(0)_c is the same for all k and leaves the softmax as it is.
-
-    Args:
-        batch_size: masked images in flight.
+    K + 2 passes for K feature maps, with `batch_size` masked images in flight; a constant map masks everything and
+    needs none but that of the black image. Arguments, result and errors as `grad_cam`. f(0)_c leaves the softmax as it
+    is.
 
     Reference:
         Wang et al., Score-CAM: Score-weighted visual explanations for convolutional neural networks, CVPR workshops
@@ -163,7 +153,7 @@ def score_cam(
         network = folded(model, x, logits)
         black = read(network, torch.zeros_like(x[:1])).logits[0, c].to(features.dtype)
         scores = black[:, None].repeat(1, features.shape[1])
-        for rows, channels in _pairs(scores, batch_size, features.amax((2, 3)) > features.amin((2, 3))):
+        for rows, channels in _pairs(features.amax((2, 3)) > features.amin((2, 3)), batch_size):
             masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
             masked_logits = read(network, apply_mask(x[rows], masks)).logits
             scores[rows, channels] = class_logit(masked_logits, c[rows]).to(scores.dtype)
@@ -196,14 +186,7 @@ def eigen_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
 
 
 def finer_cam(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    *,
-    layer: Layer = None,
-    alpha: float = 1.0,
-    num_classes: int = 3,
-    hold_weights: bool = False,
+    model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None, alpha: float = 1, num_classes: int = 3
 ) -> Tensor:
     """Finer-CAM maps: Grad-CAM of what sets the class apart, `sum_j w_j (y_c - alpha y_j) / sum_j w_j`.
 
@@ -211,35 +194,28 @@ def finer_cam(
     Under a sigmoid the only rival of a class is its absence, with logit 0, and the map is that of Grad-CAM.
 
     Args:
-        alpha: how much of the rivals is subtracted; 0 gives Grad-CAM if weights are held.
+        alpha: how much of the rivals is subtracted; 0 gives Grad-CAM.
         num_classes: how many rivals; of a network with fewer, all.
-        hold_weights: whether the weights w_j count as constants in the gradient. The library grad-cam does not hold
-            them.
 
     Reference:
         Zhang et al., Finer-CAM: Spotting the difference reveals finer details for visual explanation, CVPR 2025,
         arXiv 2501.11309.
     """
-    check_inputs(model, images, class_idx)
     check_at_least(1, num_classes=num_classes)
     check_numbers(alpha=alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: wanted a finite number, got {alpha}")
-    score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)
+
+    def score(logits: Tensor, class_idx: Tensor) -> Tensor:
+        y = logits.gather(1, class_idx[:, None])
+        distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
+        nearest = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
+        rivals = logits.gather(1, nearest)
+        weights = rivals.softmax(1)  # the softmax over all classes, divided by its sum over these
+        return (weights * (y - alpha * rivals)).sum(1)
+
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer, score)
     return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
-
-
-def finer_score(
-    logits: Tensor, class_idx: Tensor, alpha: float = 1.0, num_classes: int = 3, hold_weights: bool = False
-) -> Tensor:
-    """What `finer_cam` differentiates, (B,), from logits (B,C) and classes (B,); options as there."""
-    y = logits.gather(1, class_idx[:, None])
-    distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
-    rivals = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
-    weights = logits.gather(1, rivals).softmax(1)  # the softmax over all classes, divided by its sum over these
-    weights = weights.detach() if hold_weights else weights
-    return (weights * (y - alpha * logits.gather(1, rivals))).sum(1)
 
 
 def refine_cam(
@@ -252,8 +228,7 @@ def refine_cam(
 ) -> Tensor:
     """RefineCAM maps: the product of the maps of several layers, each in [0,1] and of the size of the image.
 
-    Arguments, result and errors as `grad_cam`. A deep layer says where, the layers before it sharpen its edges. A place
-    that one of the maps gives 0 is 0. One forward and one backward pass per layer.
+    Arguments, result and errors as `grad_cam`. A deep layer says where, the layers before it sharpen its edges.
 
     Args:
         layer: several; of one, or by default of the model's own target layer, the result is the map of `base`.
@@ -279,11 +254,8 @@ def equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer:
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """The map that explains nothing: 1 everywhere but for a 0 in the top-left pixel.
 
-    It scores near-perfectly by Average Drop and wins about every second image by Average Increase. It depends on
-    neither model nor class, which are checked all the same; `layer` is not used. Arguments and errors as `grad_cam`.
-
-    Returns:
-        (B,1,H,W), zeros and ones.
+    It scores near-perfectly by Average Drop and wins about every second image by Average Increase. Arguments, result
+    and errors as `grad_cam`, but the map depends on neither model nor class, and `layer` is not used.
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
@@ -295,11 +267,9 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
     return saliency.detach()
 
 
-def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns (n,) of a (B,K) table, all or the wanted ones, at most `batch_size` at a time."""
+def _pairs(wanted: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns (n,) of the wanted places of a (B,K) table, at most `batch_size` at a time."""
     check_at_least(1, batch_size=batch_size)
-    if wanted is None:
-        wanted = torch.ones_like(table, dtype=torch.bool)
     rows, columns = wanted.nonzero(as_tuple=True)
     yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)
 
