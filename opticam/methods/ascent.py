@@ -103,9 +103,9 @@ map_space = Space(
 )
 """The cells of the map themselves, projected after every step onto what non-negative weights can make.
 
-The same maps as in `weight_space`, but a step moves each cell by what helps it, while there hundreds of feature maps
-that lie across each other have to agree first; so far fewer steps are needed. Learning rates are shares of the largest
-cell. Made for one layer and a normalisation that ignores the scale; else it holds, but a step may not reach as far.
+The same maps as in `weight_space`, by far fewer steps: each moves a cell by what helps it, while there hundreds of
+feature maps have to agree first. Learning rates are shares of the largest cell. Made for one layer and a normalisation
+that ignores the scale; else it holds, but a step may not reach as far.
 """
 
 

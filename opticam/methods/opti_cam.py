@@ -97,13 +97,10 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
 
 
 def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
-    """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
+    """`log sigmoid(l(x * S) - l(x) - enough)`, below 0, l the log-odds of the class. **Ours.** Else as `class_logit`.
 
     Below the image's own log-odds every unit counts fully; beyond `enough` above them, hardly at all. From there on a
     penalty decides the map.
-
-    Returns:
-        (B,), below 0; higher is better.
     """
     gain = log_odds(masked_logits, class_idx) - log_odds(logits, class_idx)
     return torch.nn.functional.logsigmoid(gain - enough)
@@ -120,16 +117,13 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0, low: float = 1.0) -> Tensor:
-    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)` of a map that leaves its anchor.
+    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)`, (B,), at least 0, of a map that leaves its anchor.
 
     Args:
         saliency: (B,1,H,W) S in [0,1].
         anchor: (B,1,H,W) S_0 in [0,1].
         beta: how much it counts, in the unit of the objective.
         low: how much more a place counts where the anchor is 0 than where it is 1.
-
-    Returns:
-        (B,), at least 0.
     """
     price = low + (1 - low) * anchor
     return beta * (price * (saliency - anchor).square()).mean((1, 2, 3))
@@ -238,15 +232,27 @@ def opti_cam(
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
+    def prepare(part: slice) -> tuple[nn.Module, tuple]:
+        """The network that the loop asks; and images, classes, logits, baselines, anchor and feature maps by row."""
+        x, c, S_0 = prepared(model, images[part]), for_autograd(class_idx[part]), _rows(anchor, part)
+        features, y = feature_maps(model, x, layer)
+        check_class_range(c, y.shape[1])
+        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
+        A = tuple(maps.to(dtype).relu() for maps in features)
+        if callable(S_0):
+            S_0 = S_0(model, x, c, layer=as_layers(layer)[-1])
+            check_saliency(x, S_0, "anchor")
+        S_0 = None if S_0 is None else for_autograd(S_0).detach().to(A[0])
+        B = tuple(baseline_of(x, _rows(b, part)) for b in shown)
+        return folded(model, x, y), (x, c, y.to(dtype), B, S_0, A)
+
+    def saliency(point: Point, features: Maps) -> Tensor:
+        by_layer = (upsample(maps, images.shape[-2:]) for maps in space.sums(point, features))
+        return normalize(reduce(torch.add, by_layer))
+
     def climb(part: slice) -> OptiCAMResult:
-        baselines = [_rows(b, part) for b in shown]
-        network, batch = _prepare(model, images[part], class_idx[part], layer, baselines, _rows(anchor, part))
+        network, batch = prepare(part)
         features = batch[-1]
-
-        def saliency(point: Point, features: Maps) -> Tensor:
-            by_layer = (upsample(maps, images.shape[-2:]) for maps in space.sums(point, features))
-            return normalize(reduce(torch.add, by_layer))
-
         point = tuple(tensor.clone() for tensor in space.start(_start(_rows(u, part), features), features))
         ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
         with torch.no_grad():  # before the loop: to ask for a range is to wait for the device
@@ -271,8 +277,8 @@ def opti_cam(
             if step == num_steps or not going_on:
                 break
             (point[0].grad,) = differentiate(model, value.sum(), point[0])  # dF / du
-            ascent.step()
-            space.settle(point, features)
+            ascent.step()  # u moves uphill
+            space.settle(point, features)  # to where weights exist for it; in weight space everywhere
             if decay is not None:
                 decay.step()
         with torch.no_grad():
@@ -283,27 +289,6 @@ def opti_cam(
 
     with frozen(model):
         return OptiCAMResult(*map(torch.cat, zip(*_in_parts(climb, len(images), batch_size), strict=True)))
-
-
-def _prepare(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    layer: Layer | Sequence[Layer],
-    baselines: Sequence[Baseline],
-    anchor: Tensor | Callable[..., Tensor] | None,
-) -> tuple[nn.Module, tuple]:
-    """The network that the loop asks; and images, classes, logits, baselines, anchor and feature maps, row by row."""
-    x, c = prepared(model, images), for_autograd(class_idx)
-    features, y = feature_maps(model, x, layer)
-    check_class_range(c, y.shape[1])
-    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
-    A = tuple(maps.to(dtype).relu() for maps in features)
-    if callable(anchor):
-        anchor = anchor(model, x, c, layer=as_layers(layer)[-1])
-        check_saliency(x, anchor, "anchor")
-    S_0 = None if anchor is None else for_autograd(anchor).detach().to(A[0])
-    return folded(model, x, y), (x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
 
 
 def _rows(given: Any, rows: slice | Tensor) -> Any:
@@ -375,8 +360,7 @@ def num_passes(
 ) -> int:
     """Forward passes of the network that `opti_cam` takes for an image, with these of its options.
 
-    V views take V (T+1), the features one, and a method as the anchor one more, which Grad-CAM takes. There are V T
-    backward passes.
+    V views take V (T+1), the features one, and Grad-CAM as the anchor one. There are V T backward passes.
     """
     views = (len(baseline) if isinstance(baseline, list | tuple) else 1) * (2 if complement else 1)
     return views * (num_steps + 1) + 1 + callable(anchor)

@@ -60,13 +60,12 @@ def rise(
         network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
-            for part in range(0, len(x), batch_size):
-                some, c_some = (tensor[part : part + batch_size] for tensor in (x, c))
+            for some, c_some, total_some in zip(*(t.split(batch_size) for t in (x, c, total)), strict=True):
                 masked = apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(len(some), 1, 1, 1))
                 logits, head = read(network, masked)
                 probs = class_logit(probabilities(logits.to(dtype), head), c_some.repeat_interleave(len(masks)))
                 scores = probs.view(len(some), len(masks))
-                total[part : part + len(some), 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
+                total_some[:, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])  # a view of the total
     return saliency_map(total / (num_masks * p), size)
 
 
@@ -105,17 +104,13 @@ def extremal_perturbation(
     dampening 0.9; w starts at 300 and grows by 1.0035 a step; every second step sees the image mirrored.
 
     Deviations from the authors' code: borders of the pyramid are replicated; the mean over pixels in the area term and
-    the sum over the batch make an image's mask independent of its neighbours.
-
-    Arguments and errors as `grad_cam`; `layer` is not used.
+    the sum over the batch make an image's mask independent of its neighbours. Arguments, result and errors as
+    `grad_cam`; `layer` is not used.
 
     Args:
         area: share of the image that the mask shows, in (0,1).
         num_steps: forward and backward passes.
         batch_size: images in flight; None for all.
-
-    Returns:
-        (B,1,H,W) in [0,1], the final mask after `min_max`.
 
     Reference:
         Fong, Patrick, Vedaldi, Understanding deep networks via extremal perturbations and smooth masks, ICCV 2019,
@@ -179,13 +174,8 @@ def smooth_kernel(like: Tensor) -> Tensor:
 def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
     """The smooth maximum `sum_v t_v exp(20 t_v) / sum_v exp(20 t_v)`, `t_v = k(u - v) m(v)`, at every pixel u.
 
-    Args:
-        coarse: (B,1,h,w) in [0,1]; beyond its border the mask is 0.
-        kernel: of `smooth_kernel`.
-        size: (H,W), at most STEP times (h,w).
-
-    Returns:
-        (B,1,H,W) in [0,1].
+    The coarse mask m is (B,1,h,w) in [0,1], 0 beyond its border, the kernel k of `smooth_kernel`, the size (H,W) at
+    most STEP times (h,w). Returns (B,1,H,W) in [0,1].
     """
     batch, _, rows, columns = coarse.shape
     n = kernel.shape[-1]
@@ -198,17 +188,14 @@ def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
 def blur_pyramid(images: Tensor) -> Tensor:
     """(B,8,3,H,W): the images blurred by Gaussians of sigma 20, ..., 0 in equal steps, borders replicated."""
     levels = []
-    for level in range(LEVELS):
+    for level in range(LEVELS - 1):
         sigma = SIGMA * (LEVELS - 1 - level) / (LEVELS - 1)
-        if sigma:
-            radius = math.ceil(3 * sigma)
-            padded = F.pad(images, [radius] * 4, mode="replicate")
-            blurred = TF.gaussian_blur(padded, [2 * radius + 1, 1], [sigma, sigma])  # rows, then columns: far faster
-            blurred = TF.gaussian_blur(blurred, [1, 2 * radius + 1], [sigma, sigma])
-            levels.append(blurred[..., radius:-radius, radius:-radius])
-        else:
-            levels.append(images)
-    return torch.stack(levels, 1)
+        radius = math.ceil(3 * sigma)
+        padded = F.pad(images, [radius] * 4, mode="replicate")
+        blurred = TF.gaussian_blur(padded, [2 * radius + 1, 1], [sigma, sigma])  # rows, then columns: far faster
+        blurred = TF.gaussian_blur(blurred, [1, 2 * radius + 1], [sigma, sigma])
+        levels.append(blurred[..., radius:-radius, radius:-radius])
+    return torch.stack([*levels, images], 1)
 
 
 def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:
