@@ -42,9 +42,7 @@ class _Found(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
-    """What a file of `torch.save` or of safetensors holds. Only tensors, numbers, text and tables of them are read.
-
-    Of what else trainers keep, such as arrays of numpy, dates and paths, nothing is made.
+    """What a file of `torch.save` or of safetensors holds: tensors, numbers, text and tables of them, nothing else.
 
     Raises:
         OSError: no such file.
@@ -84,9 +82,9 @@ def find_weights(
 ) -> dict[str, Tensor]:
     """The weights of a network among what a checkpoint holds.
 
-    They may lie in a table of any name, such as "state_dict", "model" or "ema". One prefix may stand before all names,
-    such as "model.", "module." or "ema.", and names may hold what data-parallel, sharded and compiled training adds.
-    This is accepted only where the result has exactly the names and shapes of the network.
+    They may lie in a table of any name, such as "state_dict" or "ema". One prefix may stand before all names, such as
+    "model.", and names may hold what data-parallel, sharded and compiled training adds. This is accepted only where the
+    result has exactly the names and shapes of the network.
 
     Args:
         content: from `read_checkpoint`.
@@ -96,8 +94,7 @@ def find_weights(
             weights fit, or where other tensors lie beside them.
         constants: mean and std, which lie beside the weights of a `Classifier`, and have to agree with those there.
 
-    Raises:
-        ValueError: no weights fit, or different ones do.
+    ValueError: no weights fit, or different ones do.
     """
     found = _found(content, network, key, constants or {})
     fitting = [one for one in found if not one.faults]
@@ -116,11 +113,7 @@ def find_weights(
 def count_classes(content: Mapping[Any, Any], network: nn.Module, num_classes: int, key: str = "") -> int:
     """The number of classes with which the weights of a checkpoint would fit, if nothing else keeps them from it.
 
-    Args:
-        content: from `read_checkpoint`.
-        network: of `num_classes` classes.
-        num_classes: the answer where no other number would do.
-        key: see `find_weights`.
+    Content and key as for `find_weights`; the network has `num_classes`, the answer where no other number would do.
     """
     own = network.state_dict()
     for _, weights, faults in _found(content, network, key):
@@ -179,30 +172,20 @@ def _found(
 
 def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     needed = [name for name in own if not name.endswith("num_batches_tracked")]  # old checkpoints are without
-    return [
-        *(f"{name} is missing" for name in needed if name not in weights),
-        *(f"{name} is unknown" for name in weights if name not in own and name != _COUNTER),
-        *(
-            f"{name} has shape {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ),
-        *(
-            f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {own[name].dtype}"
-            for name, value in weights.items()
-            if name in own and not _fits(value, own[name])
-        ),
-        *(
-            f"{name} holds NaN"
-            for name, value in weights.items()
-            if name in own and _fits(value, own[name]) and value.isnan().any()
-        ),
-    ]
-
-
-def _fits(value: Tensor, own: Tensor) -> bool:
-    plain = value.layout == torch.strided and not value.is_meta
-    return plain and (value.is_floating_point() or not own.is_floating_point())
+    faults = [f"{name} is missing" for name in needed if name not in weights]
+    faults += [f"{name} is unknown" for name in weights if name not in own and name != _COUNTER]
+    for name, wanted in own.items():
+        if name not in weights:
+            continue
+        value = weights[name]
+        plain = value.layout == torch.strided and not value.is_meta
+        if value.shape != wanted.shape:
+            faults.append(f"{name} has shape {tuple(value.shape)}, wanted {tuple(wanted.shape)}")
+        if not plain or (wanted.is_floating_point() and not value.is_floating_point()):
+            faults.append(f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {wanted.dtype}")
+        elif value.isnan().any():
+            faults.append(f"{name} holds NaN")
+    return faults
 
 
 def _agree(found: Tensor, values: Sequence[float]) -> bool:

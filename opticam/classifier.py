@@ -18,8 +18,8 @@ Head = Literal["softmax", "sigmoid"]
 class Classifier(nn.Module):
     """A network that takes images in [0,1], with mean/std inside, and knows its layer, head, sizes and classes.
 
-    Its attributes are what `networks.wrap` was given, by the same names. `class_names` are in the order of the logits;
-    for one logit they name the class that it stands for and its absence.
+    Its attributes are what `networks.wrap` was given, by the same names. For one logit `class_names` name the class
+    that it stands for and its absence.
     """
 
     mean: Tensor
@@ -49,15 +49,9 @@ class Classifier(nn.Module):
         head = head or said or "softmax"
         check_head(head)
         self.network = network
-        self.name = name
-        self.layer = layer
-        self.head = head
-        self.to_logits = to_logits
-        self.input_size = input_size
-        self.resize = resize
-        self.class_names = class_names
-        self.layout = layout
-        self.window = window
+        self.name, self.layer, self.head, self.to_logits = name, layer, head, to_logits
+        self.input_size, self.resize, self.class_names = input_size, resize, class_names
+        self.layout, self.window = layout, window
         found = weights_of(network)
         weights = torch.empty(0) if found is None else found
         for key, values in (("mean", mean), ("std", std)):
@@ -94,12 +88,8 @@ def as_classifier(model: nn.Module) -> Classifier | None:
 
 def weights_of(model: nn.Module) -> Tensor | None:
     """The weights whose dtype and device images are to have: no scalar, such as a temperature, if there are others."""
-    first = None
-    for weights in filter(Tensor.is_floating_point, model.parameters()):
-        if weights.ndim > 1:
-            return weights
-        first = weights if first is None else first
-    return first
+    found = [weights for weights in model.parameters() if weights.is_floating_point()]
+    return next((weights for weights in found if weights.ndim > 1), found[0] if found else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -124,12 +114,10 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def read(model: nn.Module, images: Tensor) -> Output:
-    """One pass of the network, and what it says.
+    """One pass of the network over images (B,C,H,W), and what it says.
 
-    Args:
-        model: any network. The head of a `Classifier` is the one it was given; of any other a softmax is taken, unless
-            the network has one logit, which is a sigmoid.
-        images: (B,C,H,W) float. A network that works in place works on a copy.
+    The head of a `Classifier` is the one it was given; of any other network a softmax is taken, unless it has one
+    logit, which is a sigmoid. A network that works in place works on a copy.
 
     Raises:
         TypeError: the network wants more than the images, or returns no floating-point logits.
@@ -218,8 +206,8 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    tensors = list(_tensors(returned))
-    found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
+    parts = _tensors(returned)
+    found = [part for part in parts if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
@@ -311,14 +299,10 @@ def check_head(head: str) -> None:
 
 
 def probabilities(logits: Tensor, head: Head = "softmax") -> Tensor:
-    """The probability of every class.
+    """The probability of every class, (B,C) in [0,1], of the dtype of the logits.
 
-    Args:
-        logits: (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
-        head: "softmax" or "sigmoid".
-
-    Returns:
-        (B,C) in [0,1], of the dtype of the logits; of one logit (B,2), see `with_absence`.
+    The logits are (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head, and gives (B,2), see
+    `with_absence`.
     """
     check_head(head)
     if logits.ndim == 1 or logits.shape[1] == 1:
@@ -330,10 +314,7 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     """Logits and classes of which a softmax gives the head's own probabilities.
 
     Under a sigmoid the only rival of a class is its absence, whose logit is 0: `sigmoid(y) = softmax((y, 0))_0`. So
-    whatever is written for a softmax is right for both.
-
-    Returns:
-        Logits (B,C) and class_idx (B,) as given, or, of a sigmoid, logits (B,2) and zeros.
+    whatever is written for a softmax is right for both. Of a sigmoid these are logits (B,2) and zeros.
     """
     check_head(head)
     if head == "softmax":
@@ -343,16 +324,10 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
 
 
 def logits_of_softmax(probs: Tensor) -> Tensor:
-    """Logits `log p` of a network that ends in a softmax, for `wrap(..., to_logits=logits_of_softmax)`.
+    """Logits `log p`, (B,C), of a network that ends in a softmax, for `wrap(..., to_logits=logits_of_softmax)`.
 
-    Args:
-        probs: (B,C) in [0,1], rows of sum 1; zeros count as the smallest positive number, so that gradients are finite.
-
-    Returns:
-        (B,C), whose softmax is `probs`.
-
-    Raises:
-        ValueError: not such rows.
+    Zeros count as the smallest positive number, so that gradients are finite. ValueError: values outside [0,1], or rows
+    (B,C) whose sum is not 1.
     """
     _check_probabilities(probs)
     if ((probs.sum(1) - 1).abs() > 1e-2).any():
@@ -363,14 +338,8 @@ def logits_of_softmax(probs: Tensor) -> Tensor:
 def logits_of_sigmoid(probs: Tensor) -> Tensor:
     """Logits `log p/(1 - p)` of a network that ends in a sigmoid, for `wrap(..., to_logits=logits_of_sigmoid)`.
 
-    Args:
-        probs: (B,C), (B,1) or (B,) in [0,1]; 0 and 1 count as their nearest neighbours, so that gradients are finite.
-
-    Returns:
-        Of the shape of `probs`, which is its sigmoid.
-
-    Raises:
-        ValueError: values outside [0,1].
+    Of the shape of p, (B,C), (B,1) or (B,). 0 and 1 count as their nearest neighbours, so that gradients are finite.
+    ValueError: values outside [0,1].
     """
     _check_probabilities(probs)
     number = torch.finfo(probs.dtype)
