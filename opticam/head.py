@@ -22,18 +22,12 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     those of the network, for its own output and for a changed one, the whole network is run with the output replaced;
     of a layer that it calls several times, the last output.
 
-    Args:
-        model: takes `images`, see `classifier.read`. Left as found.
-        images: (B,3,H,W).
-        layer: see `resolve_layer`.
-
     Returns:
-        (head, output, logits): the function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of
-        the images that they stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
+        The function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of the images that they
+        stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
     """
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])
-
     calls = 1
 
     def whole(changed: Tensor, rows: Tensor) -> Tensor:
@@ -55,11 +49,12 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     return whole, output, logits
 
 
-def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, new = set(nodes), list(nodes)
-    while new:
-        new = [user for user in new.pop().users if user not in found] + new
-        found.update(new)
+def _downstream(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that is computed from them."""
+    found = set(nodes)
+    for node in graph.nodes:  # each after those that it is computed from
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 
@@ -72,8 +67,8 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
-        after = _downstream([place]) - {place}
-        of_images = _downstream([node for node in graph.nodes if node.op == "placeholder"])
+        after = _downstream(graph, [place]) - {place}
+        of_images = _downstream(graph, [node for node in graph.nodes if node.op == "placeholder"])
         needed = [*{node for later in after for node in later.all_input_nodes} - after - {place}]
         first, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         first.graph_copy(graph, copies)

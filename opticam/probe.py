@@ -14,18 +14,8 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
 
     Pooled maps do not count, nor what happens inside attention or before the first. In a transformer whose head reads
     only the class token, the patches of the last block reach no logit: there the rule gives the norm before the last
-    attention.
-
-    Args:
-        network: takes images (1,3,S,S).
-        input_size: S.
-
-    Returns:
-        The dotted name; of modules with the same output, that of the outermost.
-
-    Raises:
-        TypeError: a network of a wrong kind.
-        ValueError: no such layer.
+    attention. The network takes images (1,3,S,S) with S the input size. Of modules with the same output the outermost
+    counts. TypeError: a network of a wrong kind. ValueError: no such layer.
     """
     check_network(network)
     images = torch.rand(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
@@ -64,26 +54,24 @@ def check_layout(
 
     The image is divided as the maps are. One place p after another is painted in one colour, and the change of each
     cell q is measured, `D_pq = || A_q(x_p) - A_q(x) ||`, over channels, images and colours. A cell answers if a change
-    at its place changes it, or one of its eight neighbours, more than all others. A neighbour counts since the windows
-    of strided convolutions lie up to half a cell beside the places.
+    at its place changes it, or one of its eight neighbours (windows of strided convolutions lie up to half a cell
+    beside the places), more than all others.
 
     A layout that is transposed, flipped, rolled, in another order or that takes a class token for a patch leaves cells
-    without an answer, at the latest at the ends of rows. So True everywhere confirms a layout. This cannot see a shift
-    of a single cell that does not run over into the next row. False somewhere is a doubt, not a proof of the opposite:
-    in deep networks with random weights, or where all places are mixed, no place may stand out. More images or changes
-    then help.
+    without an answer, so True everywhere confirms a layout, but for a shift of a single cell that does not run over
+    into the next row. False somewhere is a doubt, not a proof of the opposite: in deep networks with random weights, or
+    where all places are mixed, no place may stand out. More images or changes then help.
 
     Args:
         model: any network. Left as found.
         images: (B,3,H,W) float that the network takes, such as photos.
-        layer: see `resolve_layer`.
+        layer: see `features.resolve_layer`.
         num_changes: how many colours each place is painted in, of the darkest and the brightest by channel, drawn by a
             fixed seed.
         batch_size: images in flight.
 
     Returns:
-        (h,w) bool, True where the cell answers. `check_layout(model, images).all()` confirms all. It takes B hw forward
-        passes per change, and one more for the maps.
+        (h,w) bool, True where the cell answers, by B hw forward passes per change, and one more for the maps.
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype; a network of a wrong kind.
