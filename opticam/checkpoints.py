@@ -82,9 +82,9 @@ def find_weights(
 ) -> dict[str, Tensor]:
     """The weights of a network among what a checkpoint holds.
 
-    They may lie in a table of any name, such as "state_dict" or "ema". One prefix may stand before all names, such as
-    "model.", and names may hold what data-parallel, sharded and compiled training adds. This is accepted only where the
-    result has exactly the names and shapes of the network.
+    They may lie in a table of any name, such as "state_dict", "model" or "ema". One prefix may stand before all names,
+    such as "model.", "module." or "ema.", and names may hold what data-parallel, sharded and compiled training adds.
+    This is accepted only where the result has exactly the names and shapes of the network.
 
     Args:
         content: from `read_checkpoint`.
@@ -94,7 +94,8 @@ def find_weights(
             weights fit, or where other tensors lie beside them.
         constants: mean and std, which lie beside the weights of a `Classifier`, and have to agree with those there.
 
-    ValueError: no weights fit, or different ones do.
+    Raises:
+        ValueError: no weights fit, or different ones do.
     """
     found = _found(content, network, key, constants or {})
     fitting = [one for one in found if not one.faults]
@@ -113,7 +114,11 @@ def find_weights(
 def count_classes(content: Mapping[Any, Any], network: nn.Module, num_classes: int, key: str = "") -> int:
     """The number of classes with which the weights of a checkpoint would fit, if nothing else keeps them from it.
 
-    Content and key as for `find_weights`; the network has `num_classes`, the answer where no other number would do.
+    Args:
+        content: from `read_checkpoint`.
+        network: of `num_classes` classes.
+        num_classes: the answer where no other number would do.
+        key: see `find_weights`.
     """
     own = network.state_dict()
     for _, weights, faults in _found(content, network, key):

@@ -114,10 +114,12 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def read(model: nn.Module, images: Tensor) -> Output:
-    """One pass of the network over images (B,C,H,W), and what it says.
+    """One pass of the network, and what it says.
 
-    The head of a `Classifier` is the one it was given; of any other network a softmax is taken, unless it has one
-    logit, which is a sigmoid. A network that works in place works on a copy.
+    Args:
+        model: any network. The head of a `Classifier` is the one it was given; of any other a softmax is taken, unless
+            the network has one logit, which is a sigmoid.
+        images: (B,C,H,W) float. A network that works in place works on a copy.
 
     Raises:
         TypeError: the network wants more than the images, or returns no floating-point logits.
@@ -299,10 +301,14 @@ def check_head(head: str) -> None:
 
 
 def probabilities(logits: Tensor, head: Head = "softmax") -> Tensor:
-    """The probability of every class, (B,C) in [0,1], of the dtype of the logits.
+    """The probability of every class.
 
-    The logits are (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head, and gives (B,2), see
-    `with_absence`.
+    Args:
+        logits: (B,C); or (B,1) or (B,) of one logit, which is a sigmoid whatever the head.
+        head: "softmax" or "sigmoid".
+
+    Returns:
+        (B,C) in [0,1], of the dtype of the logits; of one logit (B,2), see `with_absence`.
     """
     check_head(head)
     if logits.ndim == 1 or logits.shape[1] == 1:
@@ -314,7 +320,10 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
     """Logits and classes of which a softmax gives the head's own probabilities.
 
     Under a sigmoid the only rival of a class is its absence, whose logit is 0: `sigmoid(y) = softmax((y, 0))_0`. So
-    whatever is written for a softmax is right for both. Of a sigmoid these are logits (B,2) and zeros.
+    whatever is written for a softmax is right for both.
+
+    Returns:
+        Logits (B,C) and class_idx (B,) as given, or, of a sigmoid, logits (B,2) and zeros.
     """
     check_head(head)
     if head == "softmax":
@@ -324,10 +333,16 @@ def as_softmax(logits: Tensor, class_idx: Tensor, head: Head) -> tuple[Tensor, T
 
 
 def logits_of_softmax(probs: Tensor) -> Tensor:
-    """Logits `log p`, (B,C), of a network that ends in a softmax, for `wrap(..., to_logits=logits_of_softmax)`.
+    """Logits `log p` of a network that ends in a softmax, for `wrap(..., to_logits=logits_of_softmax)`.
 
-    Zeros count as the smallest positive number, so that gradients are finite. ValueError: values outside [0,1], or rows
-    (B,C) whose sum is not 1.
+    Args:
+        probs: (B,C) in [0,1], rows of sum 1; zeros count as the smallest positive number, so that gradients are finite.
+
+    Returns:
+        (B,C), whose softmax is `probs`.
+
+    Raises:
+        ValueError: not such rows.
     """
     _check_probabilities(probs)
     if ((probs.sum(1) - 1).abs() > 1e-2).any():
@@ -338,8 +353,14 @@ def logits_of_softmax(probs: Tensor) -> Tensor:
 def logits_of_sigmoid(probs: Tensor) -> Tensor:
     """Logits `log p/(1 - p)` of a network that ends in a sigmoid, for `wrap(..., to_logits=logits_of_sigmoid)`.
 
-    Of the shape of p, (B,C), (B,1) or (B,). 0 and 1 count as their nearest neighbours, so that gradients are finite.
-    ValueError: values outside [0,1].
+    Args:
+        probs: (B,C), (B,1) or (B,) in [0,1]; 0 and 1 count as their nearest neighbours, so that gradients are finite.
+
+    Returns:
+        Of the shape of `probs`, which is its sigmoid.
+
+    Raises:
+        ValueError: values outside [0,1].
     """
     _check_probabilities(probs)
     number = torch.finfo(probs.dtype)

@@ -66,7 +66,10 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     Args:
         model: any network; a `Classifier` names its target layer in `model.layer`.
         layer: a module of the model, its dotted name (for a `Classifier`: as the wrapped network names it), or None
-            for the model's own target layer. ValueError: there is no such layer.
+            for the model's own target layer.
+
+    Raises:
+        ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
     """
     classifier, network = as_classifier(model), bare(model)
     kind = type(network).__name__
@@ -237,8 +240,10 @@ def attention_maps(
         with_gradients: else the second list is empty and nothing goes backward.
 
     Returns:
-        A, (B,heads,N,N) a block, rows sum to 1; d y_c / d A, likewise; logits (B,C). ValueError: no such attention in
-        the model; a class index out of range.
+        A, (B,heads,N,N) a block, rows sum to 1; d y_c / d A, likewise; logits (B,C).
+
+    Raises:
+        ValueError: no such attention in the model; a class index out of range.
     """
     check_inputs(model, images, class_idx)
     grid = class_token_grid(model, images.shape[-2:])
@@ -261,11 +266,18 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
     """Gradients of the class score of each block with respect to the attention of the same block.
 
     The class score of a block is what the final norm and the head of the network make of its output. Every block
-    starts a graph of its own at its attention, so that the backward pass stays within the blocks. Arguments and errors
-    as `attention_maps`, but the ViT may also pool, and its own head has to give the logits.
+    starts a graph of its own at its attention, so that the backward pass stays within the blocks.
+
+    Args:
+        model: a ViT of timm or torchvision, or a network that contains one whose head gives its logits.
+        images: (B,C,H,W) float.
+        class_idx: (B,) int64, the class c of each image.
 
     Returns:
         d s_c / d A, (B,heads,N,N) a block; and the layout of the N tokens.
+
+    Raises:
+        ValueError: no such transformer, or logits that are not those of its own head; a class index out of range.
     """
     check_inputs(model, images, class_idx)
     transformer = plain_transformer(model, pooled=True)
@@ -358,6 +370,10 @@ def _no_attention(model: nn.Module) -> str:
 
 def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | None, Tensor | None]]:
     """What every module of the network gives in one pass, in the order in which they end.
+
+    Args:
+        model: any network.
+        images: (B,C,H,W) float.
 
     Returns:
         Name, as `resolve_layer` takes it; the last output, None where that is not a tensor; the gradient of the sum of
@@ -475,9 +491,13 @@ def _has_own_layout(model: nn.Module) -> bool:
 
 
 def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
-    """A layer's output, of any number of images of the size of `images`, as feature maps (B,K,h,w).
+    """A layer's output as feature maps (B,K,h,w).
 
-    ValueError: its layout is not known; see `opticam.layouts`.
+    Args:
+        output: of the layer, for any number of images.
+        model: any network.
+        images: any tensor with H and W of the images as its last sides.
+        layer: see `resolve_layer`. ValueError: the layout of its output is not known; see `opticam.layouts`.
     """
     return _grids([output], model, images, layer, len(output))[0]
 

@@ -22,9 +22,14 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     those of the network, for its own output and for a changed one, the whole network is run with the output replaced;
     of a layer that it calls several times, the last output.
 
+    Args:
+        model: takes `images`, see `classifier.read`. Left as found.
+        images: (B,3,H,W).
+        layer: see `resolve_layer`.
+
     Returns:
-        The function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of the images that they
-        stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
+        (head, output, logits): the function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of
+        the images that they stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
     """
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])

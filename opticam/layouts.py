@@ -56,12 +56,20 @@ def told_layout(model: nn.Module) -> Layout | None:
 
 
 def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequence[int]) -> Layout:
-    """The function from the output of a layer, for images of size (H,W), to feature maps (B,K,h,w).
+    """The function from the output of a layer to feature maps (B,K,h,w).
 
     A `Classifier` whose layout the user has said has that one. Otherwise maps (B,K,h,w) are known from convolutions,
     batch norms, pooling and what is built of them; channels-last maps from Swin transformers and timm's records; tokens
     from transformers and mixers of timm, torchvision and transformers whose order of tokens is the reading order.
-    ValueError: the layout is not known.
+
+    Args:
+        model: any network.
+        layer: a module of it.
+        output: of the layer.
+        size: (H,W) of the images.
+
+    Raises:
+        ValueError: the layout is not known.
     """
     if (told := told_layout(model)) is not None:
         return told
@@ -103,7 +111,10 @@ def check_cells(size: Sequence[int], cells: Sequence[int]) -> None:
 def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
     """The tokens of a network that is one plain sequence headed by a class token that its head reads, or None.
 
-    The transformer may lie inside it. Of a `Classifier` with `layout=Tokens(...)`, these, if they have a prefix.
+    Args:
+        model: any network; the transformer may lie inside it. Of a `Classifier` with `layout=Tokens(...)`, these, if
+            they have a prefix.
+        size: (H,W) of the images.
     """
     told = told_layout(model)
     if told is not None:
@@ -118,7 +129,9 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
 def plain_transformer(model: nn.Module, pooled: bool = False) -> nn.Module | None:
     """The only transformer in the model, of those known as one plain sequence, or None.
 
-    With `pooled` also one whose head does not read a class token, but pools.
+    Args:
+        model: any network.
+        pooled: also one whose head does not read a class token, but pools.
     """
     found = [module for module in model.modules() if _name(module) in _CLASS_TOKEN]
     if len(found) != 1:
@@ -190,8 +203,23 @@ _BLOCKS = {
     "transformers.models.convnext.modeling_convnext.ConvNextStage",
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Stage",
 }
-# beside those whose names end in 2d
-_CONVOLUTIONAL = (nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle)
+_CONVOLUTIONAL = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Dropout2d,
+)
 _ELEMENTWISE = (
     "torch.nn.modules.activation",
     "torch.nn.modules.dropout",
@@ -357,9 +385,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def _is_convolutional(module: nn.Module) -> bool:
-    named = [kind for kind in type(module).__mro__ if kind.__name__.endswith("2d")]
-    of_library = any(kind.__module__.startswith(("torch.nn.", "timm.layers.", "torchvision.")) for kind in named)
-    return of_library or isinstance(module, _CONVOLUTIONAL)
+    of_library = _name(module).startswith(("timm.layers.", "torchvision."))
+    return isinstance(module, _CONVOLUTIONAL) or (of_library and type(module).__name__.endswith("2d"))
 
 
 def _wants_channels_last(module: nn.Module) -> bool:

@@ -150,9 +150,14 @@ def _normalises(module: nn.Module, mean: Sequence[float], std: Sequence[float]) 
 
 
 def class_index(name: str | int, class_names: list[str]) -> int:
-    """The class index that a person's word means: an index, also in digits, or a class name, in upper or lower case.
+    """The class index that a person's word means.
 
-    ValueError: an index out of range, an unknown name, or a name that two classes share.
+    Args:
+        name: an index, as a number or in digits, or a class name, in upper or lower case.
+        class_names: one name per class.
+
+    Raises:
+        ValueError: an index out of range, an unknown name, or a name that two classes share.
     """
     text = str(name).strip()
     if re.fullmatch(r"-?\d+", text):
@@ -286,7 +291,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def find_spec(name: str) -> ModelSpec:
-    """The record of a network by its name; errors as `load_model`."""
+    """The record of a network by its name; see `load_model`.
+
+    Raises:
+        ValueError: no such network, or one that takes no square images of three channels.
+        ImportError: the library is not installed.
+        OSError: the record of a network of the hub cannot be had.
+    """
     if not isinstance(name, str):
         raise TypeError(f"model: wanted the name of a network, got {type(name).__name__}; see opticam.wrap")
     library, slash, own = name.partition("/")

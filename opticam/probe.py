@@ -14,8 +14,18 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
 
     Pooled maps do not count, nor what happens inside attention or before the first. In a transformer whose head reads
     only the class token, the patches of the last block reach no logit: there the rule gives the norm before the last
-    attention. The network takes images (1,3,S,S) with S the input size. Of modules with the same output the outermost
-    counts. TypeError: a network of a wrong kind. ValueError: no such layer.
+    attention.
+
+    Args:
+        network: takes images (1,3,S,S).
+        input_size: S.
+
+    Returns:
+        The dotted name; of modules with the same output, that of the outermost.
+
+    Raises:
+        TypeError: a network of a wrong kind.
+        ValueError: no such layer.
     """
     check_network(network)
     images = torch.rand(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,12 @@ def min_max(maps: Tensor) -> Tensor:
 
     A map counts as constant when its range is no more than rounding leaves of a constant after interpolation,
     8 eps max|s|: without that, the rounding noise itself would be stretched to [0,1]. (The paper does not mention it.)
-    Maps (B,1,H,W) to (B,1,H,W) in [0,1], independent of the scale and offset of the map.
+
+    Args:
+        maps: (B,1,H,W).
+
+    Returns:
+        (B,1,H,W) in [0,1], independent of the scale and offset of the map.
     """
     low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
     span = high - low
@@ -40,9 +45,13 @@ def min_max(maps: Tensor) -> Tensor:
 
 
 def max_only(maps: Tensor) -> Tensor:
-    """`n(s) = s / max s` per image; an option of the ablation. Negative values count as 0; no positive one gives zeros.
+    """`n(s) = s / max s` per image; an option of the ablation. A map without a positive value gives zeros.
 
-    Maps (B,1,H,W) to (B,1,H,W) in [0,1], independent of the scale of the map; a positive constant gives ones.
+    Args:
+        maps: (B,1,H,W), non-negative as sums of ReLUs are; negative values count as 0.
+
+    Returns:
+        (B,1,H,W) in [0,1], independent of the scale of the map; a positive constant gives ones.
     """
     maps = maps.relu()
     high = maps.amax((1, 2, 3), keepdim=True)
@@ -60,7 +69,12 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {"min_max": min_max, "ma
 def saliency_map(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """The one post-processing rule of all methods here: ReLU, upsample, then `min_max`.
 
-    Maps (B,1,h,w), unbounded, to (B,1,H,W) in [0,1], no grad; float32, or float64 where the map is.
+    Args:
+        maps: (B,1,h,w), unbounded.
+        size: (H,W).
+
+    Returns:
+        (B,1,H,W) in [0,1], no grad; float32, or float64 where the map is.
     """
     maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
     return min_max(upsample(maps.relu(), size))
@@ -69,18 +83,29 @@ def saliency_map(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None) -> Tensor:
     """The masked image `x * S`, black where the map is 0, or `x * S + b * (1 - S)` with a baseline `b`.
 
-    Images (B,3,H,W) in [0,1], before mean/std; saliency (B,1,H,W) in [0,1]; a baseline of a shape that broadcasts to
-    the images. Returns (B,3,H,W) of the dtype of the images.
+    Args:
+        images: (B,3,H,W) in [0,1], before mean/std.
+        saliency: (B,1,H,W) in [0,1].
+        baseline: what shows where the map is 0, of a shape that broadcasts to the images; None for black.
+
+    Returns:
+        (B,3,H,W) of the dtype of the images.
     """
     saliency = saliency.to(images.dtype)
     return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
 
 
 def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:
-    """Refuse what is not a map (B,1,H,W) in [0,1] of the images. NaN passes: results of such a map are NaN.
+    """Refuse, in one sentence, what is not a map of the images. NaN passes: results of such a map are NaN.
 
-    Images are None where a metric takes maps alone; the name is that of the argument that the map came as. TypeError:
-    not a floating-point tensor. ValueError: wrong shape, device or range.
+    Args:
+        images: (B,3,H,W); None where a metric takes maps alone.
+        saliency: (B,1,H,W) in [0,1], on the device of the images.
+        name: of the argument that they came as.
+
+    Raises:
+        TypeError: the map is not a tensor, or not floating-point.
+        ValueError: wrong shape, device or range.
     """
     if not isinstance(saliency, Tensor):
         raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
@@ -98,10 +123,18 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
 
 
 def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor | None:
-    """What shows where a map is 0, as `apply_mask` takes it: (B,3,H,W) of the device and dtype of the images, or None.
+    """What shows where a map is 0, as `apply_mask` takes it.
 
-    The baseline is a tensor that broadcasts to the images, a function from images to one, or None for black. TypeError:
-    neither of these. ValueError: wrong shape.
+    Args:
+        images: (B,3,H,W).
+        baseline: a tensor that broadcasts to the images, a function from images to one, or None for black.
+
+    Returns:
+        (B,3,H,W) of the device and dtype of the images; None for None.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: wrong shape.
     """
     if baseline is None:
         return None
@@ -124,8 +157,15 @@ def mean_color(images: Tensor) -> Tensor:
 def blur(images: Tensor, side: int = 11, sigma: float = 5.0) -> Tensor:
     """Baseline: each image blurred by an 11x11 Gaussian of sigma 5, (B,3,H,W); the start of RISE's insertion.
 
-    Unlike there, borders are reflected, since 0 is black here and not the mean colour. The Gaussian's side, odd, and
-    its sigma are in pixels. ValueError: an image of no more than half of that side.
+    Unlike there, borders are reflected, since 0 is black here and not the mean colour. Sides of 6 pixels or more.
+
+    Args:
+        images: (B,3,H,W), each side longer than half of the Gaussian's.
+        side: of the Gaussian in pixels, odd.
+        sigma: of the Gaussian in pixels.
+
+    Raises:
+        ValueError: the images are smaller.
     """
     if min(images.shape[-2:]) <= side // 2:
         raise ValueError(f"baseline: blur wants sides of {side // 2 + 1} pixels or more, got {tuple(images.shape)}")

@@ -31,8 +31,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     under `inference_mode` are copies inside, since they cannot enter a graph. Flags are restored module by module and
     parameter by parameter, after an exception too, by the last of all calls in all threads that froze them.
 
-    ValueError: a module in training mode whose `train` or `eval` does more than set flags, such as fold weights. That
-    cannot be undone module by module, so the mode is for the caller to change.
+    Args:
+        model: any network.
+
+    Raises:
+        ValueError: a module in training mode whose `train` or `eval` does more than set flags, such as fold weights or
+            empty a cache. That cannot be undone module by module, so the mode is for the caller to change.
     """
     with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model)):
         yield

@@ -316,13 +316,18 @@ def eigen_cam(features: Array) -> Array:
     return -grid if abs(min(grid.flat)) > abs(max(grid.flat)) else grid
 
 
-def finer_score(logits: Array, label: int, alpha: float, number: int) -> float:
-    """sum_j w_j (y_c - alpha y_j) / sum_j w_j."""
-    rivals = [j for j in range(len(logits)) if j != label]
-    rivals.sort(key=lambda j: abs(logits[j] - logits[label]))
-    weights = {j: softmax(logits)[j] for j in rivals[:number]}
+def finer_score(logits: Array, label: int, alpha: float, number: int, weights: dict | None = None) -> float:
+    """sum_j w_j (y_c - alpha y_j) / sum_j w_j; `weights`, j -> w_j, if they are held."""
+    if weights is None:
+        weights = finer_weights(logits, label, number)
     total = sum(w * (logits[label] - alpha * logits[j]) for j, w in weights.items())
     return total / sum(weights.values())
+
+
+def finer_weights(logits: Array, label: int, number: int) -> dict:
+    rivals = [j for j in range(len(logits)) if j != label]
+    rivals.sort(key=lambda j: abs(logits[j] - logits[label]))
+    return {j: softmax(logits)[j] for j in rivals[:number]}
 
 
 def ablation_cam(features: Array, head: Callable, label: int) -> Array:

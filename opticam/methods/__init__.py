@@ -56,11 +56,13 @@ def method_color(name: str) -> str:
 def one_per_map(
     model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Callable[..., Tensor]]
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """The methods without those that are Grad-CAM under another name on this network, by their maps of a few images.
+    """The methods without those that are Grad-CAM under another name on this network.
 
-    Where global average pooling and one linear layer follow, XGrad-CAM and HiRes-CAM are Grad-CAM by algebra.
+    Where global average pooling and one linear layer follow, XGrad-CAM and HiRes-CAM are Grad-CAM by algebra. Whether
+    they are is seen from their maps; those of two or three images are enough.
 
-    Returns the methods to use; and name -> "grad_cam" for each that was left out.
+    Returns:
+        The methods to use; and name -> "grad_cam" for each that was left out.
     """
     asked = [name for name in ("grad_cam", *GRAD_CAMS) if name in methods]
     maps = {name: methods[name](model, images, class_idx) for name in asked if "grad_cam" in asked}
@@ -73,8 +75,13 @@ def one_per_map(
 def find_method(name: str) -> Callable[..., Tensor]:
     """The method of that name in `METHODS`, or Opti-CAM by a schedule, or one of another library.
 
-    The last two are `opti_cam:NAME` with a name in `SCHEDULES`; and `captum:NAME`, `grad-cam:NAME`, `torchcam:NAME`.
-    ValueError: no such method. ImportError: the library is not installed.
+    Args:
+        name: in `METHODS`; or `opti_cam:NAME` with a name in `SCHEDULES`, such as `opti_cam:fast`; or `captum:NAME`,
+            `grad-cam:NAME`, `torchcam:NAME`.
+
+    Raises:
+        ValueError: no such method.
+        ImportError: the library is not installed.
     """
     library, separator, inner = name.partition(":") if isinstance(name, str) else ("", "", "")
     if separator and library in LIBRARIES:
@@ -91,7 +98,13 @@ def find_method(name: str) -> Callable[..., Tensor]:
 def find_methods(names: Collection[str], **options: Mapping[str, Any]) -> dict[str, Callable[..., Tensor]]:
     """Methods by name, each with its own options: `find_methods(["grad_cam", "rise"], rise={"num_masks": 500})`.
 
-    Names and errors are those of `find_method`. Options of a method that is not asked for change nothing.
+    Args:
+        names: as `find_method` takes them.
+        options: method -> its keyword arguments; those of a method that is not asked for change nothing.
+
+    Raises:
+        ValueError: no such method, among the names or among the options.
+        ImportError: a library is not installed.
     """
     for name in options:
         find_method(name)

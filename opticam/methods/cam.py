@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +103,11 @@ def ablation_cam(
 ) -> Tensor:
     """Ablation-CAM maps: `w_k = (y_c - y_c[A_k = 0]) / y_c`, the share of the class logit lost with feature map k.
 
-    K passes for K feature maps, only of the part of the network after the layer where it can be split off, with
-    `batch_size` outputs of the layer in flight. Arguments, result and errors as `grad_cam`; where y_c = 0 the weights
-    are 0.
+    Of K feature maps, K passes, only of the part of the network after the layer where it can be split off.
+    Arguments, result and errors as `grad_cam`; where y_c = 0 the weights are 0.
+
+    Args:
+        batch_size: outputs of the layer in flight.
 
     Reference:
         Desai, Ramaswamy, Ablation-CAM: Visual explanations for deep convolutional network via gradient-free
@@ -136,9 +139,11 @@ def score_cam(
 ) -> Tensor:
     """Score-CAM maps: `w = softmax_k(f(x * n(up(A_k)))_c - f(0)_c)`, each feature map judged as a mask.
 
-    K + 2 passes for K feature maps, with `batch_size` masked images in flight; a constant map masks everything and
-    needs none but that of the black image. Arguments, result and errors as `grad_cam`. f(0)_c leaves the softmax as it
-    is.
+    K + 2 passes for K feature maps; a constant one masks everything and needs none but that of the black image.
+    Arguments, result and errors as `grad_cam`. f(0)_c is the same for all k and leaves the softmax as it is.
+
+    Args:
+        batch_size: masked images in flight.
 
     Reference:
         Wang et al., Score-CAM: Score-weighted visual explanations for convolutional neural networks, CVPR workshops
@@ -186,7 +191,14 @@ def eigen_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
 
 
 def finer_cam(
-    model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None, alpha: float = 1, num_classes: int = 3
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    *,
+    layer: Layer = None,
+    alpha: float = 1.0,
+    num_classes: int = 3,
+    hold_weights: bool = False,
 ) -> Tensor:
     """Finer-CAM maps: Grad-CAM of what sets the class apart, `sum_j w_j (y_c - alpha y_j) / sum_j w_j`.
 
@@ -196,6 +208,8 @@ def finer_cam(
     Args:
         alpha: how much of the rivals is subtracted; 0 gives Grad-CAM.
         num_classes: how many rivals; of a network with fewer, all.
+        hold_weights: whether the weights w_j count as constants in the gradient. The library grad-cam does not hold
+            them.
 
     Reference:
         Zhang et al., Finer-CAM: Spotting the difference reveals finer details for visual explanation, CVPR 2025,
@@ -205,17 +219,21 @@ def finer_cam(
     check_numbers(alpha=alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: wanted a finite number, got {alpha}")
-
-    def score(logits: Tensor, class_idx: Tensor) -> Tensor:
-        y = logits.gather(1, class_idx[:, None])
-        distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
-        nearest = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
-        rivals = logits.gather(1, nearest)
-        weights = rivals.softmax(1)  # the softmax over all classes, divided by its sum over these
-        return (weights * (y - alpha * rivals)).sum(1)
-
+    score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer, score)
     return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
+
+
+def finer_score(
+    logits: Tensor, class_idx: Tensor, alpha: float = 1.0, num_classes: int = 3, hold_weights: bool = False
+) -> Tensor:
+    """What `finer_cam` differentiates, (B,), from logits (B,C) and classes (B,); options as there."""
+    y = logits.gather(1, class_idx[:, None])
+    distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
+    rivals = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
+    weights = logits.gather(1, rivals).softmax(1)  # the softmax over all classes, divided by its sum over these
+    weights = weights.detach() if hold_weights else weights
+    return (weights * (y - alpha * logits.gather(1, rivals))).sum(1)
 
 
 def refine_cam(
@@ -254,8 +272,11 @@ def equal_weights(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer:
 def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """The map that explains nothing: 1 everywhere but for a 0 in the top-left pixel.
 
-    It scores near-perfectly by Average Drop and wins about every second image by Average Increase. Arguments, result
-    and errors as `grad_cam`, but the map depends on neither model nor class, and `layer` is not used.
+    It scores near-perfectly by Average Drop and wins about every second image by Average Increase. It depends on
+    neither model nor class, which are checked all the same; `layer` is not used. Arguments and errors as `grad_cam`.
+
+    Returns:
+        (B,1,H,W), zeros and ones.
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,

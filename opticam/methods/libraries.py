@@ -42,7 +42,8 @@ def library_map(
 ) -> Tensor:
     """The map of another library's method by the one rule: what it gives before its own scaling, then `saliency_map`.
 
-    An attribution of captum gives the signed sum over channels. Arguments, result and errors as `grad_cam`, and:
+    Of an attribution of captum, what it gives is the signed sum over channels. Arguments, result and errors as
+    `grad_cam`, and:
 
     Args:
         library: a key of `LIBRARIES`.
@@ -51,9 +52,11 @@ def library_map(
             that takes no layer.
         seed: of what the library draws.
         options: handed to the library's class, or to captum's `attribute`. Without them, the library's own defaults,
-            but for `CAPTUM_DEFAULTS`, clipped to the image.
+            but 32 steps for IntegratedGradients, and for Occlusion windows of 16 pixels, clipped to the image, 8 apart.
 
-    ImportError: the library is not installed. ValueError: no such method, or the library refuses it for this model.
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: no such method, or the library refuses it for this model.
 
     Reference:
         Kokhlikyan et al., Captum: A unified and generic model interpretability library for PyTorch, 2020,

@@ -97,10 +97,13 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
 
 
 def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
-    """`log sigmoid(l(x * S) - l(x) - enough)`, below 0, l the log-odds of the class. **Ours.** Else as `class_logit`.
+    """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
 
     Below the image's own log-odds every unit counts fully; beyond `enough` above them, hardly at all. From there on a
     penalty decides the map.
+
+    Returns:
+        (B,), below 0; higher is better.
     """
     gain = log_odds(masked_logits, class_idx) - log_odds(logits, class_idx)
     return torch.nn.functional.logsigmoid(gain - enough)
@@ -117,13 +120,16 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def squared_distance(saliency: Tensor, anchor: Tensor, beta: float = 15.0, low: float = 1.0) -> Tensor:
-    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)`, (B,), at least 0, of a map that leaves its anchor.
+    """The penalty `beta mean((low + (1 - low) S_0) (S - S_0)^2)` of a map that leaves its anchor.
 
     Args:
         saliency: (B,1,H,W) S in [0,1].
         anchor: (B,1,H,W) S_0 in [0,1].
         beta: how much it counts, in the unit of the objective.
         low: how much more a place counts where the anchor is 0 than where it is 1.
+
+    Returns:
+        (B,), at least 0.
     """
     price = low + (1 - low) * anchor
     return beta * (price * (saliency - anchor).square()).mean((1, 2, 3))

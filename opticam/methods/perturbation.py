@@ -104,13 +104,17 @@ def extremal_perturbation(
     dampening 0.9; w starts at 300 and grows by 1.0035 a step; every second step sees the image mirrored.
 
     Deviations from the authors' code: borders of the pyramid are replicated; the mean over pixels in the area term and
-    the sum over the batch make an image's mask independent of its neighbours. Arguments, result and errors as
-    `grad_cam`; `layer` is not used.
+    the sum over the batch make an image's mask independent of its neighbours.
+
+    Arguments and errors as `grad_cam`; `layer` is not used.
 
     Args:
         area: share of the image that the mask shows, in (0,1).
         num_steps: forward and backward passes.
         batch_size: images in flight; None for all.
+
+    Returns:
+        (B,1,H,W) in [0,1], the final mask after `min_max`.
 
     Reference:
         Fong, Patrick, Vedaldi, Understanding deep networks via extremal perturbations and smooth masks, ICCV 2019,
@@ -174,8 +178,13 @@ def smooth_kernel(like: Tensor) -> Tensor:
 def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
     """The smooth maximum `sum_v t_v exp(20 t_v) / sum_v exp(20 t_v)`, `t_v = k(u - v) m(v)`, at every pixel u.
 
-    The coarse mask m is (B,1,h,w) in [0,1], 0 beyond its border, the kernel k of `smooth_kernel`, the size (H,W) at
-    most STEP times (h,w). Returns (B,1,H,W) in [0,1].
+    Args:
+        coarse: (B,1,h,w) in [0,1]; beyond its border the mask is 0.
+        kernel: of `smooth_kernel`.
+        size: (H,W), at most STEP times (h,w).
+
+    Returns:
+        (B,1,H,W) in [0,1].
     """
     batch, _, rows, columns = coarse.shape
     n = kernel.shape[-1]

@@ -74,11 +74,14 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
     Kept: the pixels the map calls salient; removed: the rest. Lower is better: an ideal map loses nothing.
 
     Args:
-        probs: (B,) p in [0,1], else a ValueError.
-        masked_probs: (B,) o, likewise.
+        probs: (B,) p in [0,1].
+        masked_probs: (B,) o in [0,1].
 
     Returns:
         (B,) float64, a fraction in [0,1]; 0 where p is 0 (nothing to lose); NaN where a probability is NaN.
+
+    Raises:
+        ValueError: shapes differ or a value is outside [0,1].
 
     Reference:
         Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
@@ -88,9 +91,13 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
 
 
 def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
-    """Average Increase of each image, `1[o > p]`, strict. Higher is better. It counts wins and ignores their size.
+    """Average Increase of each image, `1[o > p]`, strict.
 
-    Kept, removed, arguments, errors and reference as `average_drop`. The result is (B,) float64, 0 or 1, or NaN.
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better. It counts wins and ignores their size.
+    Arguments, errors and reference as `average_drop`.
+
+    Returns:
+        (B,) float64, 0 or 1; NaN where a probability is NaN.
     """
     p, o = _checked(probs, masked_probs)
     return torch.where(p.isnan() | o.isnan(), torch.nan, (o > p).double())
@@ -99,9 +106,11 @@ def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
 def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
     """Average Gain of each image, `max(0, o - p)/(1 - p)`: the mirror image of Average Drop.
 
-    Higher is better: the share of the possible gain made. Kept, removed, arguments and errors as `average_drop`. The
-    result is (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted; NaN where a
-    probability is.
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: the share of the possible gain made.
+    Arguments and errors as `average_drop`.
+
+    Returns:
+        (B,) float64, a fraction in [0,1]; 0 where p is 1 (no gain possible), and counted; NaN where a probability is.
 
     Reference:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002, where it is given in percent.
@@ -111,9 +120,13 @@ def average_gain(probs: Tensor, masked_probs: Tensor) -> Tensor:
 
 
 def gain_minus_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
-    """Average Gain minus Average Drop of each image. Higher is better: 0 where nothing changes.
+    """Average Gain minus Average Drop of each image: gains count for the map and losses against it.
 
-    Kept, removed, arguments and errors as `average_drop`. The result is (B,) float64 in [-1,1], or NaN.
+    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes. Arguments and
+    errors as `average_drop`.
+
+    Returns:
+        (B,) float64 in [-1,1]; NaN where a probability is NaN.
     """
     return average_gain(probs, masked_probs) - average_drop(probs, masked_probs)
 
@@ -219,16 +232,21 @@ def road(
     """ROADCombined: `mean over fractions of (LeRF - MoRF)/2`, class probabilities without the least or most salient.
 
     Removed: that fraction of the pixels, rounded to a whole number, equally salient ones row by row; they are imputed
-    (see `impute`) with noise of standard deviation 0.01, as in the authors' code; kept: the rest. Higher is better: the
-    class survives without the least salient pixels (LeRF) and not without the most salient (MoRF). Two passes an image
-    and fraction.
+    (see `impute`) with noise of standard deviation 0.01; kept: the rest. Higher is better: the class survives without
+    the least salient pixels (LeRF) and not without the most salient (MoRF). Two passes an image and fraction.
 
-    Deviations from that code: one field of noise for all images, fractions and both orders, so that an image's value
-    does not depend on its batch and that of a constant map is 0; the noise is added to images in [0,1], before
-    mean/std, and not clipped.
+    The paper writes N(0, 0.01); 0.01 is the standard deviation in the authors' code and here. Deviations from that
+    code: one field of noise for all images, fractions and both orders, so that an image's value does not depend on its
+    batch and that of a constant map is 0; the noise is added to images in [0,1], before mean/std, and not clipped.
 
-    Arguments and errors as `insertion`, and `fractions` of the pixels, each in (0,1); a `seed` gives the same noise on
-    every device. The result is (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
+    Arguments and errors as `insertion`, and:
+
+    Args:
+        fractions: of the pixels, each in (0,1).
+        seed: of the noise, the same on every device.
+
+    Returns:
+        (B,) float64 in [-1/2, 1/2]; NaN for a map with a NaN, and where a probability is.
 
     Reference:
         Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022,
@@ -260,16 +278,19 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tens
     """The images with every removed pixel the weighted mean of its 8 neighbours, removed ones among them.
 
     Weights are 1/6 for direct and 1/12 for diagonal neighbours, renormalised at borders: `x_i = sum_n w_n x_n / sum_n
-    w_n` for all removed i at once, one sparse linear system an image, solved in float64 on the CPU.
+    w_n` for all removed i at once, one sparse symmetric linear system an image, solved in float64 on the CPU.
 
     Args:
         images: (B,C,H,W) float; values of removed pixels do not matter.
-        removed: (B,1,H,W) bool, on the device of the images; at least one pixel of each image is kept. TypeError or
-            ValueError: anything else.
+        removed: (B,1,H,W) bool, on the device of the images; at least one pixel of each image is kept.
         noise: added to the removed pixels, of a shape that broadcasts to the images.
 
     Returns:
         (B,C,H,W) of the device and dtype of the images; without noise, within the range of the kept pixels.
+
+    Raises:
+        TypeError: `removed` is not bool.
+        ValueError: `removed` has the wrong shape, or nothing is kept of an image.
 
     Reference:
         Rong et al., ICML 2022, arXiv 2202.00449, and the authors' code.
@@ -304,11 +325,15 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
     Higher is better.
 
     Args:
-        saliency: (B,1,H,W) S in [0,1] of the image x. TypeError or ValueError: anything else.
+        saliency: (B,1,H,W) S in [0,1] of the image x.
         saliency_of_masked: (B,1,H,W) S', the same method's map of x * S.
 
     Returns:
         (B,) float64 in [0,1]; NaN where it is undefined, a map being constant, or where a map has a NaN.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shape or range.
 
     Reference:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
@@ -327,7 +352,10 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
 def complexity(saliency: Tensor) -> Tensor:
     """Complexity of each map, `mean(S)`: the share of the image that it keeps. Lower is better.
 
-    Maps, errors and reference as for `coherency`. The result is (B,) float64 in [0,1]; NaN where the map has a NaN.
+    Maps, errors and reference as for `coherency`.
+
+    Returns:
+        (B,) float64 in [0,1]; NaN where the map has a NaN.
     """
     check_saliency(None, saliency)
     return saliency.double().flatten(1).mean(1)
@@ -339,10 +367,13 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     Higher is better: the harmonic mean is small where one of the three is. Maps and reference as for `coherency`, and:
 
     Args:
-        drop: (B,) from `average_drop`. ValueError: another shape, or outside [0,1].
+        drop: (B,) from `average_drop`.
 
     Returns:
         (B,) float64 in [0,1]; 0 where a term is 0, or undefined since a map is constant; NaN where an argument is.
+
+    Raises:
+        ValueError: wrong shapes, or a drop outside [0,1].
     """
     _check_one_per_map(saliency, drop=drop)
     if ((drop < 0) | (drop > 1)).any():
@@ -357,7 +388,10 @@ def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) ->
     better. Maps and result as for `adcc`, and:
 
     Args:
-        road_combined: (B,) from `road`. ValueError: another shape, or outside [-1/2, 1/2].
+        road_combined: (B,) from `road`, in [-1/2, 1/2].
+
+    Raises:
+        ValueError: wrong shapes, or a ROAD outside [-1/2, 1/2].
 
     Reference:
         Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.

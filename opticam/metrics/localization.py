@@ -31,15 +31,20 @@ def predicted_box(saliency: Tensor) -> Tensor:
     """Tight box of the largest 4-connected component of the pixels above a threshold that keeps `mean(S) * H * W`.
 
     With N = H W, the threshold is the value of rank `1 + floor((N - 1)(1 - mean S) + 1/2)` from below, at most 1 - 1e-6
-    as in the published code, and the pixels strictly above it are kept: those of value 1 always, of value 0 never. Of
-    components of equal size the first in reading order is taken.
+    as in the published code, and the pixels strictly above it are kept. So pixels of value 1 are always kept and those
+    of value 0 never; values tied with the threshold are dropped. Of components of equal size the first in reading order
+    is taken.
 
     Args:
-        saliency: (B,1,H,W) in [0,1]. TypeError: not a tensor. ValueError: wrong shape or range.
+        saliency: (B,1,H,W) in [0,1].
 
     Returns:
-        (B,4) int64, (xmin, ymin, xmax, ymax), end *inclusive*; (0, 0, -1, -1), a box without pixels, where nothing is
-        kept: of a constant map, unless it is all ones, and of a map with a NaN.
+        (B,4) int64, (xmin, ymin, xmax, ymax), end *inclusive*. (0, 0, -1, -1), a box without pixels, where nothing is
+        kept: a constant map, but for one of ones, whose box is the frame; a map with a NaN.
+
+    Raises:
+        TypeError: `saliency` is not a tensor.
+        ValueError: wrong shape or range.
 
     Reference:
         Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
@@ -78,10 +83,15 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) -> Tensor:
     """OM of each image, `1 - max_box 1[IoU > 0.5] * 1[classified correctly]`. Lower is better.
 
-    The error of the ImageNet challenge: box and class have to be right. All else as `localization_error`, and:
+    The localization error of the ImageNet challenge: box and class have to be right.
+
+    Arguments, errors and reference as `localization_error`, and:
 
     Args:
         correct: (B,) bool, whether the network's first guess is the image's class.
+
+    Returns:
+        (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
     """
     if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
         raise TypeError(f"correct: wanted a bool tensor, got {getattr(correct, 'dtype', type(correct).__name__)}")
@@ -97,7 +107,10 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     Precision `sum(S*B)/sum(S)`, recall `sum(S*B)/|B|`, hence `F1 = 2 sum(S*B)/(sum(S) + |B|)`; `|B|` counts what lies
     outside the frame too. (The published code adds 1e-6 to the denominators; here a perfect map has exactly 1.)
 
-    Arguments and errors as `localization_error`. The result is (B,) float64 in [0,1], 0 for a map of zeros.
+    Arguments and errors as `localization_error`.
+
+    Returns:
+        (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
 
     Reference:
         Zolna, Geras, Cho, Classifier-agnostic saliency map extraction, AAAI 2019, arXiv 1805.08249.
@@ -117,8 +130,11 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
     """SM of each image, `log max(a, 0.05) - log p(c | crop)`. Lower is better: a small box that shows the class.
 
     The crop is the predicted box, resized to the input (bilinear, align_corners=False); a is its share of the frame,
-    p is by the head of the network. Where no box is predicted the whole image is taken, a = 1: **ours**. Arguments and
-    errors as `metrics.insertion`. The result is (B,) float64, from log 0.05 = -3.0 on; NaN for a map with a NaN.
+    p is by the head of the network. One batched forward pass. Where no box is predicted (see `predicted_box`) the whole
+    image is taken, a = 1: **ours**. Arguments and errors as `metrics.insertion`.
+
+    Returns:
+        (B,) float64, at least log 0.05 = -3.0, unbounded above; NaN for a map with a NaN.
 
     Reference:
         Dabkowski, Gal, Real time image saliency for black box classifiers, NeurIPS 2017, arXiv 1705.07857.
@@ -143,7 +159,10 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
 def energy_pointing_game(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """EP of each image, `sum(S*B)/sum(S)` with B the union of the boxes as 0/1. Higher is better.
 
-    Arguments and errors as `localization_error`. The result is (B,) float64 in [0,1], 0 for a map of zeros.
+    Arguments and errors as `localization_error`.
+
+    Returns:
+        (B,) float64 in [0,1]; 0 for a map of zeros; NaN for an image without box and for a map with a NaN.
 
     Reference:
         Wang et al., Score-CAM: Score-weighted visual explanations for convolutional neural networks, CVPR workshops
@@ -159,11 +178,18 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
     """SP of each image: the share of the map's tied maxima that hit. Higher is better.
 
     A maximum hits if a disc around it, of radius `tolerance` and with its border, meets a pixel of a box, as in the
-    published pointing game; distances go from centre to centre of pixels inside the frame. The published code takes
-    the first maximum alone; the share is **ours**, so that a constant map gets the share of the frame that hits.
+    published pointing game; distances go from centre to centre of pixels inside the frame. With ties the published
+    code takes the first maximum, and looks at no other; the share is **ours**: a constant map gets no more than the
+    share of the frame that hits.
 
-    Arguments and errors as `localization_error`; `tolerance` is in pixels, not negative. The result is (B,) float64 in
-    [0,1].
+    Arguments and errors as `localization_error`, and:
+
+    Args:
+        tolerance: in pixels, not negative.
+
+    Returns:
+        (B,) float64 in [0,1]; 0 where all boxes lie wholly outside the frame; NaN for an image without box and for a
+        map with a NaN.
 
     Reference:
         Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018, arXiv 1608.00507.
@@ -223,13 +249,18 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
 
 def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
-    """MaxBoxAcc and MaxBoxAccV2, fractions: the share of images right at the best threshold. Higher is better.
-
-    For V2 each of the IoUs 0.3, 0.5, 0.7 has its own best threshold, and the three shares are averaged.
+    """MaxBoxAcc and MaxBoxAccV2, see `box_hits`: the share of images right at the best threshold. Higher is better.
 
     Args:
-        hits_sum: (4,T), the sum of `box_hits` over images, shards added up. ValueError: wrong shape.
-        num_images: how many images were summed, counting only those with a box. ValueError: fewer than hits.
+        hits_sum: (4,T), the sum of `box_hits` over images, shards added up.
+        num_images: how many images were summed, counting only those with a box.
+
+    Returns:
+        MaxBoxAcc and MaxBoxAccV2, fractions; for V2 each of the IoUs 0.3, 0.5, 0.7 has its own best threshold, and the
+        three shares are averaged.
+
+    Raises:
+        ValueError: wrong shape; fewer images than hits.
     """
     if hits_sum.ndim != 2 or hits_sum.shape[0] != 4 or hits_sum.shape[1] < 1:
         raise ValueError(f"hits_sum: wanted shape (4,T), got {tuple(hits_sum.shape)}")
@@ -243,8 +274,16 @@ def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
 def box_mask(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size) -> Tensor:
     """Union of each image's boxes as 0/1: 1 where the centre of the pixel lies in a box, `xmin <= x + 1/2 < xmax`.
 
-    Boxes and errors as `localization_error`; what lies outside the frame of size (H,W) is cut off. The result is
-    (B,1,H,W) float32, zeros and ones, on the device of the boxes; zeros for an image without box.
+    Args:
+        boxes: B tensors (n,4), see above; what lies outside the frame is cut off.
+        size: (H,W).
+
+    Returns:
+        (B,1,H,W) float32, zeros and ones, on the device of the boxes; zeros for an image without box.
+
+    Raises:
+        TypeError: no sequence of tensors.
+        ValueError: wrong shape; a box with an end before its start.
     """
     _check_boxes(boxes)
     mask = torch.zeros(len(boxes), 1, *size, device=boxes[0].device if len(boxes) else None)
@@ -257,8 +296,11 @@ def box_mask(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size) -> Ten
 def box_experiment_masks(saliency: Tensor, boxes: Sequence[Tensor]) -> dict[str, Tensor]:
     """Masks that ask whether the network uses what lies outside the box, for `evaluation.score`.
 
-    These are "B" (`box_mask`), "1-B", "S" (the map), "S*(1-B)" and "S*B", each (B,1,H,W) in [0,1], of the dtype of the
-    map. Arguments and errors as `localization_error`. Leave images without box out, for which B = 0 says nothing.
+    Arguments and errors as `localization_error`. Leave images without box out, for which B = 0 says nothing.
+
+    Returns:
+        "B" (union of boxes as 0/1, `box_mask`), "1-B", "S" (the map), "S*(1-B)", "S*B": each (B,1,H,W) in [0,1], of
+        the dtype and on the device of the map.
 
     Reference:
         Zhang et al., Opti-CAM, CVIU 2024, arXiv 2301.07002.

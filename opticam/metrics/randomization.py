@@ -26,12 +26,17 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     Kernels and matrices are drawn from He's normal distribution, variance 2/fan_in, biases from N(0, 0.02^2). Modules
     with nothing but vectors go back to their own start by `reset_parameters` if they have it, else they are drawn like
     biases; for batch norm this means scale 1, shift 0, running mean 0 and variance 1. All of this is **ours**, for one
-    reason: the features of a randomised network should neither vanish nor forget the image. On EfficientNet-Lite0 the
-    last feature maps of four photos differ by a standard deviation of 0.8 from photo to photo (trained: 0.4). With
-    `reset_parameters` throughout it would be 2e-9, with the running statistics of training kept 0.02.
+    reason: the features of a randomised network should neither vanish nor forget the image. On EfficientNet-Lite0,
+    wholly randomised, the last feature maps of four photos differ by a standard deviation of 0.8 from photo to photo
+    (trained: 0.4). With `reset_parameters` throughout it is 2e-9, since torch's uniform draw loses a factor at every
+    layer; with the running statistics of training kept it is 0.02, since these do not fit random weights.
 
-    The copy has the class, flags, device and dtype of the model. The seed gives the same weights on every device. The
-    model is not touched, nor is the global random state.
+    Args:
+        model: any network. Not touched; nor is the global random state.
+        seed: of the random weights; the same on every device.
+
+    Returns:
+        A network of the same class, flags, device and dtype.
 
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
@@ -50,19 +55,21 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Networks randomised from the logits down: each by one stage more than the one before.
 
-    The order is the reverse of `named_modules`, which for all networks here is the reverse of the forward pass. The
-    last network, if the stages cover all, is `randomized(model, seed)`.
+    The order is the reverse of `named_modules`, that is, of how the network was put together, which for all networks
+    here is the reverse of the forward pass. The last network, if the stages cover all, is `randomized(model, seed)`.
 
     Args:
         model: any network. Not touched; nor is the global random state.
         seed: of the random weights; a stage gets the same ones in `cascading` and `independent`.
         stages: dotted names (for a `Classifier`: as the wrapped network names them), each a module that is randomised
-            with all it contains, in any order; by default every module that has parameters of its own. ValueError: no
-            such module, or one without parameters.
+            with all it contains, in any order; by default every module that has parameters of its own.
 
     Returns:
         Iterator of the name of the stage last randomised and a network of its own, in the modes of the model. Own
         parameters of the whole network, such as position embeddings, go by the name of its class.
+
+    Raises:
+        ValueError: no such module, or one without parameters.
     """
     return _randomized_by_stage(model, seed, stages, cumulative=True)
 
@@ -75,11 +82,21 @@ def independent(
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman rank correlation over the pixels of each pair of maps (B,1,H,W); ties share their mean rank.
+    """Spearman rank correlation over the pixels of each pair of maps; ties share their mean rank.
+
+    Maps here are non-negative, so that the variant with absolute values is not needed.
+
+    Args:
+        a: (B,1,H,W).
+        b: (B,1,H,W).
 
     Returns:
-        (B,) float64 in [-1,1], 1 for maps of the same order; 0, to be counted, where a map is constant; NaN where a map
-        has a NaN. In a sanity check lower is better. TypeError or ValueError: not two tensors of that shape.
+        (B,) float64 in [-1,1], 1 for maps of the same order: similar; 0 where a map is constant, to be counted, as such
+        a map tells nothing; NaN where a map has a NaN. In a sanity check lower is better.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shape.
     """
     from scipy import stats
 
@@ -88,13 +105,16 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of each pair of maps, in two dimensions, range 1, at the settings of its paper.
+    """Mean SSIM of each pair of maps, in two dimensions, range 1.
 
-    These are a Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances, and the mean over
-    the windows that lie wholly inside.
+    Settings of the paper of SSIM: Gaussian window of sigma 1.5 (11x11), K1 = 0.01, K2 = 0.03, population covariances,
+    mean over the windows that lie wholly inside.
 
-    Arguments, result and errors as `rank_correlation`, but maps are in [0,1], with sides of 11 pixels or more, and 1 is
-    for equal maps.
+    Result and errors as `rank_correlation`, but 1 is for equal maps.
+
+    Args:
+        a: (B,1,H,W) in [0,1], sides of 11 pixels or more.
+        b: likewise.
 
     Reference:
         Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE TIP 2004.

@@ -65,7 +65,7 @@ def test_eigen_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer):
         np.testing.assert_allclose(saliency[b, 0], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.6, "num_classes": 2}, {"num_classes": 9}])
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.6, "num_classes": 2}, {"hold_weights": True}, {"num_classes": 9}])
 def test_finer_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer, options):
     with torch.no_grad():
         tiny.fc.weight.mul_(30)  # else the logits are alike, and so are the weights
@@ -74,9 +74,12 @@ def test_finer_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer, 
     for b in range(1):
         label, number, alpha = int(class_idx[b]), options.get("num_classes", 3), options.get("alpha", 1)
         features = tiny.features[: DEPTHS[layer]](images[b : b + 1])[0].detach().numpy()
+        logits = tiny(images[b : b + 1])[0].detach().numpy()
+        held = references.finer_weights(logits, label, number) if "hold_weights" in options else None
 
-        def score(maps, label=label, alpha=alpha, number=number):
-            return torch.tensor([[references.finer_score(head(maps)[0].numpy(), label, alpha, number)]])
+        def score(maps, label=label, alpha=alpha, number=number, held=held):
+            value = references.finer_score(head(maps)[0].numpy(), label, alpha, number, held)
+            return torch.tensor([[value]])
 
         expected = references.grad_cam(features, references.slopes(features, score, 0))
         np.testing.assert_allclose(saliency[b, 0], references.finish(expected, 24, 32), rtol=0, atol=1e-6)
@@ -85,7 +88,7 @@ def test_finer_cam_agrees_with_the_loop_version(tiny, images, class_idx, layer, 
 def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
     run = partial(finer_cam, tiny, images, class_idx, layer="features.0")
     expected = grad_cam(tiny, images, class_idx, layer="features.0")
-    torch.testing.assert_close(run(alpha=0), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(alpha=0, hold_weights=True), expected, rtol=0, atol=1e-12)
     assert (run() - expected).abs().max() > 0.1
     for wrong, message in (
         ({"num_classes": 0}, "num_classes: wanted at least 1, got 0"),
