@@ -2,11 +2,8 @@
 
 The package index's Linux wheels of torchvision are built for CUDA. Beside a CPU build of torch their compiled operators
 do not load, and torchvision's import fails while it describes two of them (nms and its quantised twin), which no
-classifier uses. Declaring the two lets the import go on; calling them fails as it should. In an environment whose two
-builds belong together nothing is done here.
-
-This is set up when `opticam` is imported, needs no torch for that, and acts when torchvision is imported. The file can
-go once the package index has a CPU build of torchvision, or torchvision's import gets by without compiled operators.
+classifier uses. Declaring the two lets the import go on; calling them fails as it should. Where the builds belong
+together nothing is done. The file can go once the package index has a CPU build of torchvision.
 """
 
 import os

@@ -42,9 +42,7 @@ class _Found(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
-    """What a file of `torch.save` or of safetensors holds. Only tensors, numbers, text and tables of them are read.
-
-    Of what else trainers keep, such as arrays of numpy, dates and paths, nothing is made.
+    """What a file of `torch.save` or of safetensors holds: tensors, numbers, text and tables of them, nothing else.
 
     Raises:
         OSError: no such file.
@@ -179,30 +177,20 @@ def _found(
 
 def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     needed = [name for name in own if not name.endswith("num_batches_tracked")]  # old checkpoints are without
-    return [
-        *(f"{name} is missing" for name in needed if name not in weights),
-        *(f"{name} is unknown" for name in weights if name not in own and name != _COUNTER),
-        *(
-            f"{name} has shape {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ),
-        *(
-            f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {own[name].dtype}"
-            for name, value in weights.items()
-            if name in own and not _fits(value, own[name])
-        ),
-        *(
-            f"{name} holds NaN"
-            for name, value in weights.items()
-            if name in own and _fits(value, own[name]) and value.isnan().any()
-        ),
-    ]
-
-
-def _fits(value: Tensor, own: Tensor) -> bool:
-    plain = value.layout == torch.strided and not value.is_meta
-    return plain and (value.is_floating_point() or not own.is_floating_point())
+    faults = [f"{name} is missing" for name in needed if name not in weights]
+    faults += [f"{name} is unknown" for name in weights if name not in own and name != _COUNTER]
+    for name, wanted in own.items():
+        if name not in weights:
+            continue
+        value = weights[name]
+        plain = value.layout == torch.strided and not value.is_meta
+        if value.shape != wanted.shape:
+            faults.append(f"{name} has shape {tuple(value.shape)}, wanted {tuple(wanted.shape)}")
+        if not plain or (wanted.is_floating_point() and not value.is_floating_point()):
+            faults.append(f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {wanted.dtype}")
+        elif value.isnan().any():
+            faults.append(f"{name} holds NaN")
+    return faults
 
 
 def _agree(found: Tensor, values: Sequence[float]) -> bool:

@@ -18,8 +18,8 @@ Head = Literal["softmax", "sigmoid"]
 class Classifier(nn.Module):
     """A network that takes images in [0,1], with mean/std inside, and knows its layer, head, sizes and classes.
 
-    Its attributes are what `networks.wrap` was given, by the same names. `class_names` are in the order of the logits;
-    for one logit they name the class that it stands for and its absence.
+    Its attributes are what `networks.wrap` was given, by the same names. For one logit `class_names` name the class
+    that it stands for and its absence.
     """
 
     mean: Tensor
@@ -49,15 +49,9 @@ class Classifier(nn.Module):
         head = head or said or "softmax"
         check_head(head)
         self.network = network
-        self.name = name
-        self.layer = layer
-        self.head = head
-        self.to_logits = to_logits
-        self.input_size = input_size
-        self.resize = resize
-        self.class_names = class_names
-        self.layout = layout
-        self.window = window
+        self.name, self.layer, self.head, self.to_logits = name, layer, head, to_logits
+        self.input_size, self.resize, self.class_names = input_size, resize, class_names
+        self.layout, self.window = layout, window
         found = weights_of(network)
         weights = torch.empty(0) if found is None else found
         for key, values in (("mean", mean), ("std", std)):
@@ -94,12 +88,8 @@ def as_classifier(model: nn.Module) -> Classifier | None:
 
 def weights_of(model: nn.Module) -> Tensor | None:
     """The weights whose dtype and device images are to have: no scalar, such as a temperature, if there are others."""
-    first = None
-    for weights in filter(Tensor.is_floating_point, model.parameters()):
-        if weights.ndim > 1:
-            return weights
-        first = weights if first is None else first
-    return first
+    found = [weights for weights in model.parameters() if weights.is_floating_point()]
+    return next((weights for weights in found if weights.ndim > 1), found[0] if found else None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -218,8 +208,8 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
     if isinstance(named, Tensor):
         return named
-    tensors = list(_tensors(returned))
-    found = [part for part in tensors if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
+    parts = _tensors(returned)
+    found = [part for part in parts if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
@@ -292,6 +282,11 @@ def with_absence(logits: Tensor) -> Tensor:
 def class_logit(logits: Tensor, class_idx: Tensor) -> Tensor:
     """The logit of each image's class, (B,), from logits (B,C) and classes (B,) int64."""
     return logits.gather(1, class_idx[:, None])[:, 0]
+
+
+def log_odds(logits: Tensor, class_idx: Tensor) -> Tensor:
+    """Log-odds of each image's class under a softmax, `y_c - log sum_{j != c} exp y_j`, (B,)."""
+    return class_logit(logits, class_idx) - logits.scatter(1, class_idx[:, None], -torch.inf).logsumexp(1)
 
 
 def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:

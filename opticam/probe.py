@@ -64,26 +64,24 @@ def check_layout(
 
     The image is divided as the maps are. One place p after another is painted in one colour, and the change of each
     cell q is measured, `D_pq = || A_q(x_p) - A_q(x) ||`, over channels, images and colours. A cell answers if a change
-    at its place changes it, or one of its eight neighbours, more than all others. A neighbour counts since the windows
-    of strided convolutions lie up to half a cell beside the places.
+    at its place changes it, or one of its eight neighbours (windows of strided convolutions lie up to half a cell
+    beside the places), more than all others.
 
     A layout that is transposed, flipped, rolled, in another order or that takes a class token for a patch leaves cells
-    without an answer, at the latest at the ends of rows. So True everywhere confirms a layout. This cannot see a shift
-    of a single cell that does not run over into the next row. False somewhere is a doubt, not a proof of the opposite:
-    in deep networks with random weights, or where all places are mixed, no place may stand out. More images or changes
-    then help.
+    without an answer, so True everywhere confirms a layout, but for a shift of a single cell that does not run over
+    into the next row. False somewhere is a doubt, not a proof of the opposite: in deep networks with random weights, or
+    where all places are mixed, no place may stand out. More images or changes then help.
 
     Args:
         model: any network. Left as found.
         images: (B,3,H,W) float that the network takes, such as photos.
-        layer: see `resolve_layer`.
+        layer: see `features.resolve_layer`.
         num_changes: how many colours each place is painted in, of the darkest and the brightest by channel, drawn by a
             fixed seed.
         batch_size: images in flight.
 
     Returns:
-        (h,w) bool, True where the cell answers. `check_layout(model, images).all()` confirms all. It takes B hw forward
-        passes per change, and one more for the maps.
+        (h,w) bool, True where the cell answers, by B hw forward passes per change, and one more for the maps.
 
     Raises:
         TypeError: an argument is not a tensor or has the wrong dtype; a network of a wrong kind.

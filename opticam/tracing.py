@@ -17,23 +17,19 @@ class Tracer(fx.Tracer):
         self.looks_into = looks_into
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """The graph of the network."""
         with _one_at_a_time:
             self.owner = threading.get_ident()
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of the module is one node."""
         return not self.looks_into(m)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """A call of a module, in whatever thread."""
         if threading.get_ident() != self.owner:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        """An attribute of a module, in whatever thread."""
         if threading.get_ident() != self.owner:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -19,14 +19,12 @@ from opticam.saliency import blur, mean_color
 METHODS: dict[str, Method] = {**_CAM, **perturbation.RECORDS, **attention.RECORDS, **_OPTI_CAM}
 GRAD_CAMS = ("x_grad_cam", "hires_cam")  # Grad-CAM by algebra where pooling and one linear layer follow
 
+_FAST: dict[str, Any] = {"space": map_space, "optimizer": adam_cosine, "num_steps": 18, "lr": 0.3}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "paper": {"space": weight_space, "optimizer": adam, "num_steps": 100, "lr": 0.1},
-    "fast": {"space": map_space, "optimizer": adam_cosine, "num_steps": 18, "lr": 0.3},
+    "fast": _FAST,
     "robust": {
-        "space": map_space,
-        "optimizer": adam_cosine,
-        "num_steps": 18,
-        "lr": 0.3,
+        **_FAST,
         "objective": odds_gain,
         "baseline": (None, mean_color, blur),
         "anchor": grad_cam,

@@ -1,7 +1,7 @@
 """How the weights of the feature maps are found: in which space, by which optimiser, and when an image stops."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from opticam.saliency import combine
 
 Maps = Sequence[Tensor]
 Point = tuple[Tensor, ...]
-Rows = Tensor | slice
 Optimizer = Callable[[Tensor, float, int], tuple[torch.optim.Optimizer, LRScheduler | None]]
 
 PROJECTION_STEPS = 20
@@ -104,9 +103,9 @@ map_space = Space(
 )
 """The cells of the map themselves, projected after every step onto what non-negative weights can make.
 
-The same maps as in `weight_space`, but a step moves each cell by what helps it, while there hundreds of feature maps
-that lie across each other have to agree first; so far fewer steps are needed. Learning rates are shares of the largest
-cell. Made for one layer and a normalisation that ignores the scale; else it holds, but a step may not reach as far.
+The same maps as in `weight_space`, by far fewer steps: each moves a cell by what helps it, while there hundreds of
+feature maps have to agree first. Learning rates are shares of the largest cell. Made for one layer and a normalisation
+that ignores the scale; else it holds, but a step may not reach as far.
 """
 
 
@@ -127,51 +126,35 @@ class Progress:
     """What images have seen on their way up, row by row, and which of them still work.
 
     Attributes:
+        rows: the images at work, as an index; views, not copies, until one stops.
         history: (B,T+1), the objective at every step; NaN once an image has stopped.
         best: the point with the largest objective so far.
-        seen: the images of the last `add`, as an index; views, not copies, until one stops.
-        over: whether none is left to work on.
     """
 
     def __init__(self, point: Point, num_steps: int, tol: float, patience: int) -> None:
         first = point[0].detach()
         self.tol, self.patience = tol, patience
-        self.seen = self.rows = cast(Rows, slice(None))
-        self.over = False
+        self.rows: Tensor | slice = slice(None)
         self.history = first.new_full((len(first), num_steps + 1), torch.nan)
         self.best: Point = tuple(part.detach().clone() for part in point)
         self.highest = first.new_full((len(first),), -torch.inf)
         self.goal, self.stale = self.highest.clone(), torch.zeros_like(self.highest, dtype=torch.int64)
 
-    def add(self, step: int, value: Tensor, point: Point) -> Tensor | None:
-        """Record objective (n,) and point of the rows at work; returns which continue, (n,) bool, None for all."""
-        rows = self.seen = self.rows
+    def add(self, step: int, value: Tensor, point: Point) -> bool:
+        """Record the objective (n,) of the rows at work, and their point; returns whether any of them goes on."""
+        rows = self.rows
         self.history[rows, step] = value
         better = value > self.highest[rows]
         self.highest[rows] = torch.where(better, value, self.highest[rows])
         for best, part in zip(self.best, point, strict=True):
-            best[rows] = torch.where(better[:, None], part.detach(), best[rows])
+            best[rows] = torch.where(better[:, None], part.detach()[rows], best[rows])
         if self.tol == 0:
-            return None
+            return True
         goal = self.goal[rows]
         gained = ~(value <= goal + self.tol * goal.abs())  # true at first, where the goal is -inf
         self.goal[rows] = torch.where(gained, value, goal)
         self.stale[rows] = torch.where(gained, 0, self.stale[rows] + 1)
         working = self.stale[rows] < self.patience
-        if working.all():  # the one synchronisation, and only where a tolerance was asked for
-            return None
-        self.rows = torch.arange(len(self.stale), device=value.device)[rows][working]
-        self.over = len(self.rows) == 0
-        return working
-
-
-def keep_rows(point: Point, working: Tensor, ascent: torch.optim.Optimizer) -> Point:
-    """The working rows of the point, the first part being the optimiser's new parameter, its moments cut alike."""
-    moved, *others = (part.detach()[working] for part in point)
-    state = ascent.state.pop(point[0])
-    ascent.state[moved.requires_grad_()] = {
-        name: value[working] if isinstance(value, Tensor) and value.shape == point[0].shape else value
-        for name, value in state.items()
-    }
-    ascent.param_groups[0]["params"] = [moved]
-    return moved, *others
+        if not working.all():  # the one synchronisation, and only where a tolerance was asked for
+            self.rows = torch.arange(len(self.stale), device=value.device)[rows][working]
+        return bool(working.any())

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_inputs
 from opticam.features import Layer, attention_maps, block_attention_gradients
 from opticam.layouts import class_token_grid
 from opticam.methods.record import Method
@@ -19,7 +18,6 @@ def raw_attention(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer:
     Reference:
         Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, arXiv 2010.11929.
     """
-    check_inputs(model, images, class_idx)
     attention, _, _ = attention_maps(model, images, class_idx, with_gradients=False)
     return _of_class_token(attention[-1].mean(1), model, images)
 
@@ -32,7 +30,6 @@ def attention_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, la
     Reference:
         Abnar, Zuidema, Quantifying attention flow in transformers, ACL 2020, arXiv 2005.00928, eq. 1.
     """
-    check_inputs(model, images, class_idx)
     attention, _, _ = attention_maps(model, images, class_idx, with_gradients=False)
     identity = rollout = _identity(attention[0])
     for maps in attention:
@@ -50,7 +47,6 @@ def gradient_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, lay
         Chefer, Gur, Wolf, Generic attention-model explainability for interpreting bi-modal and encoder-decoder
         transformers, ICCV 2021, arXiv 2103.15679, eq. 5 and 6.
     """
-    check_inputs(model, images, class_idx)
     attention, gradients, _ = attention_maps(model, images, class_idx)
     relevance = _identity(attention[0])
     for maps, slopes in zip(attention, gradients, strict=True):
@@ -61,15 +57,14 @@ def gradient_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, lay
 def legrad(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """LeGrad: `mean_l mean_hi relu(d s^l_c / d A^l_hij)`, the sensitivity of each block's class score to its attention.
 
-    `s^l` is what the final norm and the head make of the output of block l. The mean runs over heads h and queries i;
-    the keys j that are patches make the map; all blocks count. Arguments, result and errors as `raw_attention`, but the
-    ViT may also be one that pools, without a class token.
+    `s^l` is what the final norm and the head make of the output of block l. The mean runs over blocks l, heads h and
+    queries i; the keys j that are patches make the map. Arguments, result and errors as `raw_attention`, but the ViT
+    may also pool, without a class token.
 
     Reference:
         Bousselham et al., LeGrad: An explainability method for vision transformers via feature formation sensitivity,
         2024, arXiv 2404.03214.
     """
-    check_inputs(model, images, class_idx)
     gradients, grid = block_attention_gradients(model, images, class_idx)
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     sensitivity = torch.stack([slopes.relu().to(dtype).mean((1, 2)) for slopes in gradients]).mean(0)

@@ -38,7 +38,6 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
         Selvaraju et al., Grad-CAM: Visual explanations from deep networks via gradient-based localization, ICCV 2017,
         arXiv 1610.02391, eq. 1 and 2.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map(combine(features, gradients.mean((2, 3))), images.shape[-2:])
 
@@ -46,13 +45,12 @@ def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
 def grad_cam_plus_plus(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
     """Grad-CAM++ maps: `w_k = sum_ij a_kij relu(g_kij)`, `a = g^2 / (2 g^2 + (sum_ij A_kij) g^3)`.
 
-    Arguments, result and errors as `grad_cam`. Where g = 0 a has no weight; where the denominator is 0, a is 0.
+    Arguments, result and errors as `grad_cam`. Where the denominator is 0, a is 0.
 
     Reference:
         Chattopadhyay et al., Grad-CAM++: Improved visual explanations for deep convolutional networks, WACV 2018,
         arXiv 1710.11063, eq. 19.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     denominator = 2 + features.sum((2, 3), keepdim=True) * gradients  # both sides divided by g^2
     a = torch.where(denominator != 0, 1 / denominator, 0)
@@ -68,7 +66,6 @@ def x_grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: La
         Fu et al., Axiom-based Grad-CAM: Towards accurate visualization and explanation of CNNs, BMVC 2020,
         arXiv 2008.02312, eq. 8.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     total = features.sum((2, 3))
     weights = torch.where(total != 0, (gradients * features).sum((2, 3)) / total, 0)
@@ -84,7 +81,6 @@ def hires_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
         Draelos, Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks,
         2020, arXiv 2011.08891.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map((gradients * features).sum(1, keepdim=True), images.shape[-2:])
 
@@ -98,7 +94,6 @@ def layer_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
         Jiang et al., LayerCAM: Exploring hierarchical class activation maps for localization, IEEE TIP 2021,
         eq. 5 to 7.
     """
-    check_inputs(model, images, class_idx)
     features, gradients, _ = features_and_gradients(model, images, class_idx, layer)
     return saliency_map((gradients.relu() * features).sum(1, keepdim=True), images.shape[-2:])
 
@@ -128,7 +123,7 @@ def ablation_cam(
     if features is None or not features[:1].allclose(as_grid(output[:1], model, x, layer).to(dtype), equal_nan=True):
         raise ValueError("layer: ablation_cam wants one whose output has a row for each image")
     lost = torch.empty_like(features[:, :, 0, 0])
-    for rows, channels in _pairs(lost, batch_size):
+    for rows, channels in _pairs(torch.ones_like(lost), batch_size):
         ablated = output[rows]
         maps = as_grid(ablated, model, x, layer)
         if maps.untyped_storage().data_ptr() != ablated.untyped_storage().data_ptr():
@@ -163,7 +158,7 @@ def score_cam(
         network = folded(model, x, logits)
         black = read(network, torch.zeros_like(x[:1])).logits[0, c].to(features.dtype)
         scores = black[:, None].repeat(1, features.shape[1])
-        for rows, channels in _pairs(scores, batch_size, features.amax((2, 3)) > features.amin((2, 3))):
+        for rows, channels in _pairs(features.amax((2, 3)) > features.amin((2, 3)), batch_size):
             masks = min_max(upsample(features[rows, channels][:, None], x.shape[-2:]))
             masked_logits = read(network, apply_mask(x[rows], masks)).logits
             scores[rows, channels] = class_logit(masked_logits, c[rows]).to(scores.dtype)
@@ -211,7 +206,7 @@ def finer_cam(
     Under a sigmoid the only rival of a class is its absence, with logit 0, and the map is that of Grad-CAM.
 
     Args:
-        alpha: how much of the rivals is subtracted; 0 gives Grad-CAM if weights are held.
+        alpha: how much of the rivals is subtracted; 0 gives Grad-CAM.
         num_classes: how many rivals; of a network with fewer, all.
         hold_weights: whether the weights w_j count as constants in the gradient. The library grad-cam does not hold
             them.
@@ -220,7 +215,6 @@ def finer_cam(
         Zhang et al., Finer-CAM: Spotting the difference reveals finer details for visual explanation, CVPR 2025,
         arXiv 2501.11309.
     """
-    check_inputs(model, images, class_idx)
     check_at_least(1, num_classes=num_classes)
     check_numbers(alpha=alpha)
     if not math.isfinite(alpha):
@@ -252,8 +246,7 @@ def refine_cam(
 ) -> Tensor:
     """RefineCAM maps: the product of the maps of several layers, each in [0,1] and of the size of the image.
 
-    Arguments, result and errors as `grad_cam`. A deep layer says where, the layers before it sharpen its edges. A place
-    that one of the maps gives 0 is 0. One forward and one backward pass per layer.
+    Arguments, result and errors as `grad_cam`. A deep layer says where, the layers before it sharpen its edges.
 
     Args:
         layer: several; of one, or by default of the model's own target layer, the result is the map of `base`.
@@ -295,11 +288,9 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
     return saliency.detach()
 
 
-def _pairs(table: Tensor, batch_size: int, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns (n,) of a (B,K) table, all or the wanted ones, at most `batch_size` at a time."""
+def _pairs(wanted: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns (n,) of the wanted places of a (B,K) table, at most `batch_size` at a time."""
     check_at_least(1, batch_size=batch_size)
-    if wanted is None:
-        wanted = torch.ones_like(table, dtype=torch.bool)
     rows, columns = wanted.nonzero(as_tuple=True)
     yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)
 

@@ -6,16 +6,17 @@ arXiv 2301.07002.
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers
-from opticam.classifier import Output, as_softmax, differentiate, for_autograd, read
+from opticam.classifier import as_softmax, differentiate, for_autograd, log_odds, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
-from opticam.methods.ascent import Optimizer, Progress, Space, adam, keep_rows, weight_space
+from opticam.methods.ascent import Maps, Optimizer, Point, Progress, Space, adam, weight_space
 from opticam.methods.record import Method
 from opticam.saliency import apply_mask, baseline_of, check_saliency, min_max, upsample
 from opticam.state import frozen
@@ -41,7 +42,7 @@ class OptiCAMResult(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What `on_step` is called with: the tensors of the loop as they are, detached, of the n images still at work.
+    """What `on_step` is called with: the tensors of the loop, detached, of the n images still at work.
 
     Attributes:
         number: steps taken, 0 to T.
@@ -58,17 +59,6 @@ class Step(NamedTuple):
     objective: Tensor
     masked_logits: Tensor
     class_idx: Tensor
-
-
-class _Batch(NamedTuple):
-    """Images at work and what belongs to them, row by row; a baseline None for black, an anchor None for none."""
-
-    images: Tensor
-    class_idx: Tensor
-    logits: Tensor
-    baselines: tuple[Tensor | None, ...]
-    anchor: Tensor | None
-    features: tuple[Tensor, ...]
 
 
 def class_logit(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
@@ -115,13 +105,8 @@ def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: 
     Returns:
         (B,), below 0; higher is better.
     """
-    gain = _log_odds(masked_logits, class_idx) - _log_odds(logits, class_idx)
+    gain = log_odds(masked_logits, class_idx) - log_odds(logits, class_idx)
     return torch.nn.functional.logsigmoid(gain - enough)
-
-
-def _log_odds(logits: Tensor, class_idx: Tensor) -> Tensor:
-    others = logits.scatter(1, class_idx[:, None], -torch.inf).logsumexp(1)
-    return class_logit(logits, logits, class_idx) - others
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -183,9 +168,8 @@ def opti_cam(
     objective.
 
     Two deviations from the published code: the objective is summed over the batch and not averaged, so an image's map
-    does not depend on its neighbours; and the best map seen is kept, which for a rising objective is the last one. T
-    steps take T+1 forward and T backward passes, V times as many for V views, and one more forward for the features;
-    see `num_passes`.
+    does not depend on its neighbours; and the best map seen is kept, which for a rising objective is the last one. See
+    `num_passes` for the cost.
 
     Args:
         model: takes `images` and returns logits (B,C). Left as found: mode, flags, gradients, hooks.
@@ -211,12 +195,11 @@ def opti_cam(
         tol: an image stops when its best objective grew by less than this share of its size in `patience` steps, and
             leaves the batch. 0 never stops, and needs no synchronisation with the device.
         patience: steps, see `tol`.
-        autocast: reduced precision of the masked image's passes, such as `torch.bfloat16`; feature maps, weights and
-            map stay float32.
+        autocast: reduced precision of the masked image's passes, such as `torch.bfloat16`; all else stays float32.
         batch_size: images in flight; None for all at once. Where a device runs out of memory, the images in flight are
             halved until they fit, with one warning in the end.
-        on_step: called with a `Step` before the first step and after each, batch by batch; its result is not used. A
-            batch that ran out of memory begins again at 0.
+        on_step: called with a `Step` before the first step and after each, batch by batch. A batch that ran out of
+            memory begins again at 0.
 
     Returns:
         An `OptiCAMResult`; on the device of the images, without gradients; float32, or float64 for float64 images.
@@ -255,45 +238,57 @@ def opti_cam(
     if not tol >= 0:
         raise ValueError(f"tol: wanted at least 0, got {tol}")
 
+    def prepare(part: slice) -> tuple[nn.Module, tuple]:
+        """The network that the loop asks; and images, classes, logits, baselines, anchor and feature maps by row."""
+        x, c, S_0 = prepared(model, images[part]), for_autograd(class_idx[part]), _rows(anchor, part)
+        features, y = feature_maps(model, x, layer)
+        check_class_range(c, y.shape[1])
+        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
+        A = tuple(maps.to(dtype).relu() for maps in features)
+        if callable(S_0):
+            S_0 = S_0(model, x, c, layer=as_layers(layer)[-1])
+            check_saliency(x, S_0, "anchor")
+        S_0 = None if S_0 is None else for_autograd(S_0).detach().to(A[0])
+        B = tuple(baseline_of(x, _rows(b, part)) for b in shown)
+        return folded(model, x, y), (x, c, y.to(dtype), B, S_0, A)
+
+    def saliency(point: Point, features: Maps) -> Tensor:
+        by_layer = (upsample(maps, images.shape[-2:]) for maps in space.sums(point, features))
+        return normalize(reduce(torch.add, by_layer))
+
     def climb(part: slice) -> OptiCAMResult:
-        baselines = [_part(b, part) for b in shown]
-        network, batch = _prepare(model, images[part], class_idx[part], layer, baselines, _part(anchor, part))
-        features, size = batch.features, images.shape[-2:]
-        point = tuple(tensor.clone() for tensor in space.start(_start(_part(u, part), batch), features))
+        network, batch = prepare(part)
+        features = batch[-1]
+        point = tuple(tensor.clone() for tensor in space.start(_start(_rows(u, part), features), features))
         ascent, decay = optimizer(point[0].requires_grad_(), lr, num_steps)
         with torch.no_grad():  # before the loop: to ask for a range is to wait for the device
-            check_saliency(batch.images, normalize(_added(space.sums(point, features), size)), "normalize")
+            check_saliency(batch[0], saliency(point, features), "normalize")
         progress = Progress(point, num_steps, tol, patience)
         for step in range(num_steps + 1):
-            x, c, y, B, S_0, A = batch
-            S = normalize(_added(space.sums(point, A), size))  # S(u) = n(up(sum_k w_k A_k)), w = softmax(u)
+            x, c, y, B, S_0, A = _rows(batch, progress.rows)  # of the images that have not stopped
+            S = saliency(_rows(point, progress.rows), A)  # S(u) = n(up(sum_k w_k A_k)), w = softmax(u)
             masks = (S, 1 - S) if complement else (S,)
             views = torch.cat([apply_mask(x, M, b) for M in masks for b in B])  # x * S(u), or x * M + b * (1 - M)
-            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-                output = read(network, views)  # f(x * S(u))
-            masked_logits, logits, target = _as_softmax(output, y, c)
-            g = objective(masked_logits, logits, target)  # f(x * S(u))_c, a row per view
-            value, *hidden = (
-                _rows("objective", g, len(views)).unflatten(0, (len(masks), len(B), len(x))).mean(1)
-            )  # mean_b, to be maximised
-            value = value - sum(complement * of_complement for of_complement in hidden)
-            value = value if S_0 is None else value - _rows("penalty", penalty(S, S_0), len(x))
-            working = progress.add(step, value.detach(), point)  # the best so far is kept
+            masked_logits, logits, target = _ask(network, views, y, c, autocast)  # f(x * S(u))
+            g = _checked("objective", objective(masked_logits, logits, target), len(views))  # f(x * S(u))_c
+            kept, *hidden = g.unflatten(0, (len(masks), len(B), len(x))).mean(1)  # mean_b
+            value = kept - complement * hidden[0] if hidden else kept  # F(u), to be maximised
+            if S_0 is not None:
+                value = value - _checked("penalty", penalty(S, S_0), len(x))
             if on_step is not None:
-                rows = torch.arange(len(images), device=x.device)[part][progress.seen]
-                first = masked_logits.detach()[: len(x)], target[: len(x)]
-                on_step(Step(step, rows, S.detach(), value.detach(), *first))
-            if step == num_steps or progress.over:
+                rows = torch.arange(len(images), device=x.device)[part][progress.rows]
+                seen = masked_logits[: len(x)].detach(), target[: len(x)]
+                on_step(Step(step, rows, S.detach(), value.detach(), *seen))
+            going_on = progress.add(step, value.detach(), point)  # the best so far is kept
+            if step == num_steps or not going_on:
                 break
-            (point[0].grad,) = differentiate(model, value.sum(), point[0])
-            ascent.step()
-            space.settle(point, A)
+            (point[0].grad,) = differentiate(model, value.sum(), point[0])  # dF / du
+            ascent.step()  # u moves uphill
+            space.settle(point, features)  # to where weights exist for it; in weight space everywhere
             if decay is not None:
                 decay.step()
-            if working is not None:
-                batch, point = _keep(batch, working, model), keep_rows(point, working, ascent)
         with torch.no_grad():
-            S = normalize(_added(space.sums(progress.best, features), size))
+            S = saliency(progress.best, features)
             S = S.masked_fill(progress.history.isnan().all(1)[:, None, None, None], torch.nan)  # no map was better
             steps = progress.history.nan_to_num(-torch.inf).argmax(1)
             return OptiCAMResult(S, space.weights(progress.best, features), progress.history, steps)
@@ -302,28 +297,38 @@ def opti_cam(
         return OptiCAMResult(*map(torch.cat, zip(*_in_parts(climb, len(images), batch_size), strict=True)))
 
 
-def _prepare(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    layer: Layer | Sequence[Layer],
-    baselines: Sequence[Baseline],
-    anchor: Tensor | Callable[..., Tensor] | None,
-) -> tuple[nn.Module, _Batch]:
-    """The network that the loop asks, and what it works on: one forward pass, and those of the anchor."""
-    x, c = prepared(model, images), for_autograd(class_idx)
-    features, y = feature_maps(model, x, layer)
-    check_class_range(c, y.shape[1])
-    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse for the weights
-    A = tuple(maps.to(dtype).relu() for maps in features)
-    if callable(anchor):
-        anchor = anchor(model, x, c, layer=as_layers(layer)[-1])
-        check_saliency(x, anchor, "anchor")
-    S_0 = None if anchor is None else for_autograd(anchor).detach().to(A[0])
-    return folded(model, x, y), _Batch(x, c, y.to(dtype), tuple(baseline_of(x, b) for b in baselines), S_0, A)
+def _rows(given: Any, rows: slice | Tensor) -> Any:
+    """These rows of a tensor, or of all tensors in a tuple; functions and None as they are."""
+    if isinstance(given, tuple):
+        return tuple(_rows(one, rows) for one in given)
+    return given[rows] if isinstance(given, Tensor) else given
 
 
-def _rows(name: str, values: Any, count: int) -> Tensor:
+def _start(u: Tensor | None, features: Maps) -> Tensor:
+    """The free variables (B,K) to begin with; zeros, which mean equal weights, for None."""
+    wanted = len(features[0]), sum(maps.shape[1] for maps in features)
+    if u is None:
+        return features[0].new_zeros(wanted)
+    if u.shape != wanted:
+        raise ValueError(f"u: wanted shape ({wanted[0]},{wanted[1]}), got {tuple(u.shape)} for {wanted[0]} images")
+    if not u.isfinite().all():
+        raise ValueError("u: wanted finite numbers, got NaN or infinite ones")
+    return for_autograd(u).detach().to(features[0])
+
+
+def _ask(
+    network: nn.Module, views: Tensor, logits: Tensor, class_idx: Tensor, autocast: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of all views, of the image as often, and the class: what objectives are functions of."""
+    with torch.autocast(views.device.type, autocast, enabled=autocast is not None):
+        output = read(network, views)
+    number = len(views) // len(logits)
+    y, c = logits.repeat(number, 1), class_idx.repeat(number)
+    masked_logits, _ = as_softmax(output.logits.to(y.dtype), c, output.head)
+    return masked_logits, *as_softmax(y, c, output.head)
+
+
+def _checked(name: str, values: Any, count: int) -> Tensor:
     """What a function of the caller's gives, if it is a number per row that can be differentiated."""
     if not isinstance(values, Tensor) or values.shape != (count,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -331,45 +336,6 @@ def _rows(name: str, values: Any, count: int) -> Tensor:
     if not values.requires_grad:
         raise ValueError(f"{name}: wanted a function that can be differentiated")
     return values
-
-
-def _start(u: Tensor | None, batch: _Batch) -> Tensor:
-    """The free variables (B,K) to begin with; zeros, which mean equal weights, for None."""
-    wanted = len(batch.images), sum(maps.shape[1] for maps in batch.features)
-    if u is None:
-        return batch.features[0].new_zeros(wanted)
-    if u.shape != wanted:
-        raise ValueError(f"u: wanted shape ({wanted[0]},{wanted[1]}), got {tuple(u.shape)} for {wanted[0]} images")
-    if not u.isfinite().all():
-        raise ValueError("u: wanted finite numbers, got NaN or infinite ones")
-    return for_autograd(u).detach().to(batch.features[0])
-
-
-def _part(given: Any, part: slice) -> Any:
-    """The rows of a tensor; functions and None as they are."""
-    return given[part] if isinstance(given, Tensor) else given
-
-
-def _added(sums: Sequence[Tensor], size: torch.Size) -> Tensor:
-    """The sums (B,1,h,w) of all layers, upsampled to the size of the image and added."""
-    first, *others = (upsample(maps, size) for maps in sums)
-    return sum(others, first)
-
-
-def _as_softmax(output: Output, logits: Tensor, class_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of all views, of the image as often, and the class: what objectives are functions of."""
-    views = len(output.logits) // len(logits)
-    y, c = logits.repeat(views, 1), class_idx.repeat(views)
-    masked_logits, _ = as_softmax(output.logits.to(logits.dtype), c, output.head)
-    return masked_logits, *as_softmax(y, c, output.head)
-
-
-def _keep(batch: _Batch, working: Tensor, model: nn.Module) -> _Batch:
-    """The rows of the images still at work."""
-    x, c, y, baselines, anchor, A = batch
-    shown = tuple(None if b is None else b[working] for b in baselines)
-    S_0 = None if anchor is None else anchor[working]
-    return _Batch(prepared(model, x[working]), c[working], y[working], shown, S_0, tuple(maps[working] for maps in A))
 
 
 def _in_parts(climb: Callable[[slice], OptiCAMResult], number: int, batch_size: int | None) -> list[OptiCAMResult]:
@@ -400,8 +366,7 @@ def num_passes(
 ) -> int:
     """Forward passes of the network that `opti_cam` takes for an image, with these of its options.
 
-    V views take V (T+1), the features one, and a method as the anchor one more, which Grad-CAM takes. Each of the steps
-    goes backward too.
+    V views take V (T+1), the features one, and Grad-CAM as the anchor one. There are V T backward passes.
     """
     views = (len(baseline) if isinstance(baseline, list | tuple) else 1) * (2 if complement else 1)
     return views * (num_steps + 1) + 1 + callable(anchor)

@@ -60,13 +60,12 @@ def rise(
         network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
-            for part in range(0, len(x), batch_size):
-                some, c_some = (tensor[part : part + batch_size] for tensor in (x, c))
+            for some, c_some, total_some in zip(*(t.split(batch_size) for t in (x, c, total)), strict=True):
                 masked = apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(len(some), 1, 1, 1))
                 logits, head = read(network, masked)
                 probs = class_logit(probabilities(logits.to(dtype), head), c_some.repeat_interleave(len(masks)))
                 scores = probs.view(len(some), len(masks))
-                total[part : part + len(some), 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])
+                total_some[:, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])  # a view of the total
     return saliency_map(total / (num_masks * p), size)
 
 
@@ -198,17 +197,14 @@ def smooth_mask(coarse: Tensor, kernel: Tensor, size: torch.Size) -> Tensor:
 def blur_pyramid(images: Tensor) -> Tensor:
     """(B,8,3,H,W): the images blurred by Gaussians of sigma 20, ..., 0 in equal steps, borders replicated."""
     levels = []
-    for level in range(LEVELS):
+    for level in range(LEVELS - 1):
         sigma = SIGMA * (LEVELS - 1 - level) / (LEVELS - 1)
-        if sigma:
-            radius = math.ceil(3 * sigma)
-            padded = F.pad(images, [radius] * 4, mode="replicate")
-            blurred = TF.gaussian_blur(padded, [2 * radius + 1, 1], [sigma, sigma])  # rows, then columns: far faster
-            blurred = TF.gaussian_blur(blurred, [1, 2 * radius + 1], [sigma, sigma])
-            levels.append(blurred[..., radius:-radius, radius:-radius])
-        else:
-            levels.append(images)
-    return torch.stack(levels, 1)
+        radius = math.ceil(3 * sigma)
+        padded = F.pad(images, [radius] * 4, mode="replicate")
+        blurred = TF.gaussian_blur(padded, [2 * radius + 1, 1], [sigma, sigma])  # rows, then columns: far faster
+        blurred = TF.gaussian_blur(blurred, [1, 2 * radius + 1], [sigma, sigma])
+        levels.append(blurred[..., radius:-radius, radius:-radius])
+    return torch.stack([*levels, images], 1)
 
 
 def from_pyramid(pyramid: Tensor, mask: Tensor) -> Tensor:

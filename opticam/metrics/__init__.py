@@ -94,5 +94,9 @@ def factors(columns: Collection[str]) -> dict[str, float]:
 
 def headings(columns: Collection[str], unit: bool = True) -> dict[str, str]:
     """Column -> its heading in a table, `AD % ↓`, or in a figure, `AD ↓`; a column without a record by its own name."""
-    known = {column: COLUMNS[column] for column in columns if column in COLUMNS}
-    return {column: known[column].heading_with(unit) if column in known else column for column in columns}
+    found = {column: column for column in columns}
+    for column in COLUMNS.keys() & found:
+        metric = COLUMNS[column]
+        percent = " %" if unit and metric.factor == 100 else ""
+        found[column] = f"{metric.heading}{percent} {'↑' if metric.higher else '↓'}"
+    return found

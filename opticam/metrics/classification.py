@@ -6,9 +6,9 @@ passes of their own.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from opticam.classifier import (
     Head,
     as_classifier,
     as_softmax,
-    class_logit,
     for_autograd,
+    log_odds,
     probs_of_class,
     read,
     with_absence,
@@ -39,10 +39,8 @@ from opticam.folding import folded
 from opticam.saliency import check_saliency
 from opticam.state import frozen
 
-if TYPE_CHECKING:
-    from scipy import sparse
-
 Curve = tuple[Tensor, Tensor]
+Series = tuple[int, Callable[[Tensor, Tensor], Tensor]]  # n, and the images in these rows and columns of (B,n)
 
 
 def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
@@ -136,27 +134,24 @@ def gain_minus_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
 def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, head: Head = "softmax") -> Tensor:
     """Signed change of the log-odds of each image's class, `logit(o) - logit(p)` with `logit(q) = log(q/(1 - q))`.
 
-    Kept: the pixels the map calls salient; removed: the rest. Higher is better: 0 where nothing changes, and a loss
-    counts as much as the gain that would undo it. **Ours.**
-
-    Taken from the logits, in float64: by a softmax `logit(q) = y_c - log sum_{j != c} exp y_j`, by a sigmoid y_c. So no
-    q has to be clipped near 0 or 1.
+    Higher is better: 0 where nothing changes, and a loss counts as much as the gain that would undo it. **Ours.** Taken
+    from the logits, by `classifier.log_odds`, so that no q has to be clipped near 0 or 1. Kept and removed as
+    `average_drop`.
 
     Args:
         logits: of the image, as `class_probability` takes them, like `class_idx` and `head`.
-        masked_logits: of the masked image, of the same shape.
+        masked_logits: of the masked image, of the same shape, else a ValueError.
         class_idx: (B,) int64.
         head: of the network.
 
     Returns:
-        (B,) float64, unbounded; NaN where logits are. ValueError: shapes differ, or an unknown head.
+        (B,) float64, unbounded; NaN where logits are.
     """
-    check_tensors(logits=logits, masked_logits=masked_logits)
-    if masked_logits.shape != logits.shape:
-        raise ValueError(
-            f"masked_logits: wanted the shape of logits, {tuple(logits.shape)}, got {tuple(masked_logits.shape)}"
-        )
-    return _log_odds(masked_logits, class_idx, head) - _log_odds(logits, class_idx, head)
+    check_alike(logits=logits, masked_logits=masked_logits)
+    before, after = logits.double(), masked_logits.double()
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        before, after, head = with_absence(before), with_absence(after), "sigmoid"
+    return log_odds(*as_softmax(after, class_idx, head)) - log_odds(*as_softmax(before, class_idx, head))
 
 
 def insertion(
@@ -175,11 +170,9 @@ def insertion(
     row; removed: the rest, which show the image blurred by an 11x11 Gaussian of sigma 5 with the mean colour beyond its
     border (zero padding after mean/std). Higher is better. T+1 passes an image.
 
-    The area is the trapezoid rule at T+1 equally spaced points of [0,1], as in the authors' code, also where the last
-    step has fewer pixels than the others.
-
-    Deviations from the authors' code: its kernel is a reflected Gaussian, flatter than this one; its order of equally
-    salient pixels is unspecified; the class is given and not the predicted one.
+    The area is the trapezoid rule at T+1 equally spaced points of [0,1], as in the authors' code. Deviations from it:
+    its kernel is a reflected Gaussian, flatter than this one; its order of equally salient pixels is unspecified; the
+    class is given and not the predicted one.
 
     Args:
         model: takes `images`, see `classifier.read`. Left as found.
@@ -187,7 +180,7 @@ def insertion(
         class_idx: (B,) int64.
         saliency: (B,1,H,W) in [0,1].
         pixels_per_step: at least 1; None for 8 rows, 8 W, which makes T = H/8: the authors' 28 steps at 224x224.
-        batch_size: masked images in flight; the result does not depend on it.
+        batch_size: masked images in flight.
         mean: colour that mean/std makes zero, one value per channel; None for that of the `Classifier`.
 
     Returns:
@@ -202,49 +195,27 @@ def insertion(
         Petsiuk, Das, Saenko, RISE: Randomized input sampling for explanation of black-box models, BMVC 2018,
         arXiv 1806.07421, and the authors' code.
     """
-    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
-    steps = _revealed(_blurred(x, color), x, rank, counts, batch_size)
-    return _with_area(*_probabilities(model, class_idx, saliency, steps))
+    return _with_area(*_curves(model, images, class_idx, saliency, [_inserting], pixels_per_step, batch_size, mean))
 
 
-def deletion(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    saliency: Tensor,
-    *,
-    pixels_per_step: int | None = None,
-    batch_size: int = 64,
-    mean: Tensor | None = None,
-) -> Curve:
+def deletion(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, **options: Any) -> Curve:
     """Deletion: the area under the class probability as pixels, the most salient first, turn to the mean colour.
 
     Removed: the first `t * pixels_per_step` pixels at step t = 0..T, all channels at once; kept: the rest. Lower is
-    better. The curve starts at p. All else as `insertion`.
+    better. The curve starts at p. All else, options too, as `insertion`.
     """
-    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
-    steps = _revealed(x, color.expand_as(x), rank, counts, batch_size)
-    return _with_area(*_probabilities(model, class_idx, saliency, steps))
+    return _with_area(*_curves(model, images, class_idx, saliency, [_deleting], **options))
 
 
 def insertion_deletion(
-    model: nn.Module,
-    images: Tensor,
-    class_idx: Tensor,
-    saliency: Tensor,
-    *,
-    pixels_per_step: int | None = None,
-    batch_size: int = 64,
-    mean: Tensor | None = None,
+    model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, **options: Any
 ) -> tuple[Curve, Curve]:
     """What `insertion` and what `deletion` return, by one pass less: one ends and one starts with the unmasked image.
 
-    Arguments and errors as `insertion`.
+    Arguments, options and errors as `insertion`.
     """
-    x, color, rank, counts = _prepared(model, images, class_idx, saliency, pixels_per_step, batch_size, mean)
-    inserting = _revealed(_blurred(x, color), x, rank, counts, batch_size)
-    deleting = _revealed(x, color.expand_as(x), rank, counts[1:], batch_size)
-    inserted, deleted = _probabilities(model, class_idx, saliency, inserting, deleting)
+    series = [_inserting, lambda x, color, rank, counts: _deleting(x, color, rank, counts[1:])]
+    inserted, deleted = _curves(model, images, class_idx, saliency, series, **options)
     return _with_area(inserted), _with_area(torch.cat([inserted[:, -1:], deleted], 1))
 
 
@@ -290,14 +261,15 @@ def road(
     counts = [round(fraction * images[0, 0].numel()) for fraction in fractions]
     if len(counts) == 0 or not all(0 < count < images[0, 0].numel() for count in counts):
         raise ValueError(
-            f"fractions: wanted at least one, each between 0 and 1 and of one pixel or more, got {fractions}"
+            f"fractions: wanted at least one, each between 0 and 1 and of a pixel or more, got {fractions}"
         )
     x = prepared(model, images)
     generator = torch.Generator().manual_seed(seed)
     noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
     orders = [_rank(saliency, descending) for descending in (False, True)]
     removed = torch.stack([rank < count for count in counts for rank in orders], 1)
-    (probs,) = _probabilities(model, class_idx, saliency, _imputed(x, removed, noise, batch_size))
+    steps = removed.shape[1], lambda rows, columns: impute(x[rows], removed[rows, columns], noise)
+    (probs,) = _probabilities(model, class_idx, saliency, batch_size, steps)
     least_first, most_first = probs.unflatten(1, (len(counts), 2)).unbind(2)
     return ((least_first - most_first) / 2).mean(1)
 
@@ -367,7 +339,10 @@ def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
         Poppi et al., Revisiting the evaluation of class activation mapping for explainability, CVPR workshops 2021,
         arXiv 2104.10252.
     """
-    a, b = _checked_maps(saliency, saliency_of_masked)
+    check_saliency(None, saliency)
+    check_saliency(None, saliency_of_masked, "saliency_of_masked")
+    check_alike(saliency=saliency, saliency_of_masked=saliency_of_masked)
+    a, b = (maps.double().flatten(1) for maps in (saliency, saliency_of_masked))
     undefined = _constant(a) | _constant(b)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     pearson = (F.normalize(a, dim=1, eps=0) * F.normalize(b, dim=1, eps=0)).sum(1).clamp(-1, 1)
@@ -382,8 +357,8 @@ def complexity(saliency: Tensor) -> Tensor:
     Returns:
         (B,) float64 in [0,1]; NaN where the map has a NaN.
     """
-    (maps,) = _checked_maps(saliency)
-    return maps.mean(1)
+    check_saliency(None, saliency)
+    return saliency.double().flatten(1).mean(1)
 
 
 def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
@@ -400,20 +375,10 @@ def adcc(saliency: Tensor, saliency_of_masked: Tensor, drop: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shapes, or a drop outside [0,1].
     """
-    check_tensors(drop=drop, saliency=saliency)
-    if drop.shape != saliency.shape[:1]:
-        raise ValueError(f"drop: wanted shape ({len(saliency)},), got {tuple(drop.shape)}")
+    _check_one_per_map(saliency, drop=drop)
     if ((drop < 0) | (drop > 1)).any():
         raise ValueError("drop: wanted fractions in [0,1], not percent")
     return _harmonic_mean(saliency, saliency_of_masked, 1 - drop.double())
-
-
-def _log_odds(logits: Tensor, class_idx: Tensor, head: Head) -> Tensor:
-    y = logits.double()
-    if y.ndim == 1 or y.shape[1] == 1:
-        y, head = with_absence(y), "sigmoid"
-    y, c = as_softmax(y, class_idx, head)
-    return class_logit(y, c) - y.scatter(1, c[:, None], -torch.inf).logsumexp(1)
 
 
 def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) -> Tensor:
@@ -431,20 +396,17 @@ def arcc(saliency: Tensor, saliency_of_masked: Tensor, road_combined: Tensor) ->
     Reference:
         Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
     """
-    check_tensors(road_combined=road_combined, saliency=saliency)
-    if road_combined.shape != saliency.shape[:1]:
-        raise ValueError(f"road_combined: wanted shape ({len(saliency)},), got {tuple(road_combined.shape)}")
+    _check_one_per_map(saliency, road_combined=road_combined)
     if (road_combined.abs() > 0.5).any():
         raise ValueError("road_combined: wanted values in [-1/2, 1/2], as road gives them")
-    removed = (2 * road_combined.double()).clamp(0, 1)
-    return _harmonic_mean(saliency, saliency_of_masked, removed)
+    return _harmonic_mean(saliency, saliency_of_masked, (2 * road_combined.double()).clamp(0, 1))
 
 
 def _harmonic_mean(saliency: Tensor, saliency_of_masked: Tensor, third: Tensor) -> Tensor:
     """Of coherency, 1 - complexity and a third term; 0 where coherency is undefined since a map is constant."""
-    maps = _checked_maps(saliency, saliency_of_masked)
-    undefined = (_constant(maps[0]) | _constant(maps[1])) & ~torch.stack(maps).isnan().any(2).any(0)
-    coherent = coherency(saliency, saliency_of_masked).masked_fill(undefined, 0)
+    coherent = coherency(saliency, saliency_of_masked)
+    known = ~(saliency + saliency_of_masked).isnan().flatten(1).any(1)
+    coherent = coherent.masked_fill(coherent.isnan() & known, 0)
     terms = torch.stack([coherent, 1 - complexity(saliency), third])
     return 3 / (1 / terms).sum(0)
 
@@ -455,16 +417,17 @@ def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor
     check_at_least(1, batch_size=batch_size)
 
 
-def _prepared(
+def _curves(
     model: nn.Module,
     images: Tensor,
     class_idx: Tensor,
     saliency: Tensor,
-    pixels_per_step: int | None,
-    batch_size: int,
-    mean: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, mean colour (1,3,1,1), `_rank`, and the number of pixels (T+1,) changed at each step."""
+    series: Sequence[Callable[..., Series]],
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
+) -> list[Tensor]:
+    """The curve (B,T+1) of each series, which is a function of images, mean colour, `_rank` and numbers of pixels."""
     _check(model, images, class_idx, saliency, batch_size)
     *_, channels, height, width = images.shape
     step = 8 * width if pixels_per_step is None else pixels_per_step
@@ -476,8 +439,8 @@ def _prepared(
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
     x = prepared(model, images)
     counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
-    color = mean.detach().to(x).reshape(1, -1, 1, 1).expand(1, channels, 1, 1)
-    return x, color, _rank(saliency), counts
+    given = x, mean.detach().to(x).reshape(1, -1, 1, 1).expand_as(x), _rank(saliency), counts
+    return _probabilities(model, class_idx, saliency, batch_size, *(one(*given) for one in series))
 
 
 def _rank(saliency: Tensor, descending: bool = True) -> Tensor:
@@ -486,50 +449,39 @@ def _rank(saliency: Tensor, descending: bool = True) -> Tensor:
     return order.argsort(1).view(saliency.shape)
 
 
-def _blurred(x: Tensor, color: Tensor) -> Tensor:
-    """Insertion's start: mean/std is affine in each channel, so zeros after it are the mean colour before it."""
+def _inserting(x: Tensor, color: Tensor, rank: Tensor, counts: Tensor) -> Series:
+    """From the blurred image. Mean/std is affine in each channel, so zeros after it are the mean colour before it."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     centered = F.pad((x - color).to(dtype), [5] * 4)
     blurred = TF.gaussian_blur(centered, [11, 11], [5.0, 5.0])[..., 5:-5, 5:-5]
-    return torch.empty_like(x).copy_(blurred + color.to(dtype))  # in the memory format of x
+    blurred = torch.empty_like(x).copy_(blurred + color.to(dtype))  # in the memory format of x
+    return _deleting(blurred, x, rank, counts)
 
 
-def _revealed(
-    before: Tensor, after: Tensor, rank: Tensor, counts: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images that show `after` at the first n pixels and `before` at the rest, n of `counts`; and whose they are."""
-    for flat in _in_flight(len(rank) * len(counts), batch_size, rank.device):
-        rows, count = flat // len(counts), counts[flat % len(counts)]
-        yield torch.where(rank[rows] < count[:, None, None, None], after[rows], before[rows]), rows
+def _deleting(before: Tensor, after: Tensor, rank: Tensor, counts: Tensor) -> Series:
+    """Images that show `after` at the first n pixels and `before` at the rest, for each n of `counts`."""
 
+    def show(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.where(rank[rows] < counts[columns, None, None, None], after[rows], before[rows])
 
-def _imputed(x: Tensor, removed: Tensor, noise: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Imputed images for all masks (B,n,1,H,W), and whose they are."""
-    for flat in _in_flight(len(x) * removed.shape[1], batch_size, x.device):
-        rows = flat // removed.shape[1]
-        yield impute(x[rows], removed.flatten(0, 1)[flat], noise), rows
-
-
-def _in_flight(number: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Indices, the first alone: it is for `examine`, before the network is folded."""
-    first, rest = torch.arange(number, device=device).tensor_split([1])
-    yield first
-    yield from rest.split(batch_size) if len(rest) else ()
+    return len(counts), show
 
 
 def _probabilities(
-    model: nn.Module, class_idx: Tensor, saliency: Tensor, *series: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, class_idx: Tensor, saliency: Tensor, batch_size: int, *series: Series
 ) -> list[Tensor]:
-    """(B,n) class probabilities of n masked images an image, for each series; NaN for a NaN map."""
+    """(B,n) class probabilities of the images of each series; NaN for a NaN map."""
     network, head, class_idx = model, None, for_autograd(class_idx)
     unknown = saliency.flatten(1).isnan().any(1, keepdim=True)
     found = []
     with frozen(model), torch.no_grad():
-        for batches in series:
+        for number, show in series:
+            first, rest = torch.arange(len(class_idx) * number, device=saliency.device).tensor_split([1])
             probs: list[Tensor] = []
-            for masked, rows in batches:
-                masked = prepared(model, masked)
-                if head is None:
+            for flat in filter(len, (first, *rest.split(batch_size))):
+                rows = flat // number
+                masked = prepared(model, show(rows, flat % number))
+                if head is None:  # of one image alone, before the network is folded
                     logits, head = examine(model, masked, class_idx)
                     network = folded(model, masked, logits)
                 else:
@@ -544,7 +496,7 @@ def _with_area(curve: Tensor) -> Curve:
 
 
 @lru_cache(maxsize=4)
-def _neighbors(height: int, width: int) -> tuple["sparse.csr_array", "sparse.csr_array"]:
+def _neighbors(height: int, width: int) -> tuple[Any, Any]:
     """Sparse (HW,HW) matrices: weights between neighbouring pixels, and their sums on the diagonal minus them."""
     from scipy import sparse
 
@@ -554,30 +506,29 @@ def _neighbors(height: int, width: int) -> tuple["sparse.csr_array", "sparse.csr
     return weights, (sparse.diags_array(weights.sum(1)) - weights).tocsr()
 
 
-def _checked_maps(saliency: Tensor, *others: Tensor) -> list[Tensor]:
-    """The maps as (B,HW) float64."""
-    check_saliency(None, saliency)
-    for other in others:
-        check_saliency(None, other, "saliency_of_masked")
-        if other.shape != saliency.shape:
-            raise ValueError(
-                f"saliency_of_masked: wanted the shape of saliency, {tuple(saliency.shape)}, got {tuple(other.shape)}"
-            )
-    return [maps.double().flatten(1) for maps in (saliency, *others)]
-
-
 def _constant(maps: Tensor) -> Tensor:
     return maps.amax(1) == maps.amin(1)
 
 
 def _checked(probs: Tensor, masked_probs: Tensor) -> tuple[Tensor, Tensor]:
-    check_tensors(probs=probs, masked_probs=masked_probs)
-    if probs.shape != masked_probs.shape:
-        raise ValueError(
-            f"masked_probs: wanted the shape of probs, {tuple(probs.shape)}, got {tuple(masked_probs.shape)}"
-        )
+    check_alike(probs=probs, masked_probs=masked_probs)
     p, o = probs.double(), masked_probs.double()
     for name, values in (("probs", p), ("masked_probs", o)):
         if not ((values >= 0) & (values <= 1) | values.isnan()).all():
             raise ValueError(f"{name}: wanted probabilities in [0,1] (fractions, not percent)")
     return p, o
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """Refuse, by a TypeError or a ValueError, what are not two tensors of one shape."""
+    check_tensors(**tensors)
+    (name, one), (other, another) = tensors.items()
+    if another.shape != one.shape:
+        raise ValueError(f"{other}: wanted the shape of {name}, {tuple(one.shape)}, got {tuple(another.shape)}")
+
+
+def _check_one_per_map(saliency: Tensor, **values: Tensor) -> None:
+    check_tensors(**values, saliency=saliency)
+    for name, numbers in values.items():
+        if numbers.shape != saliency.shape[:1]:
+            raise ValueError(f"{name}: wanted shape ({len(saliency)},), got {tuple(numbers.shape)}")

@@ -24,6 +24,7 @@ from opticam.saliency import check_saliency
 from opticam.state import frozen
 
 BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
+TINY = torch.finfo(torch.float64).tiny
 
 
 def predicted_box(saliency: Tensor) -> Tensor:
@@ -67,19 +68,16 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         boxes: B tensors (n,4), see above.
 
     Returns:
-        (B,) float64, 0 or 1; NaN for an image without box and for a map with a NaN; 1 where no box is predicted.
+        (B,) float64, 0 or 1; 1 where no box is predicted.
 
     Raises:
         TypeError: an argument is not a tensor, or not a sequence of tensors.
         ValueError: wrong shape or range; a box with an end before its start.
     """
     _check(saliency, boxes)
-    predicted = predicted_box(saliency).cpu()
-    errors = torch.ones(len(saliency), dtype=torch.float64)
-    for i, truth in enumerate(boxes):
-        ious = _ious(predicted[i : i + 1] + BOTH_ENDS, _pixels(truth))
-        errors[i] = 1 - (ious > 0.5).any().double()
-    return _where_defined(errors, saliency, boxes)
+    predicted = predicted_box(saliency).cpu() + BOTH_ENDS
+    found = [(_ious(box[None], _pixels(truth)) > 0.5).any() for box, truth in zip(predicted, boxes, strict=True)]
+    return _where_defined(1 - torch.tensor(found).double(), saliency, boxes)
 
 
 def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     for i, (values, truth) in enumerate(zip(saliency[:, 0].double(), boxes, strict=True)):
         total = values.sum()
         for area, (x0, y0, x1, y1) in zip(_areas(_pixels(truth)).tolist(), _clipped(truth, size).tolist(), strict=True):
-            f1 = 2 * values[y0:y1, x0:x1].sum() / (total + area).clamp(min=torch.finfo(torch.float64).tiny)
+            f1 = 2 * values[y0:y1, x0:x1].sum() / (total + area).clamp(min=TINY)
             best[i] = torch.maximum(best[i], f1)
     return _where_defined(best, saliency, boxes)
 
@@ -173,8 +171,7 @@ def energy_pointing_game(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     _check(saliency, boxes)
     energy = saliency.double()
     inside = (energy * box_mask(boxes, saliency.shape[-2:]).to(energy)).sum((1, 2, 3))
-    share = inside / energy.sum((1, 2, 3)).clamp(min=torch.finfo(torch.float64).tiny)
-    return _where_defined(share, saliency, boxes)
+    return _where_defined(inside / energy.sum((1, 2, 3)).clamp(min=TINY), saliency, boxes)
 
 
 def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 15) -> Tensor:
@@ -220,10 +217,8 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
     The map becomes `floor(255 S)`, in 8 bits; at threshold t the pixels strictly above `floor(t max)` are kept, for
     t = 0, 1/num_thresholds, ...; a box spans a contour of theirs, its end moved one pixel on, `min(x + w, W - 1)`, and
-    IoU counts both ends of a box in, as in the published code. At most 256 of the thresholds differ, and only those
-    are computed.
-
-    Sum over the images that have a box, add the sums of shards, then `max_box_accuracy`.
+    IoU counts both ends of a box in, as in the published code. Sum over the images that have a box, add the sums of
+    shards, then `max_box_accuracy`.
 
     Arguments and errors as `localization_error`, and:
 
@@ -232,8 +227,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
     Returns:
         (B,4,T) bool. Row 0: the box of the contour of largest area has an IoU of 0.5 or more with some box. Rows 1 to
-        3: the best of all contours' boxes has one of at least 0.3, 0.5, 0.7. All False for an image without box, a map
-        of zeros (of values under 1/255) and a map with a NaN.
+        3: the best of all contours' boxes has one of at least 0.3, 0.5, 0.7. All False where others are NaN.
 
     Reference:
         Choe et al., Evaluating weakly supervised object localization methods right, CVPR 2020, arXiv 2001.07437; V2:
@@ -248,7 +242,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
     for i in (~_undefined(saliency, boxes)).nonzero()[:, 0].tolist():
         truth = _pixels(boxes[i])
         levels = (np.arange(num_thresholds) * (1 / num_thresholds) * gray[i].max()).astype(int)
-        distinct, place = np.unique(levels, return_inverse=True)
+        distinct, place = np.unique(levels, return_inverse=True)  # at most 256 differ
         table = torch.stack([_contour_hits(gray[i] > level, truth) for level in distinct])
         hits[i] = table[torch.from_numpy(place)].T
     return hits.to(saliency.device)

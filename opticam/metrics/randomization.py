@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opticam.classifier import bare
 from opticam.features import resolve_layer
+from opticam.metrics.classification import check_alike
 from opticam.saliency import check_saliency
 
 
@@ -133,14 +134,15 @@ def _randomized_by_stage(
     model: nn.Module, seed: int, stages: Sequence[str] | None, *, cumulative: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     groups = _groups(model, stages)
-    trained, random = _copied(model), randomized(model, seed)
+    trained, sources = _copied(model), list(randomized(model, seed).modules())
 
     def networks() -> Iterator[tuple[str, nn.Module]]:
         network = trained
         for stage, places in reversed(groups):
             network = deepcopy(network if cumulative else trained)
-            for source, target in zip(_at(random, places), _at(network, places), strict=True):
-                _copy_own(source, target)
+            targets = list(network.modules())
+            for place in places:
+                _copy_own(sources[place], targets[place])
             yield stage, deepcopy(network)  # what the caller does to it must not reach the next
 
     return networks()
@@ -174,11 +176,6 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
             raise ValueError(f"stages: wanted modules with parameters, {name!r} has none")
         groups.append((name, [place[id(part)] for part in module.modules()]))
     return sorted(groups, key=lambda group: group[1][0])
-
-
-def _at(model: nn.Module, places: list[int]) -> list[nn.Module]:
-    modules = list(model.modules())
-    return [modules[i] for i in places]
 
 
 def _reinitialize(module: nn.Module) -> None:
@@ -216,5 +213,4 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
             raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(maps).__name__}")
     if a.ndim != 4 or a.shape[1] != 1 or 0 in a.shape:
         raise ValueError(f"a: wanted shape (B,1,H,W) without empty dimensions, got {tuple(a.shape)}")
-    if b.shape != a.shape:
-        raise ValueError(f"b: wanted the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
+    check_alike(a=a, b=b)

@@ -34,7 +34,3 @@ class Metric:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.function(*arguments, **options)
-
-    def heading_with(self, unit: bool) -> str:
-        """The heading with its arrow, `AD ↓`, and on demand with its unit, `AD % ↓`."""
-        return f"{self.heading}{' %' if unit and self.factor == 100 else ''} {'↑' if self.higher else '↓'}"
