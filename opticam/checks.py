@@ -261,14 +261,11 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
     Threads take turns from now on with such a network: what it keeps during a pass may lie anywhere.
     """
     network = unwrapped(model)
-    if all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
+    if not all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
+        turns.setdefault(bare(model), threading.RLock())
+    elif not type(bare(model)).__module__.startswith("torch.nn."):  # what is built of parts of torch may be built wrong
         return
-    turns.setdefault(bare(model), threading.RLock())
-    copies: dict[nn.Module, nn.Module] = {}
-    silent = twin_of(network, copies)
-    for copy in copies.values():  # a hook that counts the passes of a method must not count these
-        heard = ((key, hook) for key, hook in copy._forward_hooks.items() if not of_others(hook))
-        vars(copy)["_forward_hooks"] = OrderedDict(heard)
+    silent, _ = silent_twin(network)
     fault, head, ending = None, None, None
     for tried in (silent, network) if hooked_by_others(network) else (silent,):
         fault = None  # where the network itself cannot be asked, the twin's fault may be that it has no hooks
@@ -304,6 +301,17 @@ def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str |
     elif not _same(*beside):
         fault = _MIXING
     return fault, head, _told(first, head)
+
+
+def silent_twin(network: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """A `twin_of` the network, whose passes no hook counts, and the part of the twin for each of its own."""
+    copies: dict[nn.Module, nn.Module] = {}
+    twin = twin_of(network, copies)
+    for copy in copies.values():
+        hooks = copy._forward_hooks.items()
+        kept = ((key, hook) for key, hook in hooks if not (of_others(hook) or hasattr(hook, "ours")))
+        vars(copy)["_forward_hooks"] = OrderedDict(kept)
+    return twin, copies
 
 
 _MIXING = (

@@ -9,14 +9,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_inputs, check_network, examine
+from opticam.checks import check_inputs, check_network, examine, silent_twin
 from opticam.classifier import (
     as_classifier,
     as_output,
@@ -199,7 +200,8 @@ def features_and_gradients(
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         captured[:] = [_last(captured, views, module, output).detach().requires_grad_()]
-        return captured[0].clone()  # in-place operations that follow may not touch a leaf
+        with torch.enable_grad():  # the layer may be the last of what runs under no_grad
+            return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
     with frozen(model), _views(model, place) as views, hooked(place, restart_graph):
         logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
@@ -253,6 +255,8 @@ def attention_maps(
         with torch.set_grad_enabled(with_gradients):
             logits = examine(unwrapped(model), x, class_idx).logits
         _check_attention(model, captured, shown, grid, len(images))
+        _check_reader(model, images[:1], cast(Tokens, grid))
+        _check_reading_order(model, images)
         attention = list(captured)  # to which a network that runs again in the backward pass would add
         gradients: Sequence[Tensor] = ()
         if with_gradients:
@@ -301,6 +305,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
             hooks.enter_context(hooked(block, keep_graph))
         logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
         _check_attention(model, captured, shown, grid, len(images))
+        _check_reading_order(model, images)
         scores = [as_output(model, head(output), len(images)).logits for output in outputs]
         if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
             raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
@@ -358,6 +363,69 @@ def _check_attention(
     one_row = len(set(names)) == len(names) and len({re.sub(r"\d+", "", name) for name in names}) == 1
     if not (captured and plain and one_row and (blocks is None or len(blocks) == len(captured))):
         raise ValueError(_no_attention(model))
+
+
+def _check_reader(model: nn.Module, image: Tensor, grid: Tokens) -> None:
+    """Refuse a head that reads more of the last block than the class token, which is taken for the first."""
+    if model in _readers:
+        return
+    twin, _ = silent_twin(unwrapped(model))
+    attention: list[Tensor] = []
+    with frozen(twin), _attention_shown(twin, attention.append):
+        total = read(twin, prepared(model, image).requires_grad_()).logits.sum()
+        if not attention:  # a copy does not reach what it calls by another way than its own parts
+            return
+        (slope,) = torch.autograd.grad(total, attention[-1], allow_unused=True, materialize_grads=True)
+    read_rows = (slope != 0).any(3).any(1).any(0)  # the tokens whose attention in the last block reaches a logit
+    if read_rows.any() and (read_rows[grid.prefix :].any() or not read_rows[0]):
+        raise ValueError(
+            f"model: the head of {type(bare(model)).__name__} does not read the first token alone; wanted one that "
+            "reads the class token, which comes first, or a method that does not ask the class token"
+        )
+    _readers.add(model)
+
+
+def _check_reading_order(model: nn.Module, images: Tensor) -> None:
+    """Refuse a known transformer, if the user has told no layout, where somebody has put patches into another order.
+
+    Two places of an image are changed; the tokens that enter the first block have to change there most.
+    """
+    transformer = plain_transformer(model, pooled=True)
+    size = images.shape[2:]
+    if transformer is None or told_layout(model) is not None or size in _in_order.setdefault(transformer, set()):
+        return
+    patches = next(module for module in transformer.modules() if isinstance(module, nn.Conv2d))
+    if patches.kernel_size != patches.stride:
+        return  # they overlap, so that a neighbour may change most
+    name = type(transformer).__name__
+    told = "wanted opticam.wrap(network, layer, layout=...) with a function to (B,K,h,w)"
+    blocks = list(parts_of_transformer(transformer)[0].children())
+    for block in blocks:
+        if not type(unwrapped(block)).__module__.startswith(("timm.", "torchvision.")):
+            raise ValueError(f"layer: what {type(block).__name__} in {name} does with tokens is not known; {told}")
+    rows, columns, _ = token_grid(transformer, size)
+    places = (0, columns - 1), (rows - 1, 0)
+    x = prepared(model, images[:1]).repeat(3, 1, 1, 1)
+    cells = zip(size, (rows, columns), patches.stride, strict=True)  # of what is padded the last reaches beyond it
+    high, wide = (step if math.ceil(side / step) == number else side / number for side, number, step in cells)
+    for picture, (row, column) in zip(x[1:], places, strict=True):
+        down, across = (round(place * side) for place, side in ((row, high), (column, wide)))
+        picture[:, down : round(down + high), across : round(across + wide)] += 1
+    twin, copies = silent_twin(unwrapped(model))
+    entered: list[Tensor] = []
+    first = hooked(copies[blocks[0]], lambda module, args, output: entered.append(args[0]))
+    with suppress(Exception), frozen(twin), torch.no_grad(), first:  # it may take no three images
+        read(twin, x)
+    if entered and entered[0].ndim == 3 and len(entered[0]) == 3:
+        prefix = entered[0].shape[1] - rows * columns
+        moved = (entered[0][1:] - entered[0][:1]).double().square().sum(2).argmax(1).tolist()
+        if moved != [prefix + row * columns + column for row, column in places]:
+            raise ValueError(f"layer: the tokens of {name} are not in the order of the patches of the images; {told}")
+    _in_order[transformer].add(size)
+
+
+_readers: WeakSet[nn.Module] = WeakSet()  # seen to read the class token alone
+_in_order: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()  # for these sizes of images
 
 
 def _no_attention(model: nn.Module) -> str:
@@ -516,6 +584,8 @@ def _grids(outputs: Sequence[Tensor], model: nn.Module, images: Tensor, layer: L
             got = str(tuple(grid.shape)) if isinstance(grid, Tensor) else type(grid).__name__
             raise ValueError(f"layout: wanted a function to (B,K,h,w), got {got} of {tuple(output.shape)}")
         check_patches(model, images.shape[2:], grid.shape[2:])
+        if isinstance(to_maps, Tokens):
+            _check_reading_order(model, images)
         if told_layout(model) is None:
             check_cells(images.shape[2:], grid.shape[2:])
         high, wide = (side / cells for side, cells in zip(images.shape[2:], grid.shape[2:], strict=True))

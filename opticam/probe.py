@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_images, check_network
+from opticam.checks import check_at_least, check_images, check_network
 from opticam.classifier import bare, weights_of
 from opticam.features import Layer, all_outputs, feature_maps
 from opticam.layouts import find_layout, is_attention
@@ -17,7 +17,7 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
     attention.
 
     Args:
-        network: takes images (1,3,S,S).
+        network: takes images (1,C,S,S), C being the channels of its first convolution, else 3.
         input_size: S.
 
     Returns:
@@ -28,7 +28,8 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
         ValueError: no such layer.
     """
     check_network(network)
-    images = torch.rand(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
+    channels = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    images = torch.rand(1, channels, input_size, input_size, generator=torch.Generator().manual_seed(0))
     weights = weights_of(network)
     outputs = all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
     modules = dict(bare(network).named_modules())
@@ -88,6 +89,7 @@ def check_layout(
         ValueError: an unknown layer or layout; maps with under 3 rows or columns, which are too few to tell.
     """
     check_images(model, images)
+    check_at_least(1, num_changes=num_changes, batch_size=batch_size)
     (features,), _ = feature_maps(model, images, layer)
     (rows, columns), (height, width) = features.shape[2:], images.shape[2:]
     if min(rows, columns) < 3:

@@ -25,7 +25,7 @@ _thread = threading.local()  # .aside: whether passes of this thread are heard b
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, its parameters out of the graph and gradients recorded; on exit all as before.
+    """The model in eval mode, not compiled, its parameters out of the graph, gradients recorded; on exit all as before.
 
     Gradients are recorded inside even if the caller is under `no_grad` or `inference_mode`. Weights that were made
     under `inference_mode` are copies inside, since they cannot enter a graph. Flags are restored module by module and
@@ -68,6 +68,10 @@ def _freezing(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
             told = f"model: {type(module).__name__} has a train() or eval() of its own and is in training mode"
             raise ValueError(f"{told}; wanted it in eval mode")
         yield module, "training", False
+        if (inner := module._modules.get("_orig_mod")) is not None:  # compiled, so that it misses hooks that come later
+            yield module, "forward", inner.__call__
+        if module._compiled_call_impl is not None:  # compiled in place
+            yield module, "_compiled_call_impl", None
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue

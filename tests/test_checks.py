@@ -20,6 +20,7 @@ from opticam.lab.explorer import explanation_of
 from opticam.state import frozen
 
 from torchvision import transforms  # isort: skip  (after opticam)
+from torchvision.ops import Permute  # isort: skip
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,21 @@ def test_networks_that_mix_the_images_of_a_batch_are_refused(tiny, images, class
         call = lambda n=number: METHODS[name](model, images[:n], class_idx[:n], layer=tiny.features)  # noqa: E731
         refused(ValueError, message, call)
         refused(ValueError, message, lambda: score(wrap(model, "inner"), images, class_idx, images[:, :1]))
+
+
+PARTS = {
+    "a sequence over the batch": lambda: nn.TransformerEncoderLayer(8, 2, 16).double(),
+    "a softmax over the batch": lambda: nn.Softmax(dim=0),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_torch_alone_may_mix_too(images, class_idx, kind):
+    torch.manual_seed(0)
+    maps = nn.Conv2d(3, 8, 8, 8).double(), nn.Flatten(2), Permute([0, 2, 1]), PARTS[kind](), Permute([0, 2, 1])
+    model = nn.Sequential(*maps, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 5).double()).eval()
+    message = "model: in Sequential the logits of an image depend on the other images of its batch"
+    refused(ValueError, message, lambda: grad_cam(model, images, class_idx, layer="0"))
 
 
 def test_a_network_that_takes_one_image_at_a_time(tiny, images, class_idx):

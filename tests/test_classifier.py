@@ -213,6 +213,33 @@ def test_a_compiled_classifier_is_ours(tiny, images):
     torch.testing.assert_close(logits, tiny(images).detach())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grad_cam", "eigen_cam", "score_cam", "opti_cam"])
+def test_a_compiled_part_that_has_run_before_is_heard(tiny, images, class_idx, name):
+    class Lightning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.compile(tiny, backend="eager")
+
+        def forward(self, x):
+            return self.model(x)
+
+    model, layer = Lightning().eval(), "model._orig_mod.features"
+    with torch.no_grad():
+        model(images)
+    compiled = model.model.forward
+    for _ in range(2):
+        ours = METHODS[name](model, images, class_idx, layer=layer)
+        torch.testing.assert_close(ours, METHODS[name](tiny, images, class_idx, layer="features"))
+    assert model.model.forward is compiled
+    inner = copy.deepcopy(tiny)
+    inner.compile(backend="eager")
+    with torch.no_grad():
+        inner(images)
+    torch.testing.assert_close(METHODS[name](inner, images, class_idx, layer="features"), ours)
+    assert inner._compiled_call_impl is not None
+
+
 def test_a_compiled_network_inside_a_classifier(tiny, images, class_idx):
     plain = wrap(tiny, "features", head="sigmoid")
     for around in (torch.compile(tiny, backend="eager"), nn.DataParallel(tiny)):

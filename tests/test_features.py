@@ -182,3 +182,18 @@ def test_a_network_that_was_compiled_before_is_read_as_it_was_written():
     (wanted,), same = feature_maps(network, images, "1")
     assert torch.equal(A, wanted)
     assert torch.equal(logits, same)
+
+
+def test_a_layer_that_ends_what_runs_without_gradients(tiny, images, class_idx):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny
+
+        def forward(self, x):
+            with torch.no_grad():
+                maps = self.inner.features(x)
+            return self.inner.fc(maps.mean((2, 3)))
+
+    ours = METHODS["grad_cam"](Frozen(), images, class_idx, layer="inner.features")
+    torch.testing.assert_close(ours, METHODS["grad_cam"](tiny, images, class_idx, layer="features"))

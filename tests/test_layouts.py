@@ -3,6 +3,7 @@ import re
 import pytest
 import timm
 import torch
+from conftest import TinyViT
 from torch import nn
 
 from opticam import METHODS, grad_cam, wrap
@@ -249,6 +250,67 @@ def test_an_embedding_of_ones_own_in_a_known_transformer_is_refused():
             call()
 
 
+class Wrapped(nn.Module):
+    """A small ViT that is not given the image as it is, or whose tokens are moved on the way."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"class_token": False, "global_pool": "avg", "dynamic_img_size": True} if kind == "resized" else {}
+        self.vit = TinyViT(**options).double().eval().network
+        self.kind = kind
+        if kind == "turned in the norm":
+            self.vit.norm_pre = Turned()
+        if kind == "turned between blocks":
+            self.vit.blocks.insert(1, Turned())
+
+    def forward(self, x):
+        vit = self.vit
+        if self.kind == "class token last":
+            tokens = vit._pos_embed(vit.patch_embed(x)).roll(-1, 1)
+            return vit.head(vit.norm(vit.blocks(tokens))[:, -1])
+        if self.kind == "turned image":
+            x = x.flip(3)
+        return vit(nn.functional.interpolate(x, (32, 48)) if self.kind == "resized" else x)
+
+
+class Turned(nn.Module):
+    def forward(self, tokens):
+        return tokens.flip(1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["class token last", "turned in the norm", "turned between blocks", "turned image", "resized"]
+)
+def test_tokens_of_a_known_transformer_in_another_order_are_refused(kind):
+    model = Wrapped(kind)
+    images = torch.rand(2, 3, *((48, 32) if kind == "resized" else (24, 32)), dtype=torch.float64)
+    for name in ("grad_cam", "raw_attention", "legrad"):
+        if kind != "resized" or name == "grad_cam":
+            with pytest.raises(
+                ValueError, match=r"(order of the patches|what Turned in|does not read the first|one plain sequence)"
+            ):
+                METHODS[name](model, images, torch.zeros(2, dtype=torch.int64), layer="vit.blocks.0.norm1")
+
+
+def test_a_known_transformer_that_is_called_part_by_part():
+    vit = TinyViT().double().eval().network
+    images, class_idx = torch.rand(2, 3, 24, 32, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit
+
+        def forward(self, x):
+            tokens = self.vit._pos_embed(self.vit.patch_embed(x))
+            return self.vit.head(self.vit.norm(self.vit.blocks(tokens))[:, 0])
+
+    for name in ("grad_cam", "raw_attention", "legrad"):
+        ours = METHODS[name](Parts(), images, class_idx, layer="vit.blocks.0.norm1")
+        torch.testing.assert_close(ours, METHODS[name](vit, images, class_idx, layer="blocks.0.norm1"))
+
+
 @pytest.mark.parametrize("value", [5, "NHWC", ["a"], {"module": "a"}, [{"module": "features", "num_chs": 6}]])
 def test_records_of_a_network_that_is_not_timms_mean_nothing(tiny, images, class_idx, value):
     expected = grad_cam(tiny, images, class_idx, layer="features")
@@ -424,6 +486,11 @@ def test_the_experiment_points_at_the_cells_in_doubt(images):
 def test_the_default_layer_has_the_last_maps_with_more_than_one_cell(network, layer):
     torch.manual_seed(0)
     assert default_layer(network().eval(), 64) == layer
+
+
+def test_the_default_layer_of_a_network_of_other_channels():
+    network = nn.Sequential(nn.Conv2d(13, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert default_layer(network, 16) == "1"
 
 
 def test_a_network_without_known_maps_has_no_default_layer():

@@ -178,6 +178,33 @@ def test_two_sequences_in_a_network_are_refused_also_where_tokens_are_told(image
         METHODS[name](network, images, class_idx)
 
 
+class Head(nn.Module):
+    """Reads other tokens of a ViT than the first alone."""
+
+    def __init__(self, reads, **options):
+        super().__init__()
+        self.vit = TinyViT(**options).double().eval().network
+        self.fc = nn.Linear(12, 5).double()
+        self.reads = reads
+
+    def forward(self, x):
+        return self.fc(self.reads(self.vit.forward_features(x)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "reads",
+    [lambda t: t[:, 1:].mean(1), lambda t: t[:, 0] + t.mean(1), lambda t: t[:, 1]],
+    ids=["the patches", "all", "a register"],
+)
+def test_a_head_that_does_not_read_the_first_token_alone_is_refused(images, class_idx, reads, name):
+    model = Head(reads, reg_tokens=1)
+    for told in (model, wrap(model, "vit.blocks.1.norm1", layout=Tokens(3, 4, 2))):
+        with pytest.raises(ValueError, match="model: the head of Head does not read the first token alone"):
+            METHODS[name](told, images, class_idx)
+    METHODS[name](Head(lambda t: t[:, 0], reg_tokens=1), images, class_idx)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "pooled"])
 def test_legrad_agrees_with_differences(images, class_idx, options):
