@@ -17,7 +17,7 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
     attention.
 
     Args:
-        network: takes images (1,C,S,S), C being the channels of its first convolution, else 3.
+        network: takes images (1,C,S,S), C being 3 or the channels of its first convolution.
         input_size: S.
 
     Returns:
@@ -28,10 +28,13 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
         ValueError: no such layer.
     """
     check_network(network)
-    channels = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
-    images = torch.rand(1, channels, input_size, input_size, generator=torch.Generator().manual_seed(0))
-    weights = weights_of(network)
-    outputs = all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
+    try:
+        outputs = _all_outputs(network, 3, input_size)
+    except ValueError:
+        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is None or first.in_channels == 3:
+            raise
+        outputs = _all_outputs(network, first.in_channels, input_size)
     modules = dict(bare(network).named_modules())
     attention = {name for name, _, _ in outputs if is_attention(modules[name])}
     found = ""
@@ -42,7 +45,7 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
         if found or inside or output is None or gradient is None or len(output) != 1 or _is_pooling(modules[name]):
             continue
         try:
-            to_maps = find_layout(network, modules[name], output, images.shape[-2:])
+            to_maps = find_layout(network, modules[name], output, (input_size, input_size))
         except ValueError:
             continue
         if (to_maps(gradient) != 0).any(1).sum() > 1:
@@ -50,6 +53,12 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
             if not attention or "Norm" in type(modules[name]).__name__:
                 return found
     raise ValueError(f"layer: {type(bare(network)).__name__} has no layer whose maps are known; see opticam.wrap")
+
+
+def _all_outputs(network: nn.Module, channels: int, side: int) -> list[tuple[str, Tensor | None, Tensor | None]]:
+    images = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    weights = weights_of(network)
+    return all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
 
 
 def _is_pooling(module: nn.Module) -> bool:
