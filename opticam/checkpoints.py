@@ -190,6 +190,8 @@ def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
             faults.append(f"{name} is {value.dtype}, {value.layout}, on {value.device}; wanted plain {wanted.dtype}")
         elif value.isnan().any():
             faults.append(f"{name} holds NaN")
+        elif value.to(wanted.dtype).isinf().any() and not wanted.isinf().any():  # as a mask of attention may
+            faults.append(f"{name} holds inf")
     return faults
 
 

@@ -175,8 +175,11 @@ def as_names(class_names: Iterable[Any]) -> list[str]:
 
 def check_window(window: Sequence[float] | None) -> None:
     """Refuse what is not two numbers (low, high) with low < high; None passes."""
-    known = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(value, Real) for value in window)
-    if window is not None and not (known and -math.inf < window[0] < window[1] < math.inf):
+    if window is None:
+        return
+    known = isinstance(window, Sequence) and len(window) == 2
+    known = known and all(isinstance(value, Real) and not isinstance(value, bool) for value in window)
+    if not (known and -math.inf < window[0] < window[1] < math.inf):
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 

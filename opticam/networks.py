@@ -238,10 +238,7 @@ def load_model(
         raise ValueError(f"num_classes: {name} is published without classes; wanted a checkpoint and their number")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"class_names: wanted {classes}, one per class, got {len(class_names)}")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
+    check_device(device)
     content = read_checkpoint(checkpoint) if checkpoint else None
     try:
         network = spec.build(pretrained and content is None, classes)
@@ -267,6 +264,14 @@ def load_model(
     return classifier.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def check_device(device: Any) -> None:
+    """Refuse, by a ValueError, a device on which no tensor can be made here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
+
+
 _TOML = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}
 
 
@@ -275,7 +280,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file at {path}; wanted weights, or a .toml that says where they are")
     try:
-        told: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        told: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint: {path} cannot be read as TOML ({error})") from error
     for word, value in told.items():

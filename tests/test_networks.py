@@ -21,6 +21,7 @@ from torchvision import models as tv
 from torchvision.transforms import Normalize
 
 from opticam import METHODS, check_layout, grad_cam
+from opticam.checkpoints import find_weights
 from opticam.features import feature_maps
 from opticam.networks import MODELS, ModelSpec, class_index, find_spec, imagenet_classes, load_model, wrap
 
@@ -304,7 +305,8 @@ def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
     network, path = own
     torch.save({"a": network.state_dict(), "b": small(False, 3).state_dict()}, path)
     told = tmp_path / "own.toml"
-    told.write_text('checkpoint = "own.pt"\ncheckpoint_key = "a"\nhead = "sigmoid"\nwindow = [0, 4095]')
+    text = 'checkpoint = "own.pt"\ncheckpoint_key = "a"\nhead = "sigmoid"\nwindow = [0, 4095]'
+    told.write_text(text, encoding="utf-8-sig")  # as Windows writes it
     model = load_model("small", checkpoint=told)
     assert torch.equal(model.network[0].weight, network[0].weight)
     assert (model.head, model.window, len(model.class_names)) == ("sigmoid", [0, 4095], 3)
@@ -322,6 +324,7 @@ def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
         ("num_classes = true", r"says num_classes = True; wanted some of"),
         ("class_names = [1, 2]", r"says class_names = \[1, 2\]; wanted some of"),
         ("window = [5, 1]", r"window: wanted two numbers \(low, high\) with low < high, got \[5, 1\]"),
+        ("window = [false, true]", r"window: wanted two numbers \(low, high\) with low < high, got \[False, True\]"),
         ('checkpoint = "own.toml"', r"names own\.toml; wanted the file of the weights"),
     ],
 )
@@ -378,6 +381,8 @@ def test_the_number_of_classes_is_read_only_where_nothing_else_differs(own):
             r"b\.0\.weight lies beside those",
         ),
         (3, lambda weights: weights | {"3.bias": torch.tensor([0, torch.nan, 0])}, r"3\.bias holds NaN$"),
+        (3, lambda weights: weights | {"3.bias": torch.tensor([0, -torch.inf, 0])}, r"3\.bias holds inf$"),
+        (3, lambda weights: weights | {"3.bias": torch.tensor([0, 1e300, 0]).double()}, r"3\.bias holds inf$"),
     ],
 )
 def test_weights_of_another_network_are_refused(own, num_classes, saved, fault):
@@ -387,6 +392,12 @@ def test_weights_of_another_network_are_refused(own, num_classes, saved, fault):
         ValueError, match=rf"checkpoint: .*own\.pt does not fit small with {num_classes} classes: {fault}"
     ):
         load_model("small", checkpoint=path, num_classes=num_classes)
+
+
+def test_a_mask_that_is_infinite_on_purpose_is_read():
+    network = nn.Linear(2, 2)
+    network.register_buffer("mask", torch.tensor([0, -torch.inf]))
+    assert find_weights(network.state_dict(), network, "")["mask"].tolist() == [0, -torch.inf]
 
 
 class Trap:

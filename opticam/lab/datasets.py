@@ -5,6 +5,7 @@ whatever process asks, and what is wrong with one photo stays with that photo (`
 """
 
 import math
+import operator
 import os
 import re
 import unicodedata
@@ -13,7 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+from numbers import Integral
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
@@ -29,9 +31,10 @@ from torchvision.transforms import functional as TF
 
 from opticam.checks import as_names, check_at_least, check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
-from opticam.networks import imagenet_classes
+from opticam.networks import check_device, imagenet_classes
 
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+_ORIENTATION = 274  # the tag, of EXIF and of TIFF
 _MOST_CLASSES = 100_000  # a folder of a larger number is named by a date or a patient
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@__thumb", "@tmp", "#recycle", "#snapshot"}
 _OF_SYSTEMS |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -112,6 +115,7 @@ class Photos(Dataset):
 
     def __post_init__(self) -> None:
         _check_frame(self.input_size, self.resize)
+        check_window(self.window)
 
     @property
     def photos(self) -> Sequence[Photo]:
@@ -145,7 +149,9 @@ class Photos(Dataset):
             raise ValueError(fault)
         image = read_image(path, upright=self.upright, window=self.window)
         width, height = image.size
-        if outside := [box for box in boxes if box[2] > 1.05 * width + 1 or box[3] > 1.05 * height + 1]:
+        wide, high = 0.05 * width + 1, 0.05 * height + 1  # that a box may be off by
+        spare = [min(b[0] + wide, b[1] + high, width + wide - b[2], height + high - b[3]) for b in boxes]
+        if outside := [box for box, least in zip(boxes, spare, strict=True) if least < 0]:
             raise ValueError(f"annotation: box {outside[0]} lies outside of the photo of {width}x{height} pixels")
         moved = boxes_to_input(torch.tensor(boxes), image.size, self.input_size, self.resize)
         return Sample(name, to_input(image, self.input_size, self.resize), label, moved)
@@ -172,10 +178,15 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
     """Samples of one size as a batch: images (B,3,S,S) in [0,1] and class_idx (B,) int64, on the device.
 
     Raises:
-        ValueError: no sample; images of different sizes; a label that is not a whole number.
+        TypeError: not samples.
+        ValueError: no sample; images of different sizes; a label that is not a whole number; an unknown device.
     """
+    samples = list(samples)
     if not samples:
         raise ValueError("samples: wanted at least one")
+    if other := [type(sample).__name__ for sample in samples if not isinstance(sample, Sample)]:
+        raise TypeError(f"samples: wanted a list of Sample, got {other[0]}")
+    check_device(device)
     first = tuple(samples[0].image.shape)
     for _, image, label, _ in samples:
         if image.shape != first:
@@ -232,7 +243,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
 
     Grayscale, palette and CMYK images are converted; transparency is laid on white. Pixels of 16 bits often hold only
     10, 12 or 14 bits, and the file does not say so: without a window they are scaled by the fewest of 8, 10, 12, 14 or
-    16 bits that hold the brightest pixel, with a warning if these are fewer than 16.
+    16 bits that hold the brightest pixel, with a warning if these are fewer than 16. Those of a
+    JPEG 2000 are scaled by the bits that it says, where these are fewer than 16.
 
     Args:
         path: any format that Pillow reads.
@@ -242,29 +254,41 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
             none. Pixels that are negative or floating-point numbers need one.
 
     Raises:
+        TypeError: `path` is not a path, or `upright` neither True nor False.
         OSError: the file is missing, no image, or damaged.
         ValueError: the wrong window, or none; more pixels than Pillow opens, or more than one page or frame.
     """
-    path = Path(path)
+    path = _path("path", path)
     check_window(window)
+    if not isinstance(upright, bool | np.bool_):
+        raise TypeError(f"upright: wanted True or False, got {upright!r}")
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     refused = ""
     try:
-        with Image.open(path) as opened:
+        with path.open("rb") as file, Image.open(file) as opened:  # a path Pillow would map: scrambled if it is turned
             tags: Mapping[int, Any] = opened.tag_v2 if opened.format == "TIFF" else {}  # type: ignore[attr-defined]
-            wide = max(tags.get(258, (8,))) > 8 or ";16" in str(opened.tile)
-            deep = opened.mode in ("RGB", "RGBA") and wide  # Pillow drops the lower 8 bits
+            depths = _depths(path) if opened.format == "JPEG2000" else []
+            deepest = max(depths, default=7)
+            wide = max(tags.get(258, (8,))) > 8 or ";16" in str(opened.tile) or deepest > 7
             inverted = tags.get(262) == 0
             if wide and tags.get(284) == 2 and tags.get(277, 1) > 1:  # of which Pillow and OpenCV make noise
                 refused = "stores colours of more than 8 bits in planes; wanted the channels of a pixel side by side"
             elif not wide and 2 in tags.get(339, ()):  # which Pillow reads without their sign
                 refused = "has signed pixels of 8 bits; wanted unsigned ones, or more bits"
+            elif deepest > 127 or (wide and len(depths) in (2, 4)):  # whose zero and transparency the readers shift
+                refused = "is a JPEG 2000 with signed pixels or deep transparency; wanted unsigned gray or colours"
+            # Pillow drops the lower bits of colours, and puts those of a gray JPEG 2000 at the upper end of 16
+            deep = wide and not refused and (opened.mode in ("RGB", "RGBA") or opened.format == "JPEG2000")
+            turned = opened.getexif().get(_ORIENTATION, 1) if tags else 1  # before `load` takes it away
             unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
             number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
-            image = _deep_colors(path, opened, window) if deep else opened
-            image = ImageOps.exif_transpose(image) if upright else image.copy()
+            said = (0.0, 2.0 ** (deepest + 1) - 1) if 7 < deepest < 15 else None  # by a JPEG 2000, of its range
+            image = _deep_colors(path, opened, window or said) if deep else opened
+            if not upright and turned != 1:  # back, since Pillow and OpenCV turn a TIFF when they load it
+                image.getexif()[_ORIENTATION] = {6: 8, 8: 6}.get(turned, turned)
+            image = ImageOps.exif_transpose(image) if upright or turned != 1 else image.copy()
     except UnidentifiedImageError as error:
         raise OSError(f"image: {path} is not an image that can be read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -291,12 +315,20 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     return image.convert("RGB")
 
 
+def _depths(path: Path) -> list[int]:
+    """Of each channel of a JPEG 2000 its bits less one, and 128 more where it has a sign."""
+    size = path.read_bytes().partition(b"\xff\x4f\xff\x51")[2]  # the codestream begins with what it holds
+    return list(size[38 : 38 + 3 * int.from_bytes(size[36:38], "big") : 3])
+
+
 def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | None) -> Image.Image:
     import cv2  # here, since few photos need it
 
     values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is not None and values.ndim == 2 and not opened.mode.startswith("RGB"):
+        values = np.stack([values] * 3, 2)
     if values is None or values.dtype != np.uint16 or values.shape[1::-1] != opened.size or values.ndim != 3:
-        raise ValueError("colours of 16 bits in an unknown form; wanted 8 bits per channel")
+        raise ValueError("pixels of more than 8 bits in an unknown form; wanted 8 bits per channel")
     colors, alpha = values[..., 2::-1], values[..., 3:]
     image = Image.fromarray(np.concatenate([_shown(colors, path, window), (alpha // 257).astype(np.uint8)], 2))
     image.info["exif"] = opened.getexif().tobytes()
@@ -365,7 +397,9 @@ def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int =
     _check_frame(input_size, resize)
     check_tensors(boxes=boxes)
     check_corners(boxes)
-    width, height = photo_size
+    if boxes.numel() and boxes.shape[-1] != 4:
+        raise ValueError(f"boxes: wanted shape (n,4), got {tuple(boxes.shape)}")
+    width, height = _pair("photo_size", photo_size, "(width, height)")
     short = min(width, height)
     resized = torch.tensor([int(resize * width / short), int(resize * height / short)])  # torchvision truncates
     corner = torch.tensor([round((side - input_size) / 2) for side in resized.tolist()])  # and rounds
@@ -393,8 +427,16 @@ def maps_to_input(
         (B,1,S',S') of the dtype and device of the maps, within the range of each.
 
     Raises:
+        TypeError: not a tensor of floating-point numbers; not pairs of whole numbers.
         ValueError: shapes or numbers do not agree; a `resize` smaller than its `input_size`.
     """
+    check_tensors(saliency=saliency)
+    if not saliency.is_floating_point():
+        raise TypeError(f"saliency: wanted a floating-point dtype, got {saliency.dtype}")
+    if not isinstance(photo_sizes, Iterable):
+        raise TypeError(f"photo_sizes: wanted (width, height) of each photo, got {photo_sizes!r}")
+    photo_sizes = [_pair("photo_sizes", size, "(width, height) of each photo") for size in photo_sizes]
+    made, wanted = (_pair(name, frame, "(input_size, resize)") for name, frame in (("made", made), ("wanted", wanted)))
     shape = len(photo_sizes), 1, made[0], made[0]
     if saliency.shape != shape:
         raise ValueError(f"saliency: wanted shape {shape}, got {tuple(saliency.shape)}")
@@ -435,7 +477,7 @@ def load_dataset(
         ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
         FileNotFoundError: the dataset is not there.
     """
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"dataset: wanted one of {', '.join(DATASETS)}, got {name!r}")
     if root and name == "demo":
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
@@ -580,7 +622,7 @@ def imagefolder(
         window: of pixels of more than 8 bits; see `read_image`.
 
     Raises:
-        TypeError: `class_names` is not a list.
+        TypeError: `class_names` is not a list, or another argument of a wrong type.
         FileNotFoundError: no root, no images in it, or no table.
         ValueError: an argument out of range; class folders whose labels are not clear; a table that cannot be read or
             fits no image or several.
@@ -590,7 +632,8 @@ def imagefolder(
     if not listed:
         raise FileNotFoundError(f"root: no images in class folders in {root}")
     labels, class_names = _labels(folders, {folder for _, folder in listed}, class_names)
-    rows = _box_rows(Path(boxes_csv), root, [path for path, _ in listed]) if boxes_csv else {}
+    table = None if boxes_csv is None else _path("boxes_csv", boxes_csv)
+    rows = _box_rows(table, root, [path for path, _ in listed]) if table and boxes_csv else {}
     photos = []
     for path, folder in select(listed, limit=limit, **selection):
         boxes: tuple[Box, ...] = ()
@@ -634,7 +677,7 @@ def imagenette(
         raise ValueError(f"imagenette: wanted size {', '.join(sizes)} and split val or train, got {size!r}, {split!r}")
     if not root:
         raise FileNotFoundError("root: wanted the folder of Imagenette, got none")
-    folder = Path(root) / sizes[size] / split
+    folder = _path("root", root) / sizes[size] / split
     if download and not folder.is_dir():
         try:
             Imagenette(root, split, size, download=True)
@@ -648,14 +691,34 @@ DATASETS: dict[str, Callable[..., Photos]] = {f.__name__: f for f in (demo, imag
 
 
 def _check_frame(input_size: int, resize: int) -> None:
+    for name, side in (("input_size", input_size), ("resize", resize)):
+        if not isinstance(side, Integral):
+            raise TypeError(f"{name}: wanted a whole number, got {side!r}")
     if not 0 < input_size <= resize:
         raise ValueError(f"resize: wanted at least input_size ({input_size}) and positive, got {resize}")
 
 
-def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
-    if not path or not Path(path).is_dir():
-        raise FileNotFoundError(f"{argument}: wanted the folder {wanted}, got {str(path) if path else 'none'}")
+def _pair(argument: str, pair: Any, wanted: str) -> tuple[int, int]:
+    try:
+        first, second = map(operator.index, pair)
+    except (TypeError, ValueError) as error:  # not numbers, not two
+        raise type(error)(f"{argument}: wanted {wanted} in whole pixels, got {pair!r}") from error
+    if min(first, second) < 1:
+        raise ValueError(f"{argument}: wanted {wanted} of at least 1 pixel, got {pair!r}")
+    return first, second
+
+
+def _path(argument: str, path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument}: wanted a path, got {type(path).__name__}")
     return Path(path)
+
+
+def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
+    folder = None if path is None else _path(argument, path)
+    if not (path and folder and folder.is_dir()):
+        raise FileNotFoundError(f"{argument}: wanted the folder {wanted}, got {str(path) if path else 'none'}")
+    return folder
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -746,6 +809,11 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def _written(path: str) -> str:
+    """A relative path, however a person or a system writes it."""
+    return PurePosixPath(_composed(path).replace("\\", "/")).as_posix()
+
+
 def _natural(name: str) -> list[str | int]:
     """Text and numbers of a name in turn, so that 10 comes after 2."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
@@ -762,6 +830,8 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
             table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
         if absent := [column for column in columns if column not in table]:
             raise ValueError(f"no {absent[0]} among {', '.join(map(str, table))}")
+        if twice := [column for column in columns if f"{column}.1" in table]:  # as pandas calls the second
+            raise ValueError(f"{twice[0]} more than once")
         return list(table[columns].itertuples(index=False, name=None))
     except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path.name}: wanted a table with the columns {', '.join(columns)} ({error})") from error
@@ -770,12 +840,12 @@ def _table(path: Path, columns: list[str]) -> list[Any]:
 def _box_rows(table: Path, root: Path, paths: Sequence[Path]) -> dict[Path, list[Sequence[str]]]:
     known: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        known[path.name].append(path)
-        known[path.relative_to(root).as_posix()] = [path]
+        known[_written(path.name)].append(path)
+        known[_written(path.relative_to(root).as_posix())].append(path)
     rows: dict[Path, list[Sequence[str]]] = defaultdict(list)
     lost = []
     for name, *box in _table(table, ["image", *BOX_COLUMNS]):
-        found = known.get(name, [])
+        found = known.get(_written(name), [])
         lost += [] if found else [name]
         if len(found) > 1:
             raise ValueError(f"{table.name}: {name} names {len(found)} images; wanted its path relative to {root}")

@@ -36,6 +36,7 @@ from opticam.lab.datasets import (
 from opticam.lab.files import PACKAGE, REPOSITORY
 from opticam.networks import imagenet_classes
 
+MAPS = torch.rand(1, 1, 8, 8)
 RAMP = np.linspace(0, 255, 32 * 24).reshape(24, 32)
 
 
@@ -115,6 +116,40 @@ def test_deep_colours_follow_their_orientation(tmp_path):
     turned = np.asarray(read_image(tmp_path / "turned.png"))
     np.testing.assert_array_equal(turned, np.rot90(deep // 257, -1))
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.png", upright=False)), deep // 257)
+
+
+def deep_jpeg2000(path, values, bits, sign=0):
+    """As OpenCV writes it in 16 bits, with the header and the middle of the range changed to fewer bits."""
+    moved = (values + 2**15 - 2 ** (bits - 1)).astype(np.uint16)
+    assert cv2.imwrite(str(path), moved, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])
+    content = bytearray(path.read_bytes())
+    size = content.find(b"\xff\x4f\xff\x51") + 4
+    content[content.find(b"ihdr") + 14] = bits - 1
+    for channel in range(1 if values.ndim == 2 else values.shape[2]):
+        content[size + 38 + 3 * channel] = bits - 1 + sign
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("said", "held"), [(16, 16), (16, 12), (15, 15), (12, 12), (12, 9)])
+def test_deep_jpeg2000_by_the_bits_that_it_says(tmp_path, channels, said, held, recwarn):
+    gray = np.linspace(0, 2**held - 1, 64 * 48).reshape(64, 48).round().astype(np.int64)
+    values = gray if channels == 1 else np.dstack([gray[::-1], gray.T.reshape(64, 48), gray])
+    deep_jpeg2000(tmp_path / "a.jp2", values, said)
+    shown = np.dstack([values] * 3) if channels == 1 else values[..., ::-1]
+    found = np.asarray(read_image(tmp_path / "a.jp2"))
+    np.testing.assert_array_equal(found, (shown * 255 / (2 ** (12 if held == 12 else said) - 1)).round())
+    assert any("are read as 12 bits" in str(warning.message) for warning in recwarn) == (said > held == 12)
+    found = np.asarray(read_image(tmp_path / "a.jp2", window=(0, 400)))
+    np.testing.assert_array_equal(found, (shown * 255 / 400).round().clip(0, 255))
+
+
+@pytest.mark.parametrize(("channels", "sign"), [(1, 128), (4, 0)])
+def test_deep_jpeg2000_whose_zero_is_not_clear_are_refused(tmp_path, channels, sign):
+    values = np.linspace(0, 4095, 64 * 48 * channels).reshape(64, 48, channels).round().astype(np.int64)
+    deep_jpeg2000(tmp_path / "a.jp2", values.squeeze(), 12, sign)
+    with pytest.raises(ValueError, match=r"a\.jp2 is a JPEG 2000 with signed pixels or deep transparency; wanted uns"):
+        read_image(tmp_path / "a.jp2")
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
@@ -199,14 +234,17 @@ def test_class_names_that_are_spelled_otherwise_are_not_put_on_other_folders(tmp
 
 
 def test_boxes_outside_of_their_photo_are_refused(tmp_path):
-    for name in "abc":
+    for name in "abcdefg":
         write(tmp_path / "c" / f"{name}.png", Image.new("RGB", (40, 20)))
     rows = "a.png,0,0,40,20\nb.png,0,0,20,40\nc.png,1,1,41,21\n"  # b has x and y exchanged, c counts from 1
+    rows += "d.png,-500,-500,-30,-40\ne.png,-4,0,9,9\nf.png,0,-3,9,9\ng.png,-3,-2,9,9\n"
     (tmp_path / "boxes.csv").write_text(f"image,xmin,ymin,xmax,ymax\n{rows}")
     photos = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv")
     assert [photos.get(index)[0] for index in (0, 2)] == ["c/a.png", "c/c.png"]
     assert photos.get(1).reason == ("annotation: box (0.0, 0.0, 20.0, 40.0) lies outside of the photo of 40x20 pixels")
-    assert len(photos.readable()) == 2
+    outside = [isinstance(photos.get(index), Skipped) for index in range(7)]
+    assert outside == [False, True, False, True, True, True, False]
+    assert len(photos.readable()) == 3
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
@@ -372,6 +410,44 @@ def test_exif_orientation(tmp_path, orientation, turn):
     exif[0x0112] = orientation
     read = saved(tmp_path / "turned.jpg", stored, exif=exif, quality=100)
     np.testing.assert_allclose(read, upright, atol=40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4", "P", "RGB", "lzw", "deep"])
+def test_a_tiff_is_turned_once_or_not_at_all(tmp_path, kind, orientation):
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    if kind not in ("RGB", "lzw", "deep"):
+        stored[..., 1:] = stored[..., :1]
+    gray, window = stored[..., 0], (0, 255) if kind == "f4" else None
+    deep = {"u2": gray * np.uint16(257), "f4": gray.astype(np.float32), "u1": gray, "P": gray}.get(kind, stored)
+    image = Image.fromarray(deep).convert("P") if kind == "P" else Image.fromarray(deep)
+    image.save(tmp_path / "a.tif", tiffinfo={274: orientation}, compression="tiff_lzw" if kind == "lzw" else None)
+    if kind == "deep":
+        assert cv2.imwrite(str(tmp_path / "a.tif"), stored[..., ::-1] * np.uint16(257))
+        content = (tmp_path / "a.tif").read_bytes()
+        (start,) = struct.unpack("<I", content[4:8])
+        (count,) = struct.unpack("<H", content[start : start + 2])
+        entries = [content[place : place + 12] for place in range(start + 2, start + 2 + 12 * count, 12)]
+        kept = [entry for entry in entries if entry[:2] != struct.pack("<H", 274)]
+        kept = sorted(
+            [*kept, struct.pack("<HHIHH", 274, 3, 1, orientation, 0)], key=lambda e: struct.unpack("<H", e[:2])
+        )
+        table = struct.pack("<H", len(kept)) + b"".join(kept) + bytes(4)
+        content += bytes(len(content) % 2)
+        (tmp_path / "a.tif").write_bytes(content[:4] + struct.pack("<I", len(content)) + content[8:] + table)
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.swapaxes(0, 1),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(stored),
+    }[orientation]
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif", window=window)), upright)
+    found = np.asarray(read_image(tmp_path / "a.tif", upright=False, window=window))
+    np.testing.assert_array_equal(found, stored)
 
 
 def test_missing_corrupt_and_truncated(tmp_path):
@@ -844,6 +920,63 @@ def test_pixels_and_boxes_of_another_kind():
         boxes_to_input(BoundingBoxes([[1, 2, 3, 4]], format="XYWH", canvas_size=(8, 8)), (8, 8))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: read_image(None), "path: wanted a path, got NoneType"),
+        (lambda path: read_image(np.zeros(3)), "path: wanted a path, got ndarray"),
+        (lambda path: read_image(path, upright=np.zeros(2)), "upright: wanted True or False, got array"),
+        (lambda path: imagefolder(5), "root: wanted a path, got int"),
+        (lambda path: imagenet(5), "root: wanted a path, got int"),
+        (lambda path: imagenette(5), "root: wanted a path, got int"),
+        (lambda path: load_dataset("imagefolder", 5), "root: wanted a path, got int"),
+        (lambda path: imagefolder(path.parents[1], boxes_csv=5), "boxes_csv: wanted a path, got int"),
+        (lambda path: imagefolder(path.parents[1], boxes_csv=pd.DataFrame()), "boxes_csv: wanted a path, got DataF"),
+        (lambda path: imagefolder(path.parents[1], None), "input_size: wanted a whole number, got None"),
+        (lambda path: load_dataset("demo", None, 8, "a"), "resize: wanted a whole number, got 'a'"),
+        (lambda path: to_input(NOISE, "a"), "input_size: wanted a whole number, got 'a'"),
+        (lambda path: to_input(NOISE, 8, None), "resize: wanted a whole number, got None"),
+        (lambda path: stack([Skipped("a", 0, "")]), "samples: wanted a list of Sample, got Skipped"),
+        (lambda path: boxes_to_input(torch.zeros(1, 4), 5), "photo_size: wanted .* in whole pixels, got 5"),
+        (lambda path: maps_to_input([1], [(8, 8)], (8, 8), (8, 8)), "saliency: wanted a tensor, got list"),
+        (lambda path: maps_to_input(MAPS.long(), [(8, 8)], (8, 8), (8, 8)), "saliency: wanted a floating-point dtype"),
+        (
+            lambda path: maps_to_input(MAPS, 5, (8, 8), (8, 8)),
+            r"photo_sizes: wanted \(width, height\) of each photo, got",
+        ),
+        (
+            lambda path: maps_to_input(MAPS, [8], (8, 8), (8, 8)),
+            r"photo_sizes: wanted \(width, height\) of each photo in",
+        ),
+        (lambda path: maps_to_input(MAPS, [(8, 8)], None, (8, 8)), r"made: wanted \(input_size, resize\) in whole"),
+        (
+            lambda path: maps_to_input(MAPS, [(8, 8)], (8, 8), ("a", 8)),
+            r"wanted: wanted \(input_size, resize\) in whole",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_type(tmp_path, call, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call(write(tmp_path / "ill" / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stack([Sample("a", MAPS[0], 0, None)], "a"), "device: wanted one that works here, .* got 'a'"),
+        (lambda: maps_to_input(MAPS, [(8, 8, 3)], (8, 8), (8, 8)), "photo_sizes: wanted .* in whole pixels, got"),
+        (lambda: maps_to_input(MAPS, [(8, 0)], (8, 8), (8, 8)), "photo_sizes: wanted .* of at least 1 pixel, got"),
+        (lambda: boxes_to_input(torch.zeros(2, 2), (8, 8)), r"boxes: wanted shape \(n,4\), got \(2, 2\)"),
+        (lambda: Photos([], [], window="a"), "window: wanted two numbers"),
+        (lambda: Photos([], [], window=(False, True)), "window: wanted two numbers"),
+        (lambda: load_dataset([]), r"dataset: wanted one of .*, got \[\]"),
+    ],
+)
+def test_arguments_of_a_wrong_value(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
+
+
 def test_read_image_names_what_no_one_expects(tmp_path, monkeypatch):
     def stumble(photo):
         raise KeyError("tile")
@@ -921,6 +1054,18 @@ def test_imagefolder_refuses_in_one_sentence(lungs, tmp_path):
         imagefolder(lungs, boxes_csv=boxes_csv(lungs, "three.png,1,2,3,4"))
     with pytest.raises(ValueError, match=r"boxes\.csv: wanted a table with the columns image, xmin, ymin, xmax, ymax"):
         imagefolder(lungs, boxes_csv=boxes_csv(lungs, "two.png,1,2", header="image,x,y"))
+    twice = boxes_csv(lungs, "two.png,1,2,3,4,5", header="image,xmin,ymin,xmax,ymax,xmin")
+    with pytest.raises(ValueError, match=r"boxes\.csv: wanted a table with .* \(xmin more than once\)$"):
+        imagefolder(lungs, boxes_csv=twice)
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+@pytest.mark.parametrize("place", ["", "./été/", "été/", "été\\", ".\\été\\"])
+def test_photos_are_found_by_their_path_however_it_is_written(tmp_path, on_disk, typed, place):
+    write(tmp_path / unicodedata.normalize(on_disk, "été") / unicodedata.normalize(on_disk, "âne.png"))
+    table = boxes_csv(tmp_path, unicodedata.normalize(typed, f"{place}âne.png,1,2,3,4"))
+    assert imagefolder(tmp_path, boxes_csv=table).records[0].boxes == ((1, 2, 3, 4),)
 
 
 def labels_of(root, *folders, **options):
