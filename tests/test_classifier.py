@@ -23,7 +23,7 @@ from opticam.classifier import (
     read,
 )
 from opticam.features import count_passes, feature_maps
-from opticam.metrics import class_probability
+from opticam.metrics import class_probability, log_odds_change
 
 Y = torch.tensor([[1.5, -2.0, 0.25], [-30.0, 4.0, 40.0]], dtype=torch.float64)
 Named = namedtuple("Named", ["logits", "aux_logits"])
@@ -251,8 +251,9 @@ def test_a_network_compiled_in_part_stays_as_it_was(tiny, images, class_idx, nam
     ],
 )
 def test_probabilities_of_classes_that_are_not_there(logits, class_idx, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        class_probability(logits, torch.tensor(class_idx))
+    for function in (class_probability, lambda y, c: log_odds_change(y, y, c)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            function(logits, torch.tensor(class_idx))
 
 
 def test_mean_and_std_are_where_the_weights_are(tiny, images):

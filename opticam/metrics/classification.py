@@ -28,6 +28,7 @@ from opticam.classifier import (
     Head,
     as_classifier,
     as_softmax,
+    check_head,
     for_autograd,
     log_odds,
     probs_of_class,
@@ -58,13 +59,7 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
         TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape or device, a class that is out of range, or an unknown head.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"logits: wanted a floating-point tensor, got {got}")
-    if logits.ndim not in (1, 2) or 0 in logits.shape:
-        raise ValueError(f"logits: wanted shape (B,C), got {tuple(logits.shape)}")
-    check_class_idx(class_idx, logits)
-    check_class_range(class_idx, max(2, logits[0].numel()))
+    _check_logits(class_idx, head, logits=logits)
     return probs_of_class(logits, class_idx, head)
 
 
@@ -138,6 +133,8 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
     from the logits, by `classifier.log_odds`, so that no q has to be clipped near 0 or 1. Kept and removed as
     `average_drop`.
 
+    Errors as `class_probability`.
+
     Args:
         logits: of the image, as `class_probability` takes them, like `class_idx` and `head`.
         masked_logits: of the masked image, of the same shape, else a ValueError.
@@ -148,6 +145,7 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
         (B,) float64, unbounded; NaN where logits are.
     """
     check_alike(logits=logits, masked_logits=masked_logits)
+    _check_logits(class_idx, head, logits=logits, masked_logits=masked_logits)
     before, after = logits.double(), masked_logits.double()
     if logits.ndim == 1 or logits.shape[1] == 1:
         before, after, head = with_absence(before), with_absence(after), "sigmoid"
@@ -504,6 +502,18 @@ def _neighbors(height: int, width: int) -> tuple[Any, Any]:
     same_row, same_column = sparse.kron(sparse.eye_array(height), beside), sparse.kron(below, sparse.eye_array(width))
     weights = ((same_row + same_column) / 6 + sparse.kron(below, beside) / 12).tocsr()
     return weights, (sparse.diags_array(weights.sum(1)) - weights).tocsr()
+
+
+def _check_logits(class_idx: Tensor, head: str, **logits: Tensor) -> None:
+    check_head(head)
+    for name, y in logits.items():
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            raise TypeError(f"{name}: wanted a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        check_tensors(**{name: y})
+        if y.ndim not in (1, 2) or 0 in y.shape:
+            raise ValueError(f"{name}: wanted shape (B,C), got {tuple(y.shape)}")
+        check_class_idx(class_idx, y)
+        check_class_range(class_idx, max(2, y[0].numel()))
 
 
 def _constant(maps: Tensor) -> Tensor:
