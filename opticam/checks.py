@@ -344,9 +344,10 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if ((values.sum(1) - 100).abs() < 0.1).all():
         values = values / 100
     told = _told(found[0], head)
-    if told in ("logsigmoid", "logsoftmax") or not ((values >= 0) & (values <= 1)).all():
+    if (told or "").startswith("log") or not ((values >= 0) & (values <= 1)).all():
         return told
-    if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
+    ones = ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all()
+    if values.shape[1] > 1 and (told == "softmax" or ones):
         return "softmax"
     low, high = values.aminmax()
     return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
@@ -355,19 +356,36 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
 def _told(tensor: Tensor, head: Head) -> str | None:
     """The last layer by its name in the graph, where the name is enough to know that it gives no logits."""
     last = _last_operation(tensor.grad_fn)
-    known = ("Sigmoid", "Softmax", "Hardsigmoid", "LogSigmoid", *(["LogSoftmax"] if head == "sigmoid" else []))
-    return last.lower().replace("hard", "") if last in known else None
+    known = _KNOWN.fullmatch(last) and not (last == "LogSoftmax" and head == "softmax")
+    return last.lower().replace("hard", "") if known else None
 
 
-def _last_operation(node: Any) -> str:
-    """Name of an operation, what only shaped, joined or averaged its results, or scaled them by a constant, aside."""
+_KNOWN = re.compile("(Log|Log2|Log10)?(Sigmoid|Softmax)|Hardsigmoid")
+
+
+def _last_operation(node: Any, scaling: bool = True) -> str:
+    """Name of an operation, what only shaped, joined, averaged or added its results, or scaled them, aside.
+
+    Both sides of a sum count where they end in the same operation; `scaling` is whether scales by a constant may stand
+    between, since a sum with scales of its own may be one of a layer.
+    """
     if node is None:
         return ""
     name = node.name().partition("Backward")[0]
     before = [function for function, _ in node.next_functions if function is not None]
-    if before and (_SHAPING.match(name) or (name in _SCALING and len(before) == 1)):
-        return _last_operation(before[0])
-    return name + _last_operation(before[0]) if name == "Log" and before else name
+    if not before:
+        return name
+    if _SHAPING.match(name) or (len(before) == 1 and name in (_SCALING if scaling else ("Add",))):
+        last = _last_operation(before[0], scaling)
+        return "LogSigmoid" if name == "Neg" and last == "Softplus" else last  # log sigmoid(y) = -softplus(-y)
+    if name == "Add" and getattr(node, "_saved_alpha", 1) == 1:
+        last = _last_operation(before[0], False)
+        if _KNOWN.fullmatch(last) and last == _last_operation(before[1], False):
+            return last
+    return name + _last_operation(before[0], scaling) if name in _LOGARITHMS else name
+
+
+_LOGARITHMS = ("Log", "Log2", "Log10")
 
 
 def _bounded(tensor: Tensor) -> bool:
@@ -389,5 +407,5 @@ _HIGHEST = ("_saved_max", "_saved_max_val")  # of a clamp
 _SCALING = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg")  # where one side is a constant
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
-    "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
+    "Cat|Stack|Mean|Sum|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
 )

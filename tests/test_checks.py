@@ -200,6 +200,9 @@ ENDINGS = {
     "sigmoid in percent": lambda y: 100 * y.sigmoid(),
     "sigmoid from -1 to 1": lambda y: y.sigmoid() * torch.tensor([2.0, 2, 2, 2, 2]) - 1,
     "softmax with a temperature of its own": lambda y: 10 * y.softmax(1) - 5,
+    "softmax of two added": lambda y: sum(one.softmax(1) for one in (y / 9, y.flip(1) / 8)),
+    "softmax of three, summed": lambda y: torch.stack([y, y / 2, y / 3]).softmax(2).sum(0),
+    "sigmoids of three added": lambda y: y.sigmoid() + (y / 2).sigmoid() + (y / 3).sigmoid(),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
 
@@ -248,6 +251,10 @@ REAL = {
     "clamped": lambda y: y.clamp(-50, 50),
     "with a scale that is learnt": lambda y: y * nn.Parameter(torch.tensor(0.1)).exp().detach(),
     "sum of sigmoids": lambda y: y.sigmoid() + 2 * y.flip(1).sigmoid(),
+    "sum of sigmoid and logits": lambda y: y.sigmoid() + y,
+    "difference of sigmoids": lambda y: y.sigmoid() - y.flip(1).sigmoid(),
+    "weighed by a softmax": lambda y: (y[:, :, None].softmax(1) * y[:, None]).sum(1),
+    "evidence": lambda y: F.softplus(y),
     "log-odds of probabilities": lambda y: y.sigmoid().logit(),
     "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
 }
@@ -283,8 +290,16 @@ def test_logarithms_of_probabilities_are_logits_of_a_softmax_alone(tiny, images,
     single = Own(tiny, lambda inner, x: inner(x).log_softmax(1)[:, 2])
     each = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)))
     by_hand = Own(tiny, lambda inner, x: (inner(x).sigmoid() + 1e-7).log())
+    softplus = Own(tiny, lambda inner, x: -F.softplus(-inner(x)))
+    several = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)) + F.logsigmoid(inner(x) / 2))
+    binary = Own(tiny, lambda inner, x: inner(x).softmax(1).log2())
+    decimal = Own(tiny, lambda inner, x: inner(x).softmax(1).log10())
     for model, name in (
         (wrap(soft, "inner.features", head="sigmoid"), "logsoftmax"),
+        (wrap(softplus, "inner.features", head="sigmoid"), "logsigmoid"),
+        (wrap(several, "inner.features", head="sigmoid"), "logsigmoid"),
+        (binary, "log2softmax"),
+        (decimal, "log10softmax"),
         (single, "logsoftmax"),
         (each, "logsigmoid"),
         (by_hand, "logsigmoid"),
