@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import state
@@ -44,6 +45,8 @@ FORMS = {
     "record": lambda y: SimpleNamespace(logits=y, hidden=[y, y]),
     "dict": lambda y: OrderedDict(loss=None, logits=y, embedding=y + 1),
     "dict with features": lambda y: {"pooler_output": y + 1, "out": y, "Features": y - 1},
+    "record of images and texts": lambda y: SimpleNamespace(logits_per_image=y, logits_per_text=y.mT),
+    "dict of images and as many texts": lambda y: {"logits_per_text": y.mT[: len(y)], "logits_per_image": y},
     "dict of another name": lambda y: {"scores": y, "loss": y.sum()},
     "named tuple": lambda y: Named(y, y + 1),
     "tuple": lambda y: (y.sum(), y),
@@ -157,6 +160,31 @@ def test_an_unknown_head_is_refused(call, tiny):
         call()
     with pytest.raises(ValueError, match="head: wanted one of softmax, sigmoid, got 'Sigmoid'"):
         wrap(tiny, "features", head="Sigmoid")
+
+
+@pytest.mark.parametrize("head", [np.array(["softmax", "sigmoid"]), torch.ones(2), 5, ""])
+def test_heads_that_are_no_word(tiny, head):
+    for to_logits in (None, logits_of_softmax):
+        with pytest.raises(ValueError, match=r"^head: wanted one of softmax, sigmoid, got "):
+            wrap(tiny, "features", head=head, to_logits=to_logits)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda output: {"scores": output}["logits"], "KeyError: 'logits'"),
+        (lambda output: (output,)[1], "IndexError: tuple index"),
+        (lambda output: output.logits, "AttributeError: "),
+        (lambda output, more: output, "TypeError: "),
+        (lambda output: output.view(7), "RuntimeError: shape"),
+    ],
+)
+def test_to_logits_that_fails(tiny, images, class_idx, function, reason):
+    model = wrap(tiny, "features", to_logits=function)
+    for method in ("grad_cam", "rise", "ablation_cam"):
+        message = f"^to_logits: wanted a function of the Tensor that the network returns, got {reason}"
+        with pytest.raises(ValueError, match=message):
+            METHODS[method](model, images, class_idx)
 
 
 def test_probabilities_turn_back_into_logits():
