@@ -31,8 +31,7 @@ def check_network(model: nn.Module) -> None:
         ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
             inside whose head is not that of the model; transforms inside that move the pixels, such as a crop.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     modules = all_modules(model)
@@ -63,6 +62,12 @@ def check_network(model: nn.Module) -> None:
             raise ValueError(f"model: {what} have no values; wanted the weights loaded")
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuse, by a TypeError, what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+
+
 _MOVING = re.compile("Crop|Pad|Flip|Rotation|Affine|Perspective|Elastic")  # transforms; a map would lie elsewhere
 
 
@@ -83,6 +88,7 @@ def check_class_idx(class_idx: Tensor, images: Tensor) -> None:
         raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
     if class_idx.dtype != torch.int64:
         raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
+    check_strided(class_idx=class_idx)
     if class_idx.shape != images.shape[:1]:
         raise ValueError(f"class_idx: wanted shape ({len(images)},), one class per image, got {tuple(class_idx.shape)}")
     if class_idx.device != images.device:
@@ -104,6 +110,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
     check_network(model)
     if not isinstance(images, Tensor):
         raise TypeError(f"images: wanted a tensor (B,3,H,W), got {type(images).__name__}")
+    check_strided(images=images)
     if not images.is_floating_point():
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
@@ -134,10 +141,23 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Refuse, by a TypeError, what is not a tensor, such as an array of numpy or a number."""
+    """Refuse what is not a tensor of real numbers, such as an array of numpy, a sparse tensor or one without values."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        check_strided(**{name: tensor})
+        if tensor.is_complex():
+            raise TypeError(f"{name}: wanted real numbers, got {tensor.dtype}")
+        if tensor.is_meta:
+            raise ValueError(f"{name}: tensors on the meta device have no values; wanted numbers")
+
+
+def check_strided(**tensors: Tensor) -> None:
+    """Refuse, by a TypeError, sparse and nested tensors."""
+    for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout != torch.strided:
+            got = "a nested one" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: wanted a strided tensor, got {got}")
 
 
 def check_corners(boxes: Tensor) -> None:
@@ -180,17 +200,30 @@ def check_window(window: Sequence[float] | None) -> None:
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 
-def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
+def check_whole(least: int, **numbers: int) -> None:
+    """Refuse, by a ValueError, numbers that are smaller or not whole."""
     for name, number in numbers.items():
-        if number is None:
-            continue
         try:
             whole = operator.index(number)  # also of numpy's integers
         except TypeError as error:
             raise ValueError(f"{name}: wanted a whole number, got {number!r}") from error
+        if isinstance(number, bool):  # which counts as 0 or 1
+            raise ValueError(f"{name}: wanted a whole number, got {number!r}")
         if whole < least:
             raise ValueError(f"{name}: wanted at least {least}, got {whole}")
+
+
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """As `check_whole`; None, where it stands for a default, passes."""
+    check_whole(least, **{name: number for name, number in numbers.items() if number is not None})
+
+
+def as_seed(seed: int) -> int:
+    """The seed of a random generator; a ValueError for what torch does not take as one."""
+    check_whole(-(2**63), seed=seed)
+    if (whole := operator.index(seed)) >= 2**64:
+        raise ValueError(f"seed: wanted a number of at most 64 bits, got {whole}")
+    return whole
 
 
 def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:

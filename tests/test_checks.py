@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, opti_cam, score, wrap
-from opticam.checks import check_at_least, check_inputs, check_network, examine
+from opticam.checks import as_seed, check_at_least, check_inputs, check_network, check_whole, examine
 from opticam.classifier import logits_of_sigmoid, logits_of_softmax
 from opticam.features import count_passes, feature_maps
 from opticam.lab.datasets import Sample
@@ -36,6 +36,16 @@ from torchvision import transforms  # isort: skip  (after opticam)
         ),
         ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images: wanted the dtype of the model, torch.float64"),
         ({"images": torch.zeros(5, 3, 8, 8, device="meta")}, ValueError, "wanted on the device"),
+        (
+            {"images": torch.rand(5, 3, 8, 8).double().to_sparse()},
+            TypeError,
+            "images: wanted a strided tensor, got torch",
+        ),
+        (
+            {"images": torch.nested.nested_tensor([torch.rand(3, 8, 8), torch.rand(3, 9, 8)]).double()},
+            TypeError,
+            "images: wanted a strided tensor, got a nested one",
+        ),
         ({"class_idx": 3}, TypeError, "class_idx: wanted an int64 tensor"),
         ({"class_idx": torch.zeros(5)}, TypeError, "class_idx: wanted dtype torch.int64"),
         ({"class_idx": torch.zeros(4, dtype=torch.int64)}, ValueError, r"class_idx: wanted shape \(5,\)"),
@@ -570,4 +580,7 @@ def test_numbers():
         with pytest.raises(ValueError, match=r"^cells: wanted a whole number, got "):
             check_at_least(1, cells=other)
     refused(ValueError, "cells: wanted at least 1, got 0", lambda: check_at_least(1, batch_size=3, cells=0))
+    for other in (None, True, 2.5):
+        refused(ValueError, "^cells: wanted a whole number, got ", lambda other=other: check_whole(1, cells=other))
+    assert as_seed(np.int64(-3)) == -3
     refused(ValueError, "cells: wanted a whole number, got 2.5", lambda: check_at_least(1, cells=2.5))
