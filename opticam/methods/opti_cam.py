@@ -228,11 +228,11 @@ def opti_cam(
         raise TypeError(f"autocast: wanted a dtype, such as torch.bfloat16, got {autocast!r}")
     if not isinstance(space, Space):
         raise TypeError(f"space: wanted a Space, such as weight_space, got {space!r}")
+    if isinstance(u, Tensor):
+        check_tensors(u=u)
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
         got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
         raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")
-    if u is not None:
-        check_tensors(u=u)
     several = cast(Sequence[Baseline], baseline if isinstance(baseline, list | tuple) else [baseline])
     if not several:
         raise ValueError("baseline: wanted at least one")

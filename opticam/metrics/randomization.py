@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import as_seed, check_module
+from opticam.checks import as_seed, check_module, check_tensors
 from opticam.classifier import bare
 from opticam.features import resolve_layer
 from opticam.metrics.classification import check_alike
@@ -215,6 +215,7 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
     for name, maps in (("a", a), ("b", b)):
         if not isinstance(maps, Tensor):
             raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(maps).__name__}")
+        check_tensors(**{name: maps})
     if a.ndim != 4 or a.shape[1] != 1 or 0 in a.shape:
         raise ValueError(f"a: wanted shape (B,1,H,W) without empty dimensions, got {tuple(a.shape)}")
     check_alike(a=a, b=b)

@@ -620,6 +620,7 @@ def test_own_optimizer(tiny, images, class_idx):
         ({"anchor": lambda *_: None}, r"^anchor: wanted a function of \(model, images, class_idx, layer=\), got "),
         ({"on_step": torch.ones(2)}, "^on_step: wanted a function, such as its default, got tensor"),
         ({"anchor": torch.rand(5, 1, 24, 32).to_sparse()}, r"^anchor: wanted a strided tensor, got torch\.sparse_coo$"),
+        ({"u": torch.nested.nested_tensor([torch.rand(6)] * 5)}, "^u: wanted a strided tensor, got a nested one$"),
         ({"u": torch.rand(5, 6).to_sparse()}, r"^u: wanted a strided tensor, got torch\.sparse_coo$"),
         ({"objective": lambda masked, *_: torch.zeros(len(masked))}, "^objective: wanted a function that can be diff"),
         (

@@ -264,6 +264,8 @@ def test_bad_maps(similarity):
     a, b = random_pairs()
     with pytest.raises(TypeError, match=r"b: wanted a tensor \(B,1,H,W\), got ndarray"):
         similarity(a, b.numpy())
+    with pytest.raises(TypeError, match=r"^a: wanted a strided tensor, got torch\.sparse_coo$"):
+        similarity(a.to_sparse(), b)
     with pytest.raises(ValueError, match=r"a: wanted shape \(B,1,H,W\) without empty dimensions, got \(6, 14, 19\)"):
         similarity(a[:, 0], b[:, 0])
     with pytest.raises(ValueError, match=r"b: wanted the shape of a, \(6, 1, 14, 19\), got \(5, 1, 14, 19\)"):
