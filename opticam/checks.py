@@ -31,8 +31,7 @@ def check_network(model: nn.Module) -> None:
         ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
             inside whose head is not that of the model; transforms inside that move the pixels, such as a crop.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     classifier = as_classifier(model)
     head = "softmax" if classifier is None else classifier.head
     modules = all_modules(model)
@@ -63,6 +62,12 @@ def check_network(model: nn.Module) -> None:
             raise ValueError(f"model: {what} have no values; wanted the weights loaded")
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuse, by a TypeError, what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+
+
 _MOVING = re.compile("Crop|Pad|Flip|Rotation|Affine|Perspective|Elastic")  # transforms; a map would lie elsewhere
 
 
@@ -83,6 +88,7 @@ def check_class_idx(class_idx: Tensor, images: Tensor) -> None:
         raise TypeError(f"class_idx: wanted an int64 tensor of shape ({len(images)},), got {type(class_idx).__name__}")
     if class_idx.dtype != torch.int64:
         raise TypeError(f"class_idx: wanted dtype torch.int64, got {class_idx.dtype}")
+    check_strided(class_idx=class_idx)
     if class_idx.shape != images.shape[:1]:
         raise ValueError(f"class_idx: wanted shape ({len(images)},), one class per image, got {tuple(class_idx.shape)}")
     if class_idx.device != images.device:
@@ -104,6 +110,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
     check_network(model)
     if not isinstance(images, Tensor):
         raise TypeError(f"images: wanted a tensor (B,3,H,W), got {type(images).__name__}")
+    check_strided(images=images)
     if not images.is_floating_point():
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
@@ -134,10 +141,23 @@ def check_class_range(class_idx: Tensor, num_classes: int) -> None:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Refuse, by a TypeError, what is not a tensor, such as an array of numpy or a number."""
+    """Refuse what is not a tensor of real numbers, such as an array of numpy, a sparse tensor or one without values."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        check_strided(**{name: tensor})
+        if tensor.is_complex():
+            raise TypeError(f"{name}: wanted real numbers, got {tensor.dtype}")
+        if tensor.is_meta:
+            raise ValueError(f"{name}: tensors on the meta device have no values; wanted numbers")
+
+
+def check_strided(**tensors: Tensor) -> None:
+    """Refuse, by a TypeError, sparse and nested tensors."""
+    for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout != torch.strided:
+            got = "a nested one" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: wanted a strided tensor, got {got}")
 
 
 def check_corners(boxes: Tensor) -> None:
@@ -183,17 +203,30 @@ def check_window(window: Sequence[float] | None) -> None:
         raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
 
 
-def check_at_least(least: int, **numbers: int | None) -> None:
-    """Refuse, by a ValueError, numbers that are smaller or not whole; None, where it stands for a default, passes."""
+def check_whole(least: int, **numbers: int) -> None:
+    """Refuse, by a ValueError, numbers that are smaller or not whole."""
     for name, number in numbers.items():
-        if number is None:
-            continue
         try:
             whole = operator.index(number)  # also of numpy's integers
         except TypeError as error:
             raise ValueError(f"{name}: wanted a whole number, got {number!r}") from error
+        if isinstance(number, bool):  # which counts as 0 or 1
+            raise ValueError(f"{name}: wanted a whole number, got {number!r}")
         if whole < least:
             raise ValueError(f"{name}: wanted at least {least}, got {whole}")
+
+
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """As `check_whole`; None, where it stands for a default, passes."""
+    check_whole(least, **{name: number for name, number in numbers.items() if number is not None})
+
+
+def as_seed(seed: int) -> int:
+    """The seed of a random generator; a ValueError for what torch does not take as one."""
+    check_whole(-(2**63), seed=seed)
+    if (whole := operator.index(seed)) >= 2**64:
+        raise ValueError(f"seed: wanted a number of at most 64 bits, got {whole}")
+    return whole
 
 
 def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -> Output:
@@ -355,9 +388,10 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if ((values.sum(1) - 100).abs() < 0.1).all():
         values = values / 100
     told = _told(found[0], head)
-    if told in ("logsigmoid", "logsoftmax") or not ((values >= 0) & (values <= 1)).all():
+    if (told or "").startswith("log") or not ((values >= 0) & (values <= 1)).all():
         return told
-    if values.shape[1] > 1 and ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all():
+    ones = ((values.sum(1) - 1).abs() <= max(1e-4, 4 * torch.finfo(found[0].dtype).eps)).all()
+    if values.shape[1] > 1 and (told == "softmax" or ones):
         return "softmax"
     low, high = values.aminmax()
     return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
@@ -366,19 +400,36 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
 def _told(tensor: Tensor, head: Head) -> str | None:
     """The last layer by its name in the graph, where the name is enough to know that it gives no logits."""
     last = _last_operation(tensor.grad_fn)
-    known = ("Sigmoid", "Softmax", "Hardsigmoid", "LogSigmoid", *(["LogSoftmax"] if head == "sigmoid" else []))
-    return last.lower().replace("hard", "") if last in known else None
+    known = _KNOWN.fullmatch(last) and not (last == "LogSoftmax" and head == "softmax")
+    return last.lower().replace("hard", "") if known else None
 
 
-def _last_operation(node: Any) -> str:
-    """Name of an operation, what only shaped, joined or averaged its results, or scaled them by a constant, aside."""
+_KNOWN = re.compile("(Log|Log2|Log10)?(Sigmoid|Softmax)|Hardsigmoid")
+
+
+def _last_operation(node: Any, scaling: bool = True) -> str:
+    """Name of an operation, what only shaped, joined, averaged or added its results, or scaled them, aside.
+
+    Both sides of a sum count where they end in the same operation; `scaling` is whether scales by a constant may stand
+    between, since a sum with scales of its own may be one of a layer.
+    """
     if node is None:
         return ""
     name = node.name().partition("Backward")[0]
     before = [function for function, _ in node.next_functions if function is not None]
-    if before and (_SHAPING.match(name) or (name in _SCALING and len(before) == 1)):
-        return _last_operation(before[0])
-    return name + _last_operation(before[0]) if name == "Log" and before else name
+    if not before:
+        return name
+    if _SHAPING.match(name) or (len(before) == 1 and name in (_SCALING if scaling else ("Add",))):
+        last = _last_operation(before[0], scaling)
+        return "LogSigmoid" if name == "Neg" and last == "Softplus" else last  # log sigmoid(y) = -softplus(-y)
+    if name == "Add" and getattr(node, "_saved_alpha", 1) == 1:
+        last = _last_operation(before[0], False)
+        if _KNOWN.fullmatch(last) and last == _last_operation(before[1], False):
+            return last
+    return name + _last_operation(before[0], scaling) if name in _LOGARITHMS else name
+
+
+_LOGARITHMS = ("Log", "Log2", "Log10")
 
 
 def _bounded(tensor: Tensor) -> bool:
@@ -400,5 +451,5 @@ _HIGHEST = ("_saved_max", "_saved_max_val")  # of a clamp
 _SCALING = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg")  # where one side is a constant
 _LAYERS = ("Addmm", "Mm", "Bmm", "Convolution", "MkldnnLinear", "Native", "Scaled")
 _SHAPING = re.compile(
-    "Cat|Stack|Mean|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
+    "Cat|Stack|Mean|Sum|Amax|Clamp|View|Unsafe|Reshape|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Alias|Permute"
 )

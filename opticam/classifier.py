@@ -44,10 +44,11 @@ class Classifier(nn.Module):
         super().__init__()
         heads: dict[Any, Head] = {logits_of_softmax: "softmax", logits_of_sigmoid: "sigmoid"}
         said = heads.get(to_logits)
+        if head is not None:
+            check_head(head)
         if said and head not in (None, said):
             raise ValueError(f"head: wanted {said!r}, that of to_logits=logits_of_{said}, got {head!r}")
         head = head or said or "softmax"
-        check_head(head)
         self.network = network
         self.name, self.layer, self.head, self.to_logits = name, layer, head, to_logits
         self.input_size, self.resize, self.class_names = input_size, resize, class_names
@@ -61,10 +62,20 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """The logits of images (B,C,H,W) in [0,1], also of a network that returns them in a record; see `as_output`."""
         returned = self.network((images - self.mean) / self.std)
-        returned = returned if self.to_logits is None else self.to_logits(returned)
+        returned = returned if self.to_logits is None else self._converted(returned)
         _check_distribution(returned, self.head)
-        record = isinstance(returned, Mapping | tuple | list) or isinstance(getattr(returned, "logits", None), Tensor)
+        record = isinstance(returned, Mapping | tuple | list) or _named(returned) is not None
         return find_logits(returned, len(images)) if record else returned
+
+    def _converted(self, returned: Any) -> Any:
+        try:
+            return self.to_logits(returned)  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, AttributeError, TypeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            wanted = f"wanted a function of the {type(returned).__name__} that the network returns"
+            raise ValueError(f"to_logits: {wanted}, got {reason}") from error
 
 
 class Output(NamedTuple):
@@ -173,8 +184,9 @@ def as_output(model: nn.Module, returned: Any, num_images: int) -> Output:
     Args:
         model: the network.
         returned: logits (B,C), or (B,1) or (B,) of one class; or a record, dict, tuple or list that holds them, under
-            the name `logits` or as the only tensor, at any depth, with a number or a row per image that is not named as
-            features, embeddings, hidden or pooled ones. Of a single image the batch dimension may be missing.
+            the name `logits` or `logits_per_image`, or as the only tensor, at any depth, with a number or a row per
+            image that is not named as features, embeddings, hidden or pooled ones. Of a single image the batch
+            dimension may be missing.
         num_images: B.
 
     Raises:
@@ -205,8 +217,8 @@ def _check_distribution(returned: Any, head: Head) -> None:
 def find_logits(returned: Any, num_images: int) -> Tensor:
     if isinstance(returned, Tensor):
         return returned
-    named = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
-    if isinstance(named, Tensor):
+    named = _named(returned)
+    if named is not None:
         return named
     parts = _tensors(returned)
     found = [part for part in parts if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
@@ -216,6 +228,14 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
             f"that may be; {_HINT}"
         )
     return found[0]
+
+
+def _named(returned: Any) -> Tensor | None:
+    for name in ("logits", "logits_per_image"):  # the second as in CLIP, beside one with a row per text
+        named = returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
+        if isinstance(named, Tensor):
+            return named
+    return None
 
 
 def _tensors(returned: Any) -> Iterator[Tensor]:
@@ -296,7 +316,7 @@ def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") ->
 
 def check_head(head: str) -> None:
     """Refuse a head that is not known."""
-    if head not in get_args(Head):
+    if not isinstance(head, str) or head not in get_args(Head):  # an array would be compared value by value
         raise ValueError(f"head: wanted one of {', '.join(get_args(Head))}, got {head!r}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+from opticam.checks import check_strided, check_tensors
 from opticam.features import for_autograd
 
 
@@ -109,6 +110,7 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
     """
     if not isinstance(saliency, Tensor):
         raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(saliency).__name__}")
+    check_strided(**{name: saliency})
     wanted = None if images is None else (len(images), 1, *images.shape[-2:])
     if wanted is None and (saliency.ndim != 4 or saliency.shape[1] != 1 or 0 in saliency.shape):
         raise ValueError(f"{name}: wanted shape (B,1,H,W) without empty dimensions, got {tuple(saliency.shape)}")
@@ -116,6 +118,8 @@ def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "salienc
         raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(saliency.shape)}")
     if images is not None and saliency.device != images.device:
         raise ValueError(f"{name}: wanted on the device of the images, {images.device}, got {saliency.device}")
+    if saliency.is_meta:
+        check_tensors(**{name: saliency})
     if not saliency.is_complex() and ((saliency < 0) | (saliency > 1)).any():
         raise ValueError(f"{name}: wanted values in [0,1], got [{saliency.min():.3g}, {saliency.max():.3g}]")
     if not saliency.is_floating_point():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, opti_cam, score, wrap
-from opticam.checks import check_at_least, check_inputs, check_network, examine
+from opticam.checks import as_seed, check_at_least, check_inputs, check_network, check_whole, examine
 from opticam.classifier import logits_of_sigmoid, logits_of_softmax
 from opticam.features import count_passes, feature_maps
 from opticam.lab.datasets import Sample
@@ -37,6 +37,16 @@ from torchvision.ops import Permute  # isort: skip
         ),
         ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images: wanted the dtype of the model, torch.float64"),
         ({"images": torch.zeros(5, 3, 8, 8, device="meta")}, ValueError, "wanted on the device"),
+        (
+            {"images": torch.rand(5, 3, 8, 8).double().to_sparse()},
+            TypeError,
+            "images: wanted a strided tensor, got torch",
+        ),
+        (
+            {"images": torch.nested.nested_tensor([torch.rand(3, 8, 8), torch.rand(3, 9, 8)]).double()},
+            TypeError,
+            "images: wanted a strided tensor, got a nested one",
+        ),
         ({"class_idx": 3}, TypeError, "class_idx: wanted an int64 tensor"),
         ({"class_idx": torch.zeros(5)}, TypeError, "class_idx: wanted dtype torch.int64"),
         ({"class_idx": torch.zeros(4, dtype=torch.int64)}, ValueError, r"class_idx: wanted shape \(5,\)"),
@@ -201,6 +211,9 @@ ENDINGS = {
     "sigmoid in percent": lambda y: 100 * y.sigmoid(),
     "sigmoid from -1 to 1": lambda y: y.sigmoid() * torch.tensor([2.0, 2, 2, 2, 2]) - 1,
     "softmax with a temperature of its own": lambda y: 10 * y.softmax(1) - 5,
+    "softmax of two added": lambda y: sum(one.softmax(1) for one in (y / 9, y.flip(1) / 8)),
+    "softmax of three, summed": lambda y: torch.stack([y, y / 2, y / 3]).softmax(2).sum(0),
+    "sigmoids of three added": lambda y: y.sigmoid() + (y / 2).sigmoid() + (y / 3).sigmoid(),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
 
@@ -249,6 +262,10 @@ REAL = {
     "clamped": lambda y: y.clamp(-50, 50),
     "with a scale that is learnt": lambda y: y * nn.Parameter(torch.tensor(0.1)).exp().detach(),
     "sum of sigmoids": lambda y: y.sigmoid() + 2 * y.flip(1).sigmoid(),
+    "sum of sigmoid and logits": lambda y: y.sigmoid() + y,
+    "difference of sigmoids": lambda y: y.sigmoid() - y.flip(1).sigmoid(),
+    "weighed by a softmax": lambda y: (y[:, :, None].softmax(1) * y[:, None]).sum(1),
+    "evidence": lambda y: F.softplus(y),
     "log-odds of probabilities": lambda y: y.sigmoid().logit(),
     "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
 }
@@ -284,8 +301,16 @@ def test_logarithms_of_probabilities_are_logits_of_a_softmax_alone(tiny, images,
     single = Own(tiny, lambda inner, x: inner(x).log_softmax(1)[:, 2])
     each = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)))
     by_hand = Own(tiny, lambda inner, x: (inner(x).sigmoid() + 1e-7).log())
+    softplus = Own(tiny, lambda inner, x: -F.softplus(-inner(x)))
+    several = Own(tiny, lambda inner, x: F.logsigmoid(inner(x)) + F.logsigmoid(inner(x) / 2))
+    binary = Own(tiny, lambda inner, x: inner(x).softmax(1).log2())
+    decimal = Own(tiny, lambda inner, x: inner(x).softmax(1).log10())
     for model, name in (
         (wrap(soft, "inner.features", head="sigmoid"), "logsoftmax"),
+        (wrap(softplus, "inner.features", head="sigmoid"), "logsigmoid"),
+        (wrap(several, "inner.features", head="sigmoid"), "logsigmoid"),
+        (binary, "log2softmax"),
+        (decimal, "log10softmax"),
         (single, "logsoftmax"),
         (each, "logsigmoid"),
         (by_hand, "logsigmoid"),
@@ -571,4 +596,7 @@ def test_numbers():
         with pytest.raises(ValueError, match=r"^cells: wanted a whole number, got "):
             check_at_least(1, cells=other)
     refused(ValueError, "cells: wanted at least 1, got 0", lambda: check_at_least(1, batch_size=3, cells=0))
+    for other in (None, True, 2.5):
+        refused(ValueError, "^cells: wanted a whole number, got ", lambda other=other: check_whole(1, cells=other))
+    assert as_seed(np.int64(-3)) == -3
     refused(ValueError, "cells: wanted a whole number, got 2.5", lambda: check_at_least(1, cells=2.5))

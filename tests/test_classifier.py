@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import state
@@ -23,7 +24,7 @@ from opticam.classifier import (
     read,
 )
 from opticam.features import count_passes, feature_maps
-from opticam.metrics import class_probability
+from opticam.metrics import class_probability, log_odds_change
 
 Y = torch.tensor([[1.5, -2.0, 0.25], [-30.0, 4.0, 40.0]], dtype=torch.float64)
 Named = namedtuple("Named", ["logits", "aux_logits"])
@@ -44,6 +45,8 @@ FORMS = {
     "record": lambda y: SimpleNamespace(logits=y, hidden=[y, y]),
     "dict": lambda y: OrderedDict(loss=None, logits=y, embedding=y + 1),
     "dict with features": lambda y: {"pooler_output": y + 1, "out": y, "Features": y - 1},
+    "record of images and texts": lambda y: SimpleNamespace(logits_per_image=y, logits_per_text=y.mT),
+    "dict of images and as many texts": lambda y: {"logits_per_text": y.mT[: len(y)], "logits_per_image": y},
     "dict of another name": lambda y: {"scores": y, "loss": y.sum()},
     "named tuple": lambda y: Named(y, y + 1),
     "tuple": lambda y: (y.sum(), y),
@@ -157,6 +160,31 @@ def test_an_unknown_head_is_refused(call, tiny):
         call()
     with pytest.raises(ValueError, match="head: wanted one of softmax, sigmoid, got 'Sigmoid'"):
         wrap(tiny, "features", head="Sigmoid")
+
+
+@pytest.mark.parametrize("head", [np.array(["softmax", "sigmoid"]), torch.ones(2), 5, ""])
+def test_heads_that_are_no_word(tiny, head):
+    for to_logits in (None, logits_of_softmax):
+        with pytest.raises(ValueError, match=r"^head: wanted one of softmax, sigmoid, got "):
+            wrap(tiny, "features", head=head, to_logits=to_logits)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda output: {"scores": output}["logits"], "KeyError: 'logits'"),
+        (lambda output: (output,)[1], "IndexError: tuple index"),
+        (lambda output: output.logits, "AttributeError: "),
+        (lambda output, more: output, "TypeError: "),
+        (lambda output: output.view(7), "RuntimeError: shape"),
+    ],
+)
+def test_to_logits_that_fails(tiny, images, class_idx, function, reason):
+    model = wrap(tiny, "features", to_logits=function)
+    for method in ("grad_cam", "rise", "ablation_cam"):
+        message = f"^to_logits: wanted a function of the Tensor that the network returns, got {reason}"
+        with pytest.raises(ValueError, match=message):
+            METHODS[method](model, images, class_idx)
 
 
 def test_probabilities_turn_back_into_logits():
@@ -278,8 +306,9 @@ def test_a_network_compiled_in_part_stays_as_it_was(tiny, images, class_idx, nam
     ],
 )
 def test_probabilities_of_classes_that_are_not_there(logits, class_idx, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        class_probability(logits, torch.tensor(class_idx))
+    for function in (class_probability, lambda y, c: log_odds_change(y, y, c)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            function(logits, torch.tensor(class_idx))
 
 
 def test_mean_and_std_are_where_the_weights_are(tiny, images):

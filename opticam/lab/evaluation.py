@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opticam import metrics
-from opticam.checks import as_names, check_at_least, check_class_range, check_inputs, check_network, examine
+from opticam.checks import as_names, check_class_range, check_inputs, check_network, check_tensors, check_whole, examine
 from opticam.classifier import Output, as_classifier, as_output, class_logit, probs_of_class, read, weights_of
 from opticam.features import Layer, count_passes, layer_name, prepared
 from opticam.lab.datasets import Photos, Sample, Skipped, letters, stack
@@ -130,6 +130,10 @@ def score_maps(
         saliency: method -> (B,1,H,W) in [0,1].
         names: B of them, for the column `image`; None for 0 to B-1.
     """
+    _check_maps(saliency)
+    if not saliency:
+        raise ValueError("saliency: wanted the maps of at least one method")
+    check_inputs(model, images, class_idx)
     named = range(len(images)) if names is None else names
     tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
     return pd.concat(tables, ignore_index=True)
@@ -139,6 +143,9 @@ def saliency_maps(
     model: nn.Module, images: Tensor, class_idx: Tensor, methods: Mapping[str, Method], batch_size: int = 20
 ) -> dict[str, Tensor]:
     """Maps (B,1,H,W) by each method, made of `batch_size` images at a time."""
+    check_inputs(model, images, class_idx)
+    _check_methods(methods)
+    check_whole(1, batch_size=batch_size)
     batches = list(zip(images.split(batch_size), class_idx.split(batch_size), strict=True))
     return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
 
@@ -156,6 +163,7 @@ def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: no maps, or of a single photo.
     """
+    _check_maps(saliency)
     if not saliency or min(map(len, saliency.values())) < 2:
         raise ValueError("saliency: wanted the maps of at least one method, of at least two photos")
     moved = {f"{method_label(method)} of another photo": S.roll(1, 0) for method, S in saliency.items()}
@@ -224,6 +232,8 @@ def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: a row without a map, or of another size.
     """
+    if not isinstance(rows, pd.DataFrame) or not {"image", "saliency"} <= set(rows.columns):
+        raise ValueError("rows: wanted a table with the columns image and saliency, as the score 'saliency' makes it")
     for name, data in zip(rows["image"], rows["saliency"], strict=True):
         if not isinstance(data, bytes) or len(data) != math.prod(size):
             raise ValueError(f"rows: wanted a map of {size[0]}x{size[1]} for every image; {name} has none")
@@ -334,9 +344,11 @@ def stream(
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "records"):
         raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
-    check_at_least(1, shard_size=shard_size)
+    check_whole(1, shard_size=shard_size, batch_size=batch_size)
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
-    keys = keys or {}
+    keys = {} if keys is None else keys
+    if not isinstance(keys, Mapping):
+        raise TypeError(f"keys: wanted a dict of words by names, got {keys!r}")
     for name, key in keys.items():
         if not (isinstance(key, str) and key and name in {"model", *methods, *probability_metrics(), *scores}):
             raise ValueError(
@@ -389,18 +401,14 @@ def stream(
 
 def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
     check_network(model)
+    if not isinstance(dataset, Sized):
+        raise TypeError(f"dataset: wanted images, as load_dataset gives them, got {type(dataset).__name__}")
     if not len(dataset):
         raise ValueError("dataset: wanted at least one image")
-    if not isinstance(methods, Mapping):
-        raise TypeError(f"methods: wanted a dict of functions by their names, got {type(methods).__name__}")
-    if not methods:
-        raise ValueError("methods: wanted at least one")
-    for name, method in methods.items():
-        if not callable(method):
-            raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
+    _check_methods(methods)
     of_batch = set(BatchWithMaps._fields)  # a metric that needs more, such as a second map, is no score
     known = [*COLUMN_GROUPS, *(name for name, metric in COLUMNS.items() if set(metric.needs) <= of_batch)]
-    if isinstance(scores, str):
+    if isinstance(scores, str) or not isinstance(scores, Iterable):
         raise TypeError(f"scores: wanted a list of names, got {scores!r}")
     for name in scores:
         if name not in known:
@@ -419,6 +427,23 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
             f"dataset: whether the network's one logit stands for {others[0]!r}, label 0, is not known; wanted "
             f"opticam.wrap(..., class_names={others}), and to_logits=torch.neg if it stands for {others[1]!r}"
         )
+
+
+def _check_methods(methods: Mapping[str, Method]) -> None:
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods: wanted a dict of functions by their names, got {type(methods).__name__}")
+    if not methods:
+        raise ValueError("methods: wanted at least one")
+    for name, method in methods.items():
+        if not callable(method):
+            raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
+
+
+def _check_maps(saliency: Mapping[str, Tensor]) -> None:
+    if not isinstance(saliency, Mapping):
+        raise TypeError(f"saliency: wanted a dict of maps by the names of methods, got {type(saliency).__name__}")
+    for S in saliency.values():
+        check_saliency(None, S)
 
 
 def _classes_of(dataset: Samples) -> list[str]:
@@ -456,6 +481,8 @@ def _tables(work: _Work, dataset: Samples, batches: list[list[int]], num_workers
         for sample in samples:
             if not isinstance(sample, Sample | Skipped):
                 raise ValueError(f"dataset: wanted items of type Sample, got {type(sample).__name__}")
+            if isinstance(sample, Sample) and not isinstance(sample.image, Tensor):
+                raise TypeError(f"dataset: wanted a tensor as image of a Sample, got {type(sample.image).__name__}")
         yield _rows(work, samples)
 
 
@@ -531,6 +558,7 @@ def _scored(
     if not isinstance(saliency, Tensor) or saliency.shape != wanted:
         got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
         raise ValueError(f"methods: {name} returned {got}; wanted a tensor {wanted}, as the functions in METHODS do")
+    check_tensors(methods=saliency)
     finite = (saliency.isfinite().flatten(1).all(1) & output.logits.isfinite().all(1)).cpu().numpy()
     constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
     saliency = saliency.nan_to_num(0, 0, 0)
@@ -552,7 +580,7 @@ def _scored(
 
 
 def _batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    check_at_least(1, batch_size=batch_size)
+    check_whole(1, batch_size=batch_size)
     return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 

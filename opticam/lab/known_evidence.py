@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_images, check_inputs, examine
+from opticam.checks import check_images, check_inputs, check_whole, examine
 from opticam.classifier import Classifier, as_classifier, class_logit, for_autograd, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
@@ -167,7 +167,7 @@ def cell_drops(
         (B,side*side) float64, cells row by row; higher: the network needs the cell more; negative where it disturbs.
     """
     check_inputs(model, images, class_idx)
-    check_at_least(1, side=side, batch_size=batch_size)
+    check_whole(1, side=side, batch_size=batch_size)
     if any(length % side for length in images.shape[2:]):
         raise ValueError(f"side: wanted a divisor of {tuple(images.shape[2:])}, got {side}")
     cells = torch.eye(side**2, dtype=images.dtype, device=images.device).view(-1, 1, side, side)

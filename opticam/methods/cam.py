@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers
+from opticam.checks import check_class_range, check_inputs, check_numbers, check_whole
 from opticam.classifier import class_logit, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, feature_maps, features_and_gradients, prepared
 from opticam.folding import folded
@@ -215,8 +215,10 @@ def finer_cam(
         Zhang et al., Finer-CAM: Spotting the difference reveals finer details for visual explanation, CVPR 2025,
         arXiv 2501.11309.
     """
-    check_at_least(1, num_classes=num_classes)
+    check_whole(1, num_classes=num_classes)
     check_numbers(alpha=alpha)
+    if not isinstance(hold_weights, int):
+        raise TypeError(f"hold_weights: wanted True or False, got {type(hold_weights).__name__}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: wanted a finite number, got {alpha}")
     score = partial(finer_score, alpha=alpha, num_classes=num_classes, hold_weights=hold_weights)
@@ -290,7 +292,7 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
 
 def _pairs(wanted: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and columns (n,) of the wanted places of a (B,K) table, at most `batch_size` at a time."""
-    check_at_least(1, batch_size=batch_size)
+    check_whole(1, batch_size=batch_size)
     rows, columns = wanted.nonzero(as_tuple=True)
     yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_class_range, check_inputs
+from opticam.checks import as_seed, check_class_range, check_inputs
 from opticam.classifier import bare, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
 from opticam.folding import OF_TORCH, twin_of
@@ -64,6 +64,7 @@ def library_map(
     """
     kind, run = class_of(library, name), LIBRARIES[library][1]
     check_inputs(model, images, class_idx)
+    seed = as_seed(seed)
     with frozen(model), _seeded(seed, images.device):
         layers = as_layers(layer) if any("layer" in word for word in inspect.signature(kind).parameters) else []
         outputs, logits = layer_outputs(model, images[:1], layers)

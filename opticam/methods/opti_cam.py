@@ -4,15 +4,17 @@ Zhang, Torres, Sicre, Avrithis, Ayache, "Opti-CAM: Optimizing saliency maps for 
 arXiv 2301.07002.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers
+from opticam.checks import check_at_least, check_class_range, check_inputs, check_numbers, check_tensors, check_whole
 from opticam.classifier import as_softmax, differentiate, for_autograd, log_odds, read
 from opticam.features import Layer, as_layers, feature_maps, prepared
 from opticam.folding import folded
@@ -210,17 +212,24 @@ def opti_cam(
             `lr` not above 0.
     """
     check_inputs(model, images, class_idx)
-    check_at_least(0, num_steps=num_steps)
-    check_at_least(1, patience=patience, batch_size=batch_size)
-    functions = {"objective": objective, "normalize": normalize, "penalty": penalty, "optimizer": optimizer}
-    functions["on_step"] = on_step or repr
-    for name, function in functions.items():
-        if not callable(function):
-            raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
+    check_numbers(num_steps=num_steps, patience=patience)
+    check_whole(0, num_steps=num_steps)
+    check_whole(1, patience=patience)
+    check_at_least(1, batch_size=batch_size)
+    _check_function("objective", objective, "masked_logits", "logits", "class_idx")
+    _check_function("normalize", normalize, "maps")
+    _check_function("penalty", penalty, "saliency", "anchor")
+    _check_function("optimizer", optimizer, "point", "lr", "num_steps")
+    if on_step is not None:
+        _check_function("on_step", on_step, "step")
+    if callable(anchor):
+        _check_function("anchor", anchor, "model", "images", "class_idx", layer=None)
     if not isinstance(autocast, torch.dtype | None):
         raise TypeError(f"autocast: wanted a dtype, such as torch.bfloat16, got {autocast!r}")
     if not isinstance(space, Space):
         raise TypeError(f"space: wanted a Space, such as weight_space, got {space!r}")
+    if isinstance(u, Tensor):
+        check_tensors(u=u)
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
         got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
         raise ValueError(f"u: wanted a tensor with a row for each of {len(images)} images, got {got}")
@@ -228,7 +237,8 @@ def opti_cam(
     if not several:
         raise ValueError("baseline: wanted at least one")
     shown = [b if callable(b) else baseline_of(images, b) for b in several]
-    check_numbers(complement=complement, lr=lr, tol=tol, num_steps=num_steps, patience=patience)
+    check_numbers(complement=complement, lr=lr, tol=tol)
+    complement, lr, tol = float(complement), float(lr), float(tol)  # torch multiplies by no integer of many digits
     if not 0 <= complement < torch.inf:
         raise ValueError(f"complement: wanted a number of at least 0, got {complement}")
     if not (anchor is None or callable(anchor)):
@@ -295,6 +305,18 @@ def opti_cam(
 
     with frozen(model):
         return OptiCAMResult(*map(torch.cat, zip(*_in_parts(climb, len(images), batch_size), strict=True)))
+
+
+def _check_function(name: str, function: Any, *given: str, **by_name: None) -> None:
+    """Refuse, by a TypeError, what cannot be called with these arguments."""
+    if not callable(function):
+        raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
+    try:
+        with suppress(ValueError):  # of a built-in function its arguments may be unknown
+            inspect.signature(function).bind(*given, **by_name)
+    except TypeError as error:
+        wanted = ", ".join([*given, *(f"{key}=" for key in by_name)])
+        raise TypeError(f"{name}: wanted a function of ({wanted}), got {function!r} ({error})") from error
 
 
 def _rows(given: Any, rows: slice | Tensor) -> Any:

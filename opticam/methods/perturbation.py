@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from opticam.checks import check_at_least, check_inputs, check_numbers, examine
+from opticam.checks import as_seed, check_at_least, check_inputs, check_numbers, check_whole, examine
 from opticam.classifier import class_logit, differentiate, for_autograd, probabilities, read
 from opticam.features import Layer, prepared
 from opticam.folding import folded
@@ -47,8 +47,9 @@ def rise(
         arXiv 1806.07421, eq. 6.
     """
     check_inputs(model, images, class_idx)
-    check_at_least(1, num_masks=num_masks, cells=cells, batch_size=batch_size)
-    check_numbers(p=p, seed=seed, num_masks=num_masks, cells=cells)
+    check_whole(1, num_masks=num_masks, cells=cells, batch_size=batch_size)
+    check_numbers(p=p, seed=seed)
+    seed = as_seed(seed)
     if not 0 < p <= 1:
         raise ValueError(f"p: wanted a probability above 0, got {p}")
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
@@ -124,7 +125,7 @@ def extremal_perturbation(
     check_numbers(area=area, num_steps=num_steps)
     if not 0 < area < 1:
         raise ValueError(f"area: wanted a share of the image between 0 and 1, got {area}")
-    check_at_least(0, num_steps=num_steps)
+    check_whole(0, num_steps=num_steps)
     check_at_least(1, batch_size=batch_size)
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     masks = []

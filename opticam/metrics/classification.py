@@ -16,18 +16,20 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import (
-    check_at_least,
+    as_seed,
     check_class_idx,
     check_class_range,
     check_inputs,
     check_numbers,
     check_tensors,
+    check_whole,
     examine,
 )
 from opticam.classifier import (
     Head,
     as_classifier,
     as_softmax,
+    check_head,
     for_autograd,
     log_odds,
     probs_of_class,
@@ -58,13 +60,7 @@ def class_probability(logits: Tensor, class_idx: Tensor, head: Head = "softmax")
         TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: wrong shape or device, a class that is out of range, or an unknown head.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"logits: wanted a floating-point tensor, got {got}")
-    if logits.ndim not in (1, 2) or 0 in logits.shape:
-        raise ValueError(f"logits: wanted shape (B,C), got {tuple(logits.shape)}")
-    check_class_idx(class_idx, logits)
-    check_class_range(class_idx, max(2, logits[0].numel()))
+    _check_logits(class_idx, head, logits=logits)
     return probs_of_class(logits, class_idx, head)
 
 
@@ -138,6 +134,8 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
     from the logits, by `classifier.log_odds`, so that no q has to be clipped near 0 or 1. Kept and removed as
     `average_drop`.
 
+    Errors as `class_probability`.
+
     Args:
         logits: of the image, as `class_probability` takes them, like `class_idx` and `head`.
         masked_logits: of the masked image, of the same shape, else a ValueError.
@@ -148,6 +146,7 @@ def log_odds_change(logits: Tensor, masked_logits: Tensor, class_idx: Tensor, he
         (B,) float64, unbounded; NaN where logits are.
     """
     check_alike(logits=logits, masked_logits=masked_logits)
+    _check_logits(class_idx, head, logits=logits, masked_logits=masked_logits)
     before, after = logits.double(), masked_logits.double()
     if logits.ndim == 1 or logits.shape[1] == 1:
         before, after, head = with_absence(before), with_absence(after), "sigmoid"
@@ -253,12 +252,13 @@ def road(
         arXiv 2202.00449; the combination of both orders as in the library grad-cam.
     """
     _check(model, images, class_idx, saliency, batch_size)
-    if not isinstance(fractions, Iterable):
+    seed = as_seed(seed)
+    if not isinstance(fractions, Iterable) or (isinstance(fractions, Tensor) and fractions.ndim == 0):
         raise TypeError(f"fractions: wanted several numbers between 0 and 1, got {fractions!r}")
     fractions = list(fractions)
     for fraction in fractions:
         check_numbers(fractions=fraction)
-    counts = [round(fraction * images[0, 0].numel()) for fraction in fractions]
+    counts = [round(float(fraction) * images[0, 0].numel()) if 0 < fraction < 1 else 0 for fraction in fractions]
     if len(counts) == 0 or not all(0 < count < images[0, 0].numel() for count in counts):
         raise ValueError(
             f"fractions: wanted at least one, each between 0 and 1 and of a pixel or more, got {fractions}"
@@ -289,17 +289,27 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tens
         (B,C,H,W) of the device and dtype of the images; without noise, within the range of the kept pixels.
 
     Raises:
-        TypeError: `removed` is not bool.
-        ValueError: `removed` has the wrong shape, or nothing is kept of an image.
+        TypeError: an argument is not a tensor; `removed` is not bool.
+        ValueError: wrong shapes, or nothing is kept of an image.
 
     Reference:
         Rong et al., ICML 2022, arXiv 2202.00449, and the authors' code.
     """
+    check_tensors(images=images, removed=removed)
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images: wanted floating-point (B,C,H,W), got {images.dtype} {tuple(images.shape)}")
     if removed.dtype != torch.bool:
         raise TypeError(f"removed: wanted dtype torch.bool, got {removed.dtype}")
     wanted = (len(images), 1, *images.shape[-2:])
     if removed.shape != wanted:
         raise ValueError(f"removed: wanted shape {wanted}, got {tuple(removed.shape)}")
+    if isinstance(noise, Tensor):
+        check_tensors(noise=noise)
+        shape = noise.shape
+        if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], images.shape[::-1], strict=False)):
+            raise ValueError(f"noise: wanted a shape that broadcasts to {tuple(images.shape)}, got {tuple(shape)}")
+    else:
+        check_numbers(noise=noise)
     if removed.flatten(1).all(1).any():
         raise ValueError("removed: wanted at least one pixel kept of every image")
     from scipy.sparse.linalg import splu
@@ -414,7 +424,7 @@ def _harmonic_mean(saliency: Tensor, saliency_of_masked: Tensor, third: Tensor) 
 def _check(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, batch_size: int) -> None:
     check_inputs(model, images, class_idx)
     check_saliency(images, saliency)
-    check_at_least(1, batch_size=batch_size)
+    check_whole(1, batch_size=batch_size)
 
 
 def _curves(
@@ -431,12 +441,13 @@ def _curves(
     _check(model, images, class_idx, saliency, batch_size)
     *_, channels, height, width = images.shape
     step = 8 * width if pixels_per_step is None else pixels_per_step
-    check_at_least(1, pixels_per_step=step)
+    check_whole(1, pixels_per_step=step)
     classifier = as_classifier(model)
     mean = classifier.mean if mean is None and classifier is not None else mean
     if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
         got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
+    check_tensors(mean=mean)
     x = prepared(model, images)
     counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
     given = x, mean.detach().to(x).reshape(1, -1, 1, 1).expand_as(x), _rank(saliency), counts
@@ -506,6 +517,18 @@ def _neighbors(height: int, width: int) -> tuple[Any, Any]:
     return weights, (sparse.diags_array(weights.sum(1)) - weights).tocsr()
 
 
+def _check_logits(class_idx: Tensor, head: str, **logits: Tensor) -> None:
+    check_head(head)
+    for name, y in logits.items():
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            raise TypeError(f"{name}: wanted a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        check_tensors(**{name: y})
+        if y.ndim not in (1, 2) or 0 in y.shape:
+            raise ValueError(f"{name}: wanted shape (B,C), got {tuple(y.shape)}")
+        check_class_idx(class_idx, y)
+        check_class_range(class_idx, max(2, y[0].numel()))
+
+
 def _constant(maps: Tensor) -> Tensor:
     return maps.amax(1) == maps.amin(1)
 
@@ -528,7 +551,8 @@ def check_alike(**tensors: Tensor) -> None:
 
 
 def _check_one_per_map(saliency: Tensor, **values: Tensor) -> None:
-    check_tensors(**values, saliency=saliency)
+    check_tensors(**values)
+    check_saliency(None, saliency)
     for name, numbers in values.items():
         if numbers.shape != saliency.shape[:1]:
             raise ValueError(f"{name}: wanted shape ({len(saliency)},), got {tuple(numbers.shape)}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opticam.checks import check_at_least, check_corners, check_inputs, check_numbers, examine
+from opticam.checks import check_corners, check_inputs, check_numbers, check_tensors, check_whole, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
@@ -93,10 +93,12 @@ def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) 
     Returns:
         (B,) float64, 0 or 1, never below `localization_error`; NaN for an image without box and a map with a NaN.
     """
+    check_saliency(None, saliency)
     if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
         raise TypeError(f"correct: wanted a bool tensor, got {getattr(correct, 'dtype', type(correct).__name__)}")
     if correct.shape != (len(saliency),):
         raise ValueError(f"correct: wanted shape ({len(saliency)},), got {tuple(correct.shape)}")
+    check_tensors(correct=correct)
     error = localization_error(saliency, boxes)
     return torch.where(correct.to(error.device) | error.isnan(), error, 1)
 
@@ -235,7 +237,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
         arXiv 2007.04178.
     """
     _check(saliency, boxes)
-    check_at_least(1, num_thresholds=num_thresholds)
+    check_whole(1, num_thresholds=num_thresholds)
     hits = torch.zeros(len(saliency), 4, num_thresholds, dtype=torch.bool)
     whole = torch.promote_types(saliency.dtype, torch.float32)  # half precision would round up what is truncated here
     gray = (saliency[:, 0].to(whole) * 255).nan_to_num().to(torch.uint8).cpu().numpy()
@@ -262,6 +264,8 @@ def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
     Raises:
         ValueError: wrong shape; fewer images than hits.
     """
+    check_tensors(hits_sum=hits_sum)
+    check_numbers(num_images=num_images)
     if hits_sum.ndim != 2 or hits_sum.shape[0] != 4 or hits_sum.shape[1] < 1:
         raise ValueError(f"hits_sum: wanted shape (4,T), got {tuple(hits_sum.shape)}")
     best = hits_sum.double().amax(1)
@@ -286,6 +290,12 @@ def box_mask(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size) -> Ten
         ValueError: wrong shape; a box with an end before its start.
     """
     _check_boxes(boxes)
+    try:
+        height, width = size
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size: wanted two numbers (H,W), got {size!r}") from error
+    check_whole(1, size=height)
+    check_whole(1, size=width)
     mask = torch.zeros(len(boxes), 1, *size, device=boxes[0].device if len(boxes) else None)
     for i, truth in enumerate(boxes):
         for x0, y0, x1, y1 in _clipped(truth, size).tolist():
@@ -384,6 +394,7 @@ def _check_boxes(boxes: Sequence[Tensor]) -> None:
     for truth in boxes:
         if not isinstance(truth, Tensor):
             raise TypeError(f"boxes: wanted a sequence of tensors (n,4), got a {type(truth).__name__} in it")
+        check_tensors(boxes=truth)
         check_corners(truth)
         if truth.ndim != 2 or truth.shape[1] != 4:
             raise ValueError(f"boxes: wanted tensors (n,4), one an image, got shape {tuple(truth.shape)}")

@@ -7,13 +7,14 @@ Reference:
     Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018, arXiv 1810.03292.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opticam.checks import as_seed, check_module, check_tensors
 from opticam.classifier import bare
 from opticam.features import resolve_layer
 from opticam.metrics.classification import check_alike
@@ -41,6 +42,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
     """
+    check_module(model)
+    seed = as_seed(seed)
     network = _copied(model)
     random = deepcopy(network).cpu()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -133,6 +136,7 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
 def _randomized_by_stage(
     model: nn.Module, seed: int, stages: Sequence[str] | None, *, cumulative: bool
 ) -> Iterator[tuple[str, nn.Module]]:
+    check_module(model)
     groups = _groups(model, stages)
     trained, sources = _copied(model), list(randomized(model, seed).modules())
 
@@ -167,7 +171,7 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
             for name, module in network.named_modules()
             if any(True for _ in module.parameters(recurse=False))
         ]
-    if isinstance(stages, str):
+    if isinstance(stages, str) or not isinstance(stages, Iterable):
         raise ValueError(f"stages: wanted a sequence of dotted names, got {stages!r}")
     groups = []
     for name in stages:
@@ -211,6 +215,7 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
     for name, maps in (("a", a), ("b", b)):
         if not isinstance(maps, Tensor):
             raise TypeError(f"{name}: wanted a tensor (B,1,H,W), got {type(maps).__name__}")
+        check_tensors(**{name: maps})
     if a.ndim != 4 or a.shape[1] != 1 or 0 in a.shape:
         raise ValueError(f"a: wanted shape (B,1,H,W) without empty dimensions, got {tuple(a.shape)}")
     check_alike(a=a, b=b)

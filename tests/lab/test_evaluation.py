@@ -95,6 +95,23 @@ def test_floors_know_nothing_of_the_photo():
             lab.floors(none)
 
 
+def test_maps_of_another_kind(tiny, images, class_idx):
+    for call in (lambda: lab.floors([1]), lambda: score_maps(tiny, images, class_idx, images[:, :1])):
+        with pytest.raises(TypeError, match=r"^saliency: wanted a dict of maps by the names of methods, got "):
+            call()
+    with pytest.raises(TypeError, match=r"^saliency: wanted a tensor"):
+        lab.floors({"grad_cam": 5})
+    with pytest.raises(ValueError, match=r"^saliency: wanted the maps of at least one method$"):
+        score_maps(tiny, images, class_idx, {})
+    with pytest.raises(TypeError, match=r"^methods: wanted a dict"):
+        saliency_maps(tiny, images, class_idx, ["grad_cam"])
+    with pytest.raises(TypeError, match=r"^images: wanted a tensor"):
+        saliency_maps(tiny, None, class_idx, METHODS)
+    for rows in (None, pd.DataFrame({"image": ["a.png"]})):
+        with pytest.raises(ValueError, match=r"^rows: wanted a table with the columns image and saliency"):
+            stored_saliency(rows, (24, 32))
+
+
 def test_a_map_of_ones_changes_nothing(tiny, images, class_idx):
     table = score(tiny, images, class_idx, torch.ones(5, 1, 24, 32))
     assert (table[[*METRICS, "gain_minus_drop", "log_odds"]] == 0).all(axis=None)
@@ -445,6 +462,16 @@ def test_of_a_photo_that_was_mended_the_rows_are_written_anew(tiny, samples, tmp
     assert [written(tmp_path)[path] == after[path] for path in sorted(before)] == [False, True]
 
 
+def test_keys_of_another_kind(tmp_path, tiny, samples):
+    for changed, message in (
+        ({"keys": 5}, "keys: wanted a dict"),
+        ({"batch_size": None}, "batch_size: wanted a whole"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            run_stream(tmp_path, tiny, samples, **changed)
+    assert not list(tmp_path.iterdir())
+
+
 def test_methods_and_datasets_of_another_kind(tiny, samples):
     tiny = wrap(tiny, "features")
     for method, got in (
@@ -460,6 +487,15 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
         TypeError, match="methods: wanted functions, such as those in METHODS, got 'grad_cam' under 'g'"
     ):
         evaluate(tiny, samples, {"g": "grad_cam"})
+    for changed, message in (
+        ({"dataset": None}, "dataset: wanted images, as load_dataset gives them, got NoneType"),
+        ({"scores": None}, "scores: wanted a list of names, got None"),
+        ({"batch_size": None}, "batch_size: wanted a whole number, got None"),
+        ({"dataset": [samples[0]._replace(image=None)]}, "dataset: wanted a tensor as image of a Sample, got NoneType"),
+        ({"methods": {"own": lambda model, x, c: x[:, :1] + 0j}}, r"methods: wanted real numbers, got torch\.complex"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            evaluate(tiny, **{"dataset": samples, "methods": {"fake_cam": METHODS["fake_cam"]}, **changed})
     with pytest.raises(ValueError, match="dataset: wanted items of type Sample, got tuple"):
         evaluate(tiny, [(samples[0].image, 0)], {"fake_cam": METHODS["fake_cam"]})
     one = samples[0]

@@ -92,6 +92,8 @@ def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
     assert (run() - expected).abs().max() > 0.1
     for wrong, message in (
         ({"num_classes": 0}, "num_classes: wanted at least 1, got 0"),
+        ({"num_classes": None}, "^num_classes: wanted a whole number, got None$"),
+        ({"hold_weights": torch.ones(2)}, "^hold_weights: wanted True or False, got Tensor$"),
         ({"alpha": torch.nan}, "alpha: wanted a"),
         ({"alpha": None}, "^alpha: wanted a number, got None$"),
     ):
@@ -164,6 +166,9 @@ def test_the_size_of_chunks_does_not_matter(tiny, images, class_idx, method):
     for batch_size in (1, 7):
         chunked = method(tiny, images, class_idx, layer="features", batch_size=batch_size)
         torch.testing.assert_close(chunked, expected, rtol=0, atol=1e-12)
+    for wrong in (None, True):
+        with pytest.raises(ValueError, match=f"^batch_size: wanted a whole number, got {wrong}$"):
+            method(tiny, images, class_idx, layer="features", batch_size=wrong)
     with pytest.raises(ValueError, match="batch_size: wanted at least 1, got 0"):
         method(tiny, images, class_idx, layer="features", batch_size=0)
 

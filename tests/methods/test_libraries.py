@@ -194,6 +194,8 @@ def test_bad_names_and_what_a_library_refuses(tiny, images, class_idx, monkeypat
         ValueError, match=r"method: wanted one of .*captum:NAME, grad-cam:NAME, torchcam:NAME, got 'x:Y'"
     ):
         find_method("x:Y")
+    with pytest.raises(ValueError, match=r"^seed: wanted a whole number, got 1\.5$"):
+        find_method("grad-cam:GradCAM")(tiny, images, class_idx, layer="features", seed=1.5)
     with pytest.raises(ValueError, match=r"^method: wanted one of .*, got None$"):
         find_method(None)
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)

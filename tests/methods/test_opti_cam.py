@@ -612,6 +612,16 @@ def test_own_optimizer(tiny, images, class_idx):
                 (lambda *_: None, "NoneType"),
             )
         ),
+        (
+            {"objective": lambda masked: masked},
+            r"^objective: wanted a function of \(masked_logits, logits, class_idx\)",
+        ),
+        ({"penalty": lambda maps: maps.sum()}, r"^penalty: wanted a function of \(saliency, anchor\), got "),
+        ({"anchor": lambda *_: None}, r"^anchor: wanted a function of \(model, images, class_idx, layer=\), got "),
+        ({"on_step": torch.ones(2)}, "^on_step: wanted a function, such as its default, got tensor"),
+        ({"anchor": torch.rand(5, 1, 24, 32).to_sparse()}, r"^anchor: wanted a strided tensor, got torch\.sparse_coo$"),
+        ({"u": torch.nested.nested_tensor([torch.rand(6)] * 5)}, "^u: wanted a strided tensor, got a nested one$"),
+        ({"u": torch.rand(5, 6).to_sparse()}, r"^u: wanted a strided tensor, got torch\.sparse_coo$"),
         ({"objective": lambda masked, *_: torch.zeros(len(masked))}, "^objective: wanted a function that can be diff"),
         (
             {"anchor": torch.rand(5, 1, 24, 32), "penalty": lambda *_: torch.zeros(5)},
@@ -632,6 +642,14 @@ def test_own_optimizer(tiny, images, class_idx):
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         opti_cam(tiny, images, class_idx, **{"layer": "features", **change})
+
+
+def test_integers_of_many_digits(tiny, images, class_idx):
+    many, few = (
+        opti_cam(tiny, images, class_idx, layer="features", num_steps=2, complement=c, tol=c).saliency
+        for c in (10**30, 1e30)
+    )
+    assert torch.equal(many, few)
 
 
 def test_baselines_that_do_not_fit(tiny, images, class_idx):

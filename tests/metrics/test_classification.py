@@ -126,6 +126,8 @@ def test_bad_input(name):
         OF_PROBABILITIES[name](torch.rand(2), torch.rand(3))
     with pytest.raises(TypeError, match="masked_probs: wanted a tensor, got float"):
         OF_PROBABILITIES[name](torch.rand(2), 0.5)
+    with pytest.raises(ValueError, match=r"^masked_probs: tensors on the meta device have no values"):
+        OF_PROBABILITIES[name](torch.rand(2), torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match="probs: wanted probabilities"):
         OF_PROBABILITIES[name](torch.tensor([50.0]), torch.tensor([0.5]))
     with pytest.raises(ValueError, match="masked_probs: wanted probabilities"):
@@ -328,9 +330,19 @@ def test_scores_refuse(model, images, class_idx, saliency, name):
         run(class_idx + 3, saliency)
     with pytest.raises(ValueError, match=r"images: wanted values in \[0,1\]"):
         SCORES[name](model, 255 * images, class_idx, saliency)
+    for wrong in (None, True):
+        with pytest.raises(ValueError, match=f"^batch_size: wanted a whole number, got {wrong}$"):
+            run(class_idx, saliency, batch_size=wrong)
     with pytest.raises(ValueError, match="batch_size: wanted at least 1, got 0"):
         run(class_idx, saliency, batch_size=0)
     if name == "road":
+        for seed in (None, 1.5):
+            with pytest.raises(ValueError, match=f"^seed: wanted a whole number, got {seed}$"):
+                run(class_idx, saliency, seed=seed)
+        several = (run(class_idx, saliency, fractions=given) for given in ([0.5, 0.25], torch.tensor([0.5, 0.25])))
+        assert torch.equal(*several)
+        with pytest.raises(TypeError, match=r"^fractions: wanted several numbers"):
+            run(class_idx, saliency, fractions=torch.tensor(0.5))
         for fractions, message in ((0.5, "several numbers between 0 and 1, got 0"), (("0.5",), "a number, got '0")):
             with pytest.raises(TypeError, match=f"fractions: wanted {message}"):
                 run(class_idx, saliency, fractions=fractions)
@@ -436,10 +448,20 @@ def test_impute_restores_what_is_linear_and_what_is_constant():
 
 
 def test_impute_refuses(images):
+    removed = torch.zeros(5, 1, 24, 32, dtype=torch.bool)
     with pytest.raises(ValueError, match="removed: wanted at least one pixel kept of every image"):
         impute(images, torch.ones(5, 1, 24, 32, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"removed: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)"):
         impute(images, torch.zeros(5, 24, 32, dtype=torch.bool))
+    for given, message in (
+        ((None, removed), "images: wanted a tensor, got NoneType"),
+        ((images[0], removed), r"images: wanted floating-point \(B,C,H,W\), got torch\.float64 \(3, 24, 32\)"),
+        ((images, None), "removed: wanted a tensor, got NoneType"),
+        ((images, removed, "0"), "noise: wanted a number, got '0'"),
+        ((images, removed, torch.zeros(7)), r"noise: wanted a shape that broadcasts to .*, got \(7,\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+            impute(*given)
     with pytest.raises(TypeError, match=r"removed: wanted dtype torch\.bool, got torch\.float32"):
         impute(images, torch.zeros(5, 1, 24, 32))
 
@@ -506,6 +528,9 @@ def test_maps_that_do_not_fit_are_refused(saliency):
         complexity(255 * saliency)
     with pytest.raises(ValueError, match=r"saliency_of_masked: wanted values in \[0,1\]"):
         coherency(saliency, saliency - 1)
+    for score, values in ((adcc, torch.zeros(())), (arcc, torch.zeros(()))):
+        with pytest.raises(ValueError, match=r"^saliency: wanted shape \(B,1,H,W\) .*, got \(\)"):
+            score(torch.tensor(0.5), torch.tensor(0.5), values)
     with pytest.raises(TypeError, match="drop: wanted a tensor, got float"):
         adcc(saliency, saliency, 0.5)
     with pytest.raises(TypeError, match="road_combined: wanted a tensor, got ndarray"):

@@ -441,6 +441,14 @@ def test_bad_input(name):
         metric(maps, [boxes[0], box(1, 1, math.inf, 4)])
     with pytest.raises(ValueError, match="boxes: wanted pixels, got fractions"):
         metric(maps, [boxes[0], box(0.25, 0, 1, 0.5)])
+    with pytest.raises(ValueError, match=r"^saliency: tensors on the meta device have no values"):
+        metric(maps.to("meta"), boxes)
+    with pytest.raises(TypeError, match=r"^saliency: wanted a strided tensor, got torch\.sparse_coo$"):
+        metric(maps.to_sparse(), boxes)
+    with pytest.raises(ValueError, match=r"^boxes: tensors on the meta device have no values"):
+        metric(maps, [boxes[0], boxes[1].to("meta")])
+    with pytest.raises(TypeError, match=r"^boxes: wanted real numbers, got torch\.complex128$"):
+        metric(maps, [boxes[0], boxes[1] + 0j])
     for form in ("XYWH", "CXCYWH"):
         with pytest.raises(ValueError, match=rf"^boxes: wanted format XYXY, got {form}$"):
             metric(maps, [boxes[0], BoundingBoxes(box(1, 1, 4, 4), format=form, canvas_size=(H, W))])
@@ -454,6 +462,14 @@ def test_bad_input_of_single_metrics(tiny, images, class_idx):
         official_metric(maps, boxes, torch.tensor([1, 0]))
     with pytest.raises(ValueError, match=r"correct: wanted shape \(2,\), got \(3,\)"):
         official_metric(maps, boxes, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"^saliency: wanted a tensor"):
+        official_metric(None, boxes, torch.ones(2, dtype=torch.bool))
+    for arguments, name in (((None, 1), "hits_sum"), ((torch.zeros(4, 7), None), "num_images")):
+        with pytest.raises(TypeError, match=f"^{name}: wanted a "):
+            max_box_accuracy(*arguments)
+    for size in (None, 8, (8, 8, 8), (8.5, 8), (0, 8)):
+        with pytest.raises(ValueError, match=r"^size: wanted "):
+            metrics.box_mask(boxes, size)
     with pytest.raises(ValueError, match="tolerance: wanted a distance in pixels from 0 on, got -1"):
         pointing_game(maps, boxes, -1)
     with pytest.raises(TypeError, match="tolerance: wanted a number, got '15'"):

@@ -183,6 +183,17 @@ def test_bad_stages(tiny):
         independent(tiny, stages=["features.1"])
     with pytest.raises(ValueError, match="stages: wanted a sequence of dotted names, got 'fc'"):
         cascading(tiny, stages="fc")
+    with pytest.raises(ValueError, match="stages: wanted a sequence of dotted names, got 5"):
+        independent(tiny, stages=5)
+
+
+@pytest.mark.parametrize("function", [randomized, cascading, independent])
+def test_models_and_seeds_of_another_kind(tiny, function):
+    with pytest.raises(TypeError, match=r"^model: wanted a torch\.nn\.Module, got function$"):
+        function(lambda x: x)
+    for seed in (1.5, None):
+        with pytest.raises(ValueError, match=f"^seed: wanted a whole number, got {seed}$"):
+            function(tiny, seed=seed)
 
 
 def random_pairs(n=6, seed=0):
@@ -253,6 +264,8 @@ def test_bad_maps(similarity):
     a, b = random_pairs()
     with pytest.raises(TypeError, match=r"b: wanted a tensor \(B,1,H,W\), got ndarray"):
         similarity(a, b.numpy())
+    with pytest.raises(TypeError, match=r"^a: wanted a strided tensor, got torch\.sparse_coo$"):
+        similarity(a.to_sparse(), b)
     with pytest.raises(ValueError, match=r"a: wanted shape \(B,1,H,W\) without empty dimensions, got \(6, 14, 19\)"):
         similarity(a[:, 0], b[:, 0])
     with pytest.raises(ValueError, match=r"b: wanted the shape of a, \(6, 1, 14, 19\), got \(5, 1, 14, 19\)"):
