@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
-from opticam.checks import as_names, as_numbers, check_at_least, check_window
+from opticam.checks import as_names, as_numbers, check_at_least, check_whole, check_window
 from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
@@ -103,7 +103,8 @@ def wrap(
             raise TypeError(f"{argument}: wanted a function, got {function!r}")
     mean, std = as_numbers("mean", mean), as_numbers("std", std)
     check_window(window)
-    check_at_least(1, input_size=input_size, resize=resize)
+    check_whole(1, input_size=input_size)
+    check_at_least(1, resize=resize)
     class_names = as_names(class_names)
     if any(abs(value) > 1 for value in mean) or any(value > 10 for value in std):
         got = f"got {mean} with std {std}"

@@ -119,6 +119,7 @@ def probability(y, class_idx, head):
     return torch.stack([1 / (torch.tensor(row, dtype=torch.float64) - row[c]).exp().sum() for row, c in rows])
 
 
+@pytest.mark.slow
 @drawn
 @given(case=cases())
 def test_the_map_is_that_of_the_formula(case):
@@ -165,6 +166,7 @@ def test_opti_cam_of_a_batch_is_opti_cam_one_by_one(case):
         torch.testing.assert_close(whole.weights[i : i + 1], one.weights, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @drawn
 @given(case=cases(), seed=st.integers(0, 9), power=st.sampled_from([0, 0.1, 1, 9]))
 def test_scores_are_those_of_the_head(case, seed, power):
@@ -295,6 +297,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=100)
 @given(case=cases(), argument=st.sampled_from(list(FAULTS)), number=st.integers(0, 10), name=st.sampled_from(PASSING))
 def test_a_wrong_argument_is_named_in_one_sentence(case, argument, number, name):

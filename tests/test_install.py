@@ -138,6 +138,7 @@ def test_a_photo_is_explained_without_a_clone(from_wheel):
     assert int(done.stdout) == sum(len(photo.boxes) for photo in demo().records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["run", "run --list", "run 03 -p limit=2", "render", "render 03", "verify", "batch demo"]
 )

@@ -180,6 +180,7 @@ def test_the_page_explains_and_goes_back(page):
     assert page.curve.layout.display == "none"
 
 
+@pytest.mark.slow
 def test_the_page_compares_methods_and_says_which_do_not_apply(page):
     page.compare()
     assert list(page.comparison) == ["fake_cam", "grad_cam"]

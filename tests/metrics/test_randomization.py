@@ -203,6 +203,7 @@ def random_pairs(n=6, seed=0):
     return a, b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", [rank_correlation, structural_similarity])
 def test_similarity_equals_reference(similarity):
     a, b = random_pairs()
