@@ -203,7 +203,7 @@ def deletion(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tens
     Removed: the first `t * pixels_per_step` pixels at step t = 0..T, all channels at once; kept: the rest. Lower is
     better. The curve starts at p. All else, options too, as `insertion`.
     """
-    return _with_area(*_curves(model, images, class_idx, saliency, [_deleting], **options))
+    return _with_area(*_curves(model, images, class_idx, saliency, [_revealed], **options))
 
 
 def insertion_deletion(
@@ -213,7 +213,7 @@ def insertion_deletion(
 
     Arguments, options and errors as `insertion`.
     """
-    series = [_inserting, lambda x, color, rank, counts: _deleting(x, color, rank, counts[1:])]
+    series = [_inserting, lambda x, color, rank, counts: _revealed(x, color, rank, counts[1:])]
     inserted, deleted = _curves(model, images, class_idx, saliency, series, **options)
     return _with_area(inserted), _with_area(torch.cat([inserted[:, -1:], deleted], 1))
 
@@ -461,15 +461,18 @@ def _rank(saliency: Tensor, descending: bool = True) -> Tensor:
 
 
 def _inserting(x: Tensor, color: Tensor, rank: Tensor, counts: Tensor) -> Series:
-    """From the blurred image. Mean/std is affine in each channel, so zeros after it are the mean colour before it."""
+    return _revealed(_blurred(x, color), x, rank, counts)
+
+
+def _blurred(x: Tensor, color: Tensor) -> Tensor:
+    """Insertion's start: mean/std is affine in each channel, so zeros after it are the mean colour before it."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     centered = F.pad((x - color).to(dtype), [5] * 4)
     blurred = TF.gaussian_blur(centered, [11, 11], [5.0, 5.0])[..., 5:-5, 5:-5]
-    blurred = torch.empty_like(x).copy_(blurred + color.to(dtype))  # in the memory format of x
-    return _deleting(blurred, x, rank, counts)
+    return torch.empty_like(x).copy_(blurred + color.to(dtype))  # in the memory format of x
 
 
-def _deleting(before: Tensor, after: Tensor, rank: Tensor, counts: Tensor) -> Series:
+def _revealed(before: Tensor, after: Tensor, rank: Tensor, counts: Tensor) -> Series:
     """Images that show `after` at the first n pixels and `before` at the rest, for each n of `counts`."""
 
     def show(rows: Tensor, columns: Tensor) -> Tensor:
