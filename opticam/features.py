@@ -433,7 +433,7 @@ def _no_attention(model: nn.Module) -> str:
     return (
         f"model: {type(bare(model)).__name__} has no attention over one plain sequence with a class token; wanted a "
         "ViT or DeiT of timm or torchvision, or opticam.wrap(network, layer, layout=Tokens(rows, columns, prefix)) for "
-        "one like them"
+        "one like them, but not for legrad"
     )
 
 
