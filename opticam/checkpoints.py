@@ -42,7 +42,9 @@ class _Found(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
-    """What a file of `torch.save` or of safetensors holds: tensors, numbers, text and tables of them, nothing else.
+    """What a file of `torch.save` or of safetensors holds. Only tensors, numbers, text and tables of them are read.
+
+    Of what else trainers keep, such as arrays of numpy, dates and paths, nothing is made.
 
     Raises:
         OSError: no such file.

@@ -63,7 +63,7 @@ def check_network(model: nn.Module) -> None:
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse, by a TypeError, what is no module."""
+    """Refuse, by a TypeError, what is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
 
@@ -152,6 +152,14 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: tensors on the meta device have no values; wanted numbers")
 
 
+def check_alike(**tensors: Tensor) -> None:
+    """Refuse, by a TypeError or a ValueError, what are not two tensors of one shape."""
+    check_tensors(**tensors)
+    (name, one), (other, another) = tensors.items()
+    if another.shape != one.shape:
+        raise ValueError(f"{other}: wanted the shape of {name}, {tuple(one.shape)}, got {tuple(another.shape)}")
+
+
 def check_strided(**tensors: Tensor) -> None:
     """Refuse, by a TypeError, sparse and nested tensors."""
     for name, tensor in tensors.items():
@@ -233,9 +241,9 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
     """As `read`, for the first pass of a call: refuses networks whose output would mean something else.
 
     There are further passes of a few images, which no hook of a method hears: four of two images, one with its
-    gradient, when a network with code of one's own is first seen; and some where something looks suspicious. The four
-    are passes of a twin, and of the network itself only where hooks of others may be a part of it. A state outside of
-    torch that changes only later passes is not seen.
+    gradient, when a network is first seen that is not wholly a library's; and some where something looks suspicious.
+    The four are passes of a twin, and of the network itself only where hooks of others may be a part of it. A state
+    outside of torch that changes only later passes is not seen.
 
     Args:
         model: any network, inside `frozen`.
@@ -292,9 +300,9 @@ _LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "transformers.", "opticam.")
 
 
 def _check_independence(model: nn.Module, image: Tensor) -> None:
-    """Refuse a network with code of one's own whose logits of an image depend on another, in its batch or before it.
+    """Refuse a network, if not wholly a library's, whose logits of an image depend on another in or before its batch.
 
-    Threads take turns from now on with such a network: what it keeps during a pass may lie anywhere.
+    Threads take turns from now on with code of one's own: what it keeps during a pass may lie anywhere.
     """
     network = unwrapped(model)
     if not all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
@@ -408,10 +416,10 @@ _KNOWN = re.compile("(Log|Log2|Log10)?(Sigmoid|Softmax)|Hardsigmoid")
 
 
 def _last_operation(node: Any, scaling: bool = True) -> str:
-    """Name of an operation, what only shaped, joined, averaged or added its results, or scaled them, aside.
+    """Name of the operation that a result comes from; what shaped, joined, averaged, added or scaled it is passed over.
 
-    Both sides of a sum count where they end in the same operation; `scaling` is whether scales by a constant may stand
-    between, since a sum with scales of its own may be one of a layer.
+    A sum of two is passed over if both come from the same operation and neither has a factor. With factors it may be a
+    layer. `scaling` is whether factors are passed over.
     """
     if node is None:
         return ""
@@ -439,7 +447,8 @@ def _bounded(tensor: Tensor) -> bool:
         node = nodes.pop()
         if node is None or node in seen or node.name().startswith(_LAYERS):
             continue
-        if node.name().startswith(_ENDING_AT_1) or 1 in (getattr(node, name, None) for name in _HIGHEST):
+        highest = next((getattr(node, name) for name in _HIGHEST if hasattr(node, name)), None)
+        if node.name().partition("Backward")[0] in _ENDING_AT_1 or (isinstance(highest, Real) and highest == 1):
             return True
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]

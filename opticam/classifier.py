@@ -99,8 +99,12 @@ def as_classifier(model: nn.Module) -> Classifier | None:
 
 def weights_of(model: nn.Module) -> Tensor | None:
     """The weights whose dtype and device images are to have: no scalar, such as a temperature, if there are others."""
-    found = [weights for weights in model.parameters() if weights.is_floating_point()]
-    return next((weights for weights in found if weights.ndim > 1), found[0] if found else None)
+    first = None
+    for weights in filter(Tensor.is_floating_point, model.parameters()):  # not all: this is asked in every call
+        if weights.ndim > 1:
+            return weights
+        first = weights if first is None else first
+    return first
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -231,7 +235,7 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
 
 
 def _named(returned: Any) -> Tensor | None:
-    for name in ("logits", "logits_per_image"):  # the second as in CLIP, beside one with a row per text
+    for name in ("logits", "logits_per_image"):  # the second is CLIP's, which has logits_per_text too
         named = returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
         if isinstance(named, Tensor):
             return named

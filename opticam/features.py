@@ -140,7 +140,7 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
     def keep(place: list[Tensor], views: list[None], module: nn.Module, args: tuple, output: Tensor) -> None:
         place[:] = [_last(place, views, module, output).detach().clone()]
 
-    with frozen(model), torch.no_grad(), ExitStack() as hooks:
+    with frozen(model, compiled=False), torch.no_grad(), ExitStack() as hooks:
         for name, place in zip(layers, captured, strict=True):
             module = resolve_layer(model, name)
             views = hooks.enter_context(_views(model, module))
@@ -159,14 +159,14 @@ def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tens
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
         return output.clone() if next(calls) == call else own
 
-    with frozen(model), torch.no_grad(), hooked(layer, replace):
+    with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace):
         return read(unwrapped(model), prepared(model, images)).logits
 
 
 def count_calls(model: nn.Module, images: Tensor, layer: nn.Module) -> int:
     """How often one pass of the network calls the layer."""
     calls: list[None] = []
-    with frozen(model), torch.no_grad(), hooked(layer, lambda module, args, output: calls.append(None)):
+    with frozen(model, compiled=False), torch.no_grad(), hooked(layer, lambda module, args, output: calls.append(None)):
         read(unwrapped(model), prepared(model, images))
     return len(calls)
 
@@ -203,7 +203,7 @@ def features_and_gradients(
         with torch.enable_grad():  # the layer may be the last of what runs under no_grad
             return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
-    with frozen(model), _views(model, place) as views, hooked(place, restart_graph):
+    with frozen(model, compiled=False), _views(model, place) as views, hooked(place, restart_graph):
         logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
@@ -250,7 +250,7 @@ def attention_maps(
     check_inputs(model, images, class_idx)
     grid = class_token_grid(model, images.shape[-2:])
     captured: list[Tensor] = []
-    with frozen(model), _attention_shown(model, captured.append) as shown:
+    with frozen(model, compiled=False), _attention_shown(model, captured.append) as shown:
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
             logits = examine(unwrapped(model), x, class_idx).logits
@@ -300,7 +300,7 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
         outputs.append(output)
         return output.detach()
 
-    with frozen(model), _attention_shown(model, restart_at_attention) as shown, ExitStack() as hooks:
+    with frozen(model, compiled=False), _attention_shown(model, restart_at_attention) as shown, ExitStack() as hooks:
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
         logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
@@ -371,13 +371,15 @@ def _check_reader(model: nn.Module, image: Tensor, grid: Tokens) -> None:
         return
     twin, _ = silent_twin(unwrapped(model))
     attention: list[Tensor] = []
-    with frozen(twin), _attention_shown(twin, attention.append):
-        total = read(twin, prepared(model, image).requires_grad_()).logits.sum()
-        if not attention:  # a copy does not reach what it calls by another way than its own parts
-            return
-        (slope,) = torch.autograd.grad(total, attention[-1], allow_unused=True, materialize_grads=True)
+    slope = torch.zeros(1, 1, 1, 1)
+    with suppress(ValueError, RuntimeError), frozen(twin, compiled=False), _attention_shown(twin, attention.append):
+        total = read(twin, prepared(model, image).requires_grad_()).logits.sum()  # refused where it hides gradients
+        if attention:  # a copy does not reach what it calls by another way than its own parts
+            (slope,) = torch.autograd.grad(total, attention[-1], allow_unused=True, materialize_grads=True)
     read_rows = (slope != 0).any(3).any(1).any(0)  # the tokens whose attention in the last block reaches a logit
-    if read_rows.any() and (read_rows[grid.prefix :].any() or not read_rows[0]):
+    if not read_rows.any():  # such as before training, where heads may be zero
+        return
+    if read_rows[grid.prefix :].any() or not read_rows[0]:
         raise ValueError(
             f"model: the head of {type(bare(model)).__name__} does not read the first token alone; wanted one that "
             "reads the class token, which comes first, or a method that does not ask the class token"
@@ -394,9 +396,9 @@ def _check_reading_order(model: nn.Module, images: Tensor) -> None:
     size = images.shape[2:]
     if transformer is None or told_layout(model) is not None or size in _in_order.setdefault(transformer, set()):
         return
-    patches = next(module for module in transformer.modules() if isinstance(module, nn.Conv2d))
-    if patches.kernel_size != patches.stride:
-        return  # they overlap, so that a neighbour may change most
+    patches = next((module for module in transformer.modules() if isinstance(module, nn.Conv2d)), None)
+    if patches is None or patches.kernel_size != patches.stride:
+        return  # they may overlap, so that a neighbour may change most
     name = type(transformer).__name__
     told = "wanted opticam.wrap(network, layer, layout=...) with a function to (B,K,h,w)"
     blocks = list(parts_of_transformer(transformer)[0].children())
@@ -414,7 +416,7 @@ def _check_reading_order(model: nn.Module, images: Tensor) -> None:
     twin, copies = silent_twin(unwrapped(model))
     entered: list[Tensor] = []
     first = hooked(copies[blocks[0]], lambda module, args, output: entered.append(args[0]))
-    with suppress(Exception), frozen(twin), torch.no_grad(), first:  # it may take no three images
+    with suppress(Exception), frozen(twin, compiled=False), torch.no_grad(), first:  # it may take no three images
         read(twin, x)
     if entered and entered[0].ndim == 3 and len(entered[0]) == 3:
         prefix = entered[0].shape[1] - rows * columns
@@ -458,7 +460,7 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
         if isinstance(module, nn.Linear):
             given[:] = args
 
-    with frozen(model), ExitStack() as hooks:
+    with frozen(model, compiled=False), ExitStack() as hooks:
         for name, module in bare(model).named_modules():
             if name:
                 hooks.enter_context(hooked(module, partial(keep, name)))

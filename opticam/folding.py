@@ -145,8 +145,8 @@ def _pads_by_a_copy(convolution: Any) -> bool:
 class _PaddedAlike(nn.Module):
     """TensorFlow's convolution, which pads by as much as its stride leaves over, without a copy of its input.
 
-    Where that is odd the last side gets one pixel more: as if both sides had it and the kernel began with a zero. For
-    one channel alone a copy takes longer than the convolution.
+    Where that is odd the last side gets one pixel more: as if both sides had it and the kernel began with a zero. The
+    copy takes longer than a depthwise convolution itself.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:

@@ -191,7 +191,7 @@ def load_model(
 
     Of a library's network, mean, std, size, crop, class names and weights are those of the library's own record, and
     the target layer is that of `default_layer`. Photos are always resized on their shorter side by bilinear
-    interpolation and cropped at the centre.
+    interpolation and cropped at the centre, also where the record says bicubic or squashes them.
 
     Args:
         name: a key of `MODELS`, or `timm/NAME`, `torchvision/NAME`, `hf/NAME`. NAME may end in a tag of the weights, as

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import check_at_least, check_images, check_network
+from opticam.checks import check_images, check_network, check_whole
 from opticam.classifier import bare, weights_of
 from opticam.features import Layer, all_outputs, feature_maps
 from opticam.layouts import find_layout, is_attention
@@ -98,7 +98,7 @@ def check_layout(
         ValueError: an unknown layer or layout; maps with under 3 rows or columns, which are too few to tell.
     """
     check_images(model, images)
-    check_at_least(1, num_changes=num_changes, batch_size=batch_size)
+    check_whole(1, num_changes=num_changes, batch_size=batch_size)
     (features,), _ = feature_maps(model, images, layer)
     (rows, columns), (height, width) = features.shape[2:], images.shape[2:]
     if min(rows, columns) < 3:

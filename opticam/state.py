@@ -24,8 +24,8 @@ _thread = threading.local()  # .aside: whether passes of this thread are heard b
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, not compiled, its parameters out of the graph, gradients recorded; on exit all as before.
+def frozen(model: nn.Module, *, compiled: bool = True) -> Iterator[None]:
+    """The model in eval mode, its parameters out of the graph and gradients recorded; on exit all as before.
 
     Gradients are recorded inside even if the caller is under `no_grad` or `inference_mode`. Weights that were made
     under `inference_mode` are copies inside, since they cannot enter a graph. Flags are restored module by module and
@@ -33,12 +33,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any network.
+        compiled: whether compiled parts run compiled; else as they were written, so that hooks set inside are heard.
 
     Raises:
         ValueError: a module in training mode whose `train` or `eval` does more than set flags, such as fold weights or
             empty a cache. That cannot be undone module by module, so the mode is for the caller to change.
     """
-    with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model)):
+    with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model, compiled)):
         yield
 
 
@@ -62,15 +63,15 @@ def buffers_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in module._buffers.values() if tensor is not None]
 
 
-def _freezing(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+def _freezing(model: nn.Module, compiled: bool) -> Iterator[tuple[Any, str, Any]]:
     for module in all_modules(model):
         if module.training and not all(_sets_flags_alone(function) for function in (module.train, module.eval)):
             told = f"model: {type(module).__name__} has a train() or eval() of its own and is in training mode"
             raise ValueError(f"{told}; wanted it in eval mode")
         yield module, "training", False
-        if (inner := module._modules.get("_orig_mod")) is not None:  # compiled, so that it misses hooks that come later
+        if not compiled and (inner := module._modules.get("_orig_mod")) is not None:
             yield module, "forward", inner.__call__
-        if module._compiled_call_impl is not None:  # compiled in place
+        if not compiled and module._compiled_call_impl is not None:  # compiled in place
             yield module, "_compiled_call_impl", None
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:

@@ -259,6 +259,8 @@ REAL = {
     "gated by others": lambda y: y.sigmoid() * (y.flip(1) - 5),
     "scaled": lambda y: 3 * y.tanh() - 1,
     "capped": lambda y: 30 * (y / 30).tanh(),
+    "expanded": lambda y: (y[:, :1].abs() / 10).expand(-1, 5),
+    "clamped by a tensor": lambda y: torch.clamp(y.abs() / 10, max=torch.arange(1.0, 6.0).to(y)),
     "clamped": lambda y: y.clamp(-50, 50),
     "with a scale that is learnt": lambda y: y * nn.Parameter(torch.tensor(0.1)).exp().detach(),
     "sum of sigmoids": lambda y: y.sigmoid() + 2 * y.flip(1).sigmoid(),

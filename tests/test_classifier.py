@@ -242,6 +242,20 @@ def test_a_compiled_classifier_is_ours(tiny, images):
 
 
 @pytest.mark.slow
+def test_opti_cam_asks_a_compiled_network_compiled(tiny, images, class_idx):
+    runs = []
+
+    def backend(graph, _):
+        return lambda *inputs: runs.append(None) or graph(*inputs)
+
+    compiled = torch.compile(tiny, backend=backend)
+    ours = METHODS["opti_cam"](compiled, images, class_idx, layer="features", num_steps=3)
+    assert len(runs) >= 4  # at every step, and where the last map is scored
+    wanted = METHODS["opti_cam"](tiny, images, class_idx, layer="features", num_steps=3)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grad_cam", "eigen_cam", "score_cam", "opti_cam"])
 def test_a_compiled_part_that_has_run_before_is_heard(tiny, images, class_idx, name):
     class Lightning(nn.Module):

@@ -133,9 +133,10 @@ def score_maps(
     _check_maps(saliency)
     if not saliency:
         raise ValueError("saliency: wanted the maps of at least one method")
-    check_inputs(model, images, class_idx)
-    named = range(len(images)) if names is None else names
-    tables = [score(model, images, class_idx, S).assign(image=named, method=method) for method, S in saliency.items()]
+    tables = []
+    for method, S in saliency.items():
+        table = score(model, images, class_idx, S)
+        tables.append(table.assign(image=range(len(table)) if names is None else names, method=method))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -164,6 +165,8 @@ def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: no maps, or of a single photo.
     """
     _check_maps(saliency)
+    for S in saliency.values():
+        check_saliency(None, S)
     if not saliency or min(map(len, saliency.values())) < 2:
         raise ValueError("saliency: wanted the maps of at least one method, of at least two photos")
     moved = {f"{method_label(method)} of another photo": S.roll(1, 0) for method, S in saliency.items()}
@@ -442,8 +445,6 @@ def _check_methods(methods: Mapping[str, Method]) -> None:
 def _check_maps(saliency: Mapping[str, Tensor]) -> None:
     if not isinstance(saliency, Mapping):
         raise TypeError(f"saliency: wanted a dict of maps by the names of methods, got {type(saliency).__name__}")
-    for S in saliency.values():
-        check_saliency(None, S)
 
 
 def _classes_of(dataset: Samples) -> list[str]:

@@ -17,6 +17,7 @@ from torchvision.transforms import functional as TF
 
 from opticam.checks import (
     as_seed,
+    check_alike,
     check_class_idx,
     check_class_range,
     check_inputs,
@@ -197,24 +198,41 @@ def insertion(
     return _with_area(*_curves(model, images, class_idx, saliency, [_inserting], pixels_per_step, batch_size, mean))
 
 
-def deletion(model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, **options: Any) -> Curve:
+def deletion(
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
+) -> Curve:
     """Deletion: the area under the class probability as pixels, the most salient first, turn to the mean colour.
 
     Removed: the first `t * pixels_per_step` pixels at step t = 0..T, all channels at once; kept: the rest. Lower is
-    better. The curve starts at p. All else, options too, as `insertion`.
+    better. The curve starts at p. All else as `insertion`.
     """
-    return _with_area(*_curves(model, images, class_idx, saliency, [_revealed], **options))
+    return _with_area(*_curves(model, images, class_idx, saliency, [_revealed], pixels_per_step, batch_size, mean))
 
 
 def insertion_deletion(
-    model: nn.Module, images: Tensor, class_idx: Tensor, saliency: Tensor, **options: Any
+    model: nn.Module,
+    images: Tensor,
+    class_idx: Tensor,
+    saliency: Tensor,
+    *,
+    pixels_per_step: int | None = None,
+    batch_size: int = 64,
+    mean: Tensor | None = None,
 ) -> tuple[Curve, Curve]:
     """What `insertion` and what `deletion` return, by one pass less: one ends and one starts with the unmasked image.
 
-    Arguments, options and errors as `insertion`.
+    Arguments and errors as `insertion`.
     """
     series = [_inserting, lambda x, color, rank, counts: _revealed(x, color, rank, counts[1:])]
-    inserted, deleted = _curves(model, images, class_idx, saliency, series, **options)
+    given = pixels_per_step, batch_size, mean
+    inserted, deleted = _curves(model, images, class_idx, saliency, series, *given)
     return _with_area(inserted), _with_area(torch.cat([inserted[:, -1:], deleted], 1))
 
 
@@ -433,9 +451,9 @@ def _curves(
     class_idx: Tensor,
     saliency: Tensor,
     series: Sequence[Callable[..., Series]],
-    pixels_per_step: int | None = None,
-    batch_size: int = 64,
-    mean: Tensor | None = None,
+    pixels_per_step: int | None,
+    batch_size: int,
+    mean: Tensor | None,
 ) -> list[Tensor]:
     """The curve (B,T+1) of each series, which is a function of images, mean colour, `_rank` and numbers of pixels."""
     _check(model, images, class_idx, saliency, batch_size)
@@ -543,14 +561,6 @@ def _checked(probs: Tensor, masked_probs: Tensor) -> tuple[Tensor, Tensor]:
         if not ((values >= 0) & (values <= 1) | values.isnan()).all():
             raise ValueError(f"{name}: wanted probabilities in [0,1] (fractions, not percent)")
     return p, o
-
-
-def check_alike(**tensors: Tensor) -> None:
-    """Refuse, by a TypeError or a ValueError, what are not two tensors of one shape."""
-    check_tensors(**tensors)
-    (name, one), (other, another) = tensors.items()
-    if another.shape != one.shape:
-        raise ValueError(f"{other}: wanted the shape of {name}, {tuple(one.shape)}, got {tuple(another.shape)}")
 
 
 def _check_one_per_map(saliency: Tensor, **values: Tensor) -> None:

@@ -229,7 +229,8 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
 
     Returns:
         (B,4,T) bool. Row 0: the box of the contour of largest area has an IoU of 0.5 or more with some box. Rows 1 to
-        3: the best of all contours' boxes has one of at least 0.3, 0.5, 0.7. All False where others are NaN.
+        3: the best of all contours' boxes has one of at least 0.3, 0.5, 0.7. All False for an image without box, a map
+        of zeros (of values under 1/255) and a map with a NaN.
 
     Reference:
         Choe et al., Evaluating weakly supervised object localization methods right, CVPR 2020, arXiv 2001.07437; V2:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import as_seed, check_module, check_tensors
+from opticam.checks import as_seed, check_alike, check_module, check_tensors
 from opticam.classifier import bare
 from opticam.features import resolve_layer
-from opticam.metrics.classification import check_alike
 from opticam.saliency import check_saliency
 
 

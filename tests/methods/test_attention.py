@@ -191,6 +191,25 @@ class Head(nn.Module):
         return self.fc(self.reads(self.vit.forward_features(x)))
 
 
+def test_attention_itself_needs_no_gradients(images, class_idx):
+    class Hidden(Head):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    for name in ("raw_attention", "attention_rollout"):
+        METHODS[name](Hidden(lambda t: t[:, 0]), images, class_idx)
+
+
+def test_a_head_is_looked_at_again_once_it_is_trained(images, class_idx):
+    model = Head(lambda t: t[:, 1:].mean(1))
+    nn.init.zeros_(model.fc.weight)
+    METHODS["raw_attention"](model, images, class_idx)  # nothing shows yet what is read
+    nn.init.normal_(model.fc.weight)
+    with pytest.raises(ValueError, match="does not read the first token alone"):
+        METHODS["raw_attention"](model, images, class_idx)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "reads",
