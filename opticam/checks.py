@@ -27,7 +27,7 @@ def check_network(model: nn.Module) -> None:
     """Refuse networks that cannot be explained.
 
     Raises:
-        TypeError: not a module, TorchScript, or quantised.
+        TypeError: not a module, TorchScript, exported, or quantised.
         ValueError: weights without values; batch norms by which an image's result depends on its batch; a `Classifier`
             inside whose head is not that of the model; transforms inside that move the pixels, such as a crop.
     """
@@ -43,6 +43,8 @@ def check_network(model: nn.Module) -> None:
         if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
             raise TypeError(f"model: {kind.__name__} is quantised and has no gradients; wanted floating-point weights")
     for module in modules:
+        if getattr(vars(module).get("train"), "__module__", "").startswith("torch.export"):
+            raise TypeError("model: torch.export hides its layers; wanted the network that it was made from")
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"model: {type(module).__name__} without running statistics makes an image's result depend on its "
@@ -187,10 +189,14 @@ def as_numbers(name: str, values: Any) -> tuple[float, ...]:
 
 
 def check_numbers(**numbers: float) -> None:
-    """Refuse, by a TypeError, what is not a number, such as None or text."""
+    """Refuse what is not a number, such as None or text, by a TypeError, and what no float holds by a ValueError."""
     for name, number in numbers.items():
         if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.ndim == 0)):
             raise TypeError(f"{name}: wanted a number, got {number!r}")
+        if isinstance(number, int) and abs(number) > 2**1000:
+            raise ValueError(
+                f"{name}: wanted a number that a float holds, got an integer of {number.bit_length()} bits"
+            )
 
 
 def as_names(class_names: Iterable[Any]) -> list[str]:
@@ -286,13 +292,18 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
 
 
 def _check_ending(model: nn.Module, image: Tensor, head: Head) -> None:
-    if ending := _ending(unwrapped(model), image, head):
-        logarithms = ending.startswith("log")
-        told = "" if logarithms else f", or opticam.wrap(..., to_logits=classifier.logits_of_{ending})"
-        raise ValueError(
-            f"model: {type(bare(model)).__name__} ends in a {ending}, so its outputs are "
-            f"{'logarithms of ' if logarithms else ''}probabilities; wanted logits: leave the last layer out{told}"
-        )
+    ending = _ending(unwrapped(model), image, head)
+    if ending is None:
+        return
+    seen, told = f"ends in a {ending}, so its outputs are probabilities", f"classifier.logits_of_{ending}"
+    if ending == _UNNAMED:
+        seen, told = "gives nothing outside of [0,1], as probabilities", "lambda y: 10 * y, if they are none"
+    elif ending == "odds":
+        seen, told = "ends in odds p/(1 - p)", ""
+    elif ending.startswith("log"):
+        seen, told = f"ends in a {ending}, so its outputs are logarithms of probabilities", ""
+    told = f", or opticam.wrap(..., to_logits={told})" if told else ""
+    raise ValueError(f"model: {type(bare(model)).__name__} {seen}; wanted logits: leave the last layer out{told}")
 
 
 _independent: WeakSet[nn.Module] = WeakSet()  # networks seen to take each image for itself
@@ -402,7 +413,7 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     if values.shape[1] > 1 and (told == "softmax" or ones):
         return "softmax"
     low, high = values.aminmax()
-    return "sigmoid" if _bounded(found[0]) or high - low > 0.9 else None
+    return "sigmoid" if _bounded(found[0]) else _UNNAMED if high - low > 0.9 else None
 
 
 def _told(tensor: Tensor, head: Head) -> str | None:
@@ -412,7 +423,8 @@ def _told(tensor: Tensor, head: Head) -> str | None:
     return last.lower().replace("hard", "") if known else None
 
 
-_KNOWN = re.compile("(Log|Log2|Log10)?(Sigmoid|Softmax)|Hardsigmoid")
+_KNOWN = re.compile("(Log|Log2|Log10)?(Sigmoid|Softmax)|Hardsigmoid|Odds")
+_UNNAMED = "unnamed"  # an ending that is seen from values alone
 
 
 def _last_operation(node: Any, scaling: bool = True) -> str:
@@ -430,6 +442,9 @@ def _last_operation(node: Any, scaling: bool = True) -> str:
     if _SHAPING.match(name) or (len(before) == 1 and name in (_SCALING if scaling else ("Add",))):
         last = _last_operation(before[0], scaling)
         return "LogSigmoid" if name == "Neg" and last == "Softplus" else last  # log sigmoid(y) = -softplus(-y)
+    if name == "Div" and len(before) == 2 and before[1].name().startswith("Rsub"):  # p / (1 - p)
+        above, below = (_last_operation(function) for function in before)
+        return "Odds" if above == below and _KNOWN.fullmatch(above) else name
     if name == "Add" and getattr(node, "_saved_alpha", 1) == 1:
         last = _last_operation(before[0], False)
         if _KNOWN.fullmatch(last) and last == _last_operation(before[1], False):
@@ -445,7 +460,7 @@ def _bounded(tensor: Tensor) -> bool:
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen or node.name().startswith(_LAYERS):
+        if node is None or node in seen or (node.name().startswith(_LAYERS) and not _takes_shares(node)):
             continue
         highest = next((getattr(node, name) for name in _HIGHEST if hasattr(node, name)), None)
         if node.name().partition("Backward")[0] in _ENDING_AT_1 or (isinstance(highest, Real) and highest == 1):
@@ -453,6 +468,12 @@ def _bounded(tensor: Tensor) -> bool:
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
     return False
+
+
+def _takes_shares(node: Any) -> bool:
+    """Whether a product with a matrix only takes or merges what comes in, as from classes to groups of them."""
+    matrix = getattr(node, "_saved_mat2", None)
+    return matrix is not None and bool(((matrix >= 0) & (matrix <= 1)).all())
 
 
 _ENDING_AT_1 = ("Sigmoid", "Softmax", "Hardsigmoid", "Tanh", "Atan", "Erf", "Exp")  # the last: of 1/(1 + exp(-x))

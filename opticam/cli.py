@@ -1,6 +1,7 @@
 """The command line: opticam explain | run | verify | batch | render. Bad input ends in one sentence and exit code 2."""
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -77,7 +78,7 @@ def explain(options: argparse.Namespace) -> int:
     """Explain one photo: print the five most probable classes and what masking does, write a picture."""
     if options.schedule is not None and options.method != "opti_cam":
         raise ValueError(f"schedule: only the method opti_cam has one, got {options.method}")
-    with _waiting(lambda: "loading"):
+    with _waiting(lambda: "loading"), _uncollected():
         import matplotlib
 
         matplotlib.use("agg")
@@ -167,6 +168,17 @@ def _waiting(what: Callable[[], str]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection while libraries are imported: what they make stays, and to look through it takes long."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _keep_memory() -> None:

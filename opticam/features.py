@@ -44,7 +44,7 @@ from opticam.layouts import (
     token_grid,
     told_layout,
 )
-from opticam.state import all_modules, changed, frozen, hooked
+from opticam.state import all_modules, changed, frozen, hooked, parameters_of
 
 Layer = nn.Module | str | None
 
@@ -56,7 +56,7 @@ def prepared(model: nn.Module, images: Tensor) -> Tensor:
     contiguous, since a foreign network may rely on that.
     """
     last, classifier = torch.channels_last, as_classifier(model)
-    kernels = [p for p in classifier.parameters() if p.ndim == 4] if classifier is not None else []
+    kernels = [] if classifier is None else [p for p in parameters_of(all_modules(classifier)) if p.ndim == 4]
     is_last = any(p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in kernels)
     return for_autograd(images).detach().contiguous(memory_format=last if is_last else torch.contiguous_format)
 
@@ -84,12 +84,15 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
         return layer
     if not isinstance(layer, str):
         raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
+    with suppress(AttributeError, RuntimeError):  # the latter of TorchScript
+        if layer:
+            return network.get_submodule(layer)
     names = dict(network.named_modules(remove_duplicate=False))
-    if not layer or layer not in names:
-        target = [] if classifier is None or classifier.layer == layer else [classifier.layer]
-        close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
-        raise ValueError(f"layer: no {layer!r} in {kind}; wanted a dotted name such as {', '.join(close)}")
-    return names[layer]
+    if layer and layer in names:
+        return names[layer]
+    target = [] if classifier is None or classifier.layer == layer else [classifier.layer]
+    close = difflib.get_close_matches(layer, filter(None, names), n=3) or target or list(names)[-3:]
+    raise ValueError(f"layer: no {layer!r} in {kind}; wanted a dotted name such as {', '.join(close)}")
 
 
 def as_layers(layer: Layer | Sequence[Layer]) -> Sequence[Layer]:

@@ -234,11 +234,17 @@ def _name(module: nn.Module) -> str:
 
 def path_to(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules from the network down to the layer, each with its own name."""
-    dotted = next((name for name, module in network.named_modules() if module is layer), "")
-    path = [("", network)]
-    for name in filter(None, dotted.split(".")):
-        path.append((name, path[-1][1].get_submodule(name)))
-    return path
+    ahead, seen = [[("", network)]], set()
+    while ahead:
+        path = ahead.pop()
+        module = path[-1][1]
+        if module is layer:
+            return path
+        if module not in seen:
+            seen.add(module)
+            parts = [(name, part) for name, part in module._modules.items() if part is not None]
+            ahead += [[*path, part] for part in reversed(parts)]
+    return [("", network)]
 
 
 def _record(path: list[tuple[str, nn.Module]]) -> tuple[nn.Module, str]:

@@ -90,6 +90,10 @@ def stored_as_int8(tiny):
     return tiny
 
 
+def exported(tiny):
+    return torch.export.export(tiny, (torch.rand(5, 3, 24, 32).double(),)).module()
+
+
 def half_on_meta(tiny):
     tiny.fc = tiny.fc.to("meta")
     return tiny
@@ -104,6 +108,7 @@ FOREIGN = {
     "scripted": (torch.jit.script, TypeError, "model: TorchScript"),
     "traced": (lambda tiny: torch.jit.trace(tiny, torch.rand(1, 3, 24, 32).double()), TypeError, "model: TorchScript"),
     "scripted inside": (lambda tiny: nn.Sequential(torch.jit.script(tiny)), TypeError, "model: TorchScript"),
+    "exported": (exported, TypeError, "model: torch.export hides its layers"),
     "quantised": (quantised, TypeError, "model: Linear is quantised"),
     "int8 weights": (stored_as_int8, TypeError, "model: Linear is quantised"),
     "meta": (lambda tiny: tiny.to("meta"), ValueError, "model: weights on the meta device"),
@@ -214,6 +219,8 @@ ENDINGS = {
     "softmax of two added": lambda y: sum(one.softmax(1) for one in (y / 9, y.flip(1) / 8)),
     "softmax of three, summed": lambda y: torch.stack([y, y / 2, y / 3]).softmax(2).sum(0),
     "sigmoids of three added": lambda y: y.sigmoid() + (y / 2).sigmoid() + (y / 3).sigmoid(),
+    "softmax merged by a matrix": lambda y: y.softmax(1) @ torch.eye(2).repeat(3, 1)[1:].to(y),
+    "some of a softmax by a matrix": lambda y: (y / 9).softmax(1) @ torch.eye(5)[:, :3].to(y),
     "probabilities cut from the graph": lambda y: y.detach().softmax(1),
 }
 
@@ -229,6 +236,29 @@ def test_networks_that_return_probabilities_are_recognised(tiny, images, class_i
     refused(ValueError, message, lambda: METHODS["rise"](model, x, c, num_masks=2))
     for head in ("softmax", "sigmoid"):
         refused(ValueError, message, lambda head=head: first_pass(wrap(model, "inner.features", head=head), x))
+
+
+@pytest.mark.parametrize("ending", [lambda y: y.sigmoid(), lambda y: y.softmax(1), lambda y: 1 - (-y).sigmoid()])
+def test_odds_are_no_logits(tiny, images, class_idx, ending):
+    model = Own(tiny, lambda inner, x: ending(inner(x)) / (1 - ending(inner(x))))
+    message = r"^model: Own ends in odds p/\(1 - p\); wanted logits: leave the last layer out$"
+    refused(ValueError, message, lambda: score(model, images, class_idx, images[:, :1]))
+
+
+def test_what_only_looks_like_probabilities_can_be_said_to_be_none(tiny, images, class_idx):
+    class Similar(nn.Module):  # to prototypes, all features and prototypes being positive
+        def __init__(self):
+            super().__init__()
+            self.inner, self.prototypes = tiny, nn.Parameter(torch.eye(5).double())
+
+        def forward(self, x):
+            y = self.inner(x)
+            return F.normalize((y - y.mean(1, keepdim=True)).relu() ** 4 + 1e-9) @ self.prototypes.T
+
+    message = r"model: Similar gives nothing outside of \[0,1\], as probabilities; wanted logits.*lambda y: 10 \* y, "
+    refused(ValueError, message, lambda: score(Similar(), images, class_idx, images[:, :1]))
+    scaled = wrap(Similar(), "inner.features", to_logits=lambda y: 10 * y)
+    assert score(scaled, images, class_idx, images[:, :1]).prob.between(0, 1).all()
 
 
 def test_probabilities_as_the_caller_says(tiny, images, class_idx):
@@ -268,6 +298,8 @@ REAL = {
     "difference of sigmoids": lambda y: y.sigmoid() - y.flip(1).sigmoid(),
     "weighed by a softmax": lambda y: (y[:, :, None].softmax(1) * y[:, None]).sum(1),
     "evidence": lambda y: F.softplus(y),
+    "ratio of sigmoids": lambda y: (y / 9).sigmoid() / (0.1 + y.flip(1).sigmoid()),
+    "logarithm of odds": lambda y: (y.sigmoid() / (1 - y.sigmoid())).log(),
     "log-odds of probabilities": lambda y: y.sigmoid().logit(),
     "two of sum 1": lambda y: torch.stack([0.5 + y[:, 0] / 50, 0.4 - y[:, 1] / 50], 1),
 }

@@ -299,6 +299,7 @@ def opti_cam(
                 decay.step()
         with torch.no_grad():
             S = saliency(progress.best, features)
+            check_saliency(batch[0], S, "normalize")
             S = S.masked_fill(progress.history.isnan().all(1)[:, None, None, None], torch.nan)  # no map was better
             steps = progress.history.nan_to_num(-torch.inf).argmax(1)
             return OptiCAMResult(S, space.weights(progress.best, features), progress.history, steps)

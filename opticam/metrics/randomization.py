@@ -9,6 +9,8 @@ Reference:
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,10 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Returns:
         A network of the same class, flags, device and dtype.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a function or hook in it keeps a module or its weights, which a copy would share.
 
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
@@ -155,9 +161,22 @@ def _copied(model: nn.Module) -> nn.Module:
     """A deep copy, also where the network keeps results of a pass, which `deepcopy` refuses."""
     held = [value for module in model.modules() for value in vars(module).values()]
     for inside in [value for value in held if isinstance(value, dict | list)]:
-        held += inside.values() if isinstance(inside, dict) else inside
+        held += inside.values() if isinstance(inside, dict) else inside  # hooks too
+    if any(map(_keeps_weights, held)):
+        raise ValueError(
+            f"model: a function or hook in {type(bare(model)).__name__} keeps a module or its weights, which a copy "
+            "would share; wanted a method of a module in its place"
+        )
     made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return deepcopy(model, {id(value): value.detach().clone() for value in made})
+
+
+def _keeps_weights(function: Any) -> bool:
+    """Whether a function that is not ours keeps a module or its weights, which `deepcopy` would not copy."""
+    if not isinstance(function, FunctionType) or hasattr(function, "ours"):
+        return False
+    kept = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    return any(isinstance(value, nn.Module | nn.Parameter) for value in kept)
 
 
 def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:

@@ -636,12 +636,19 @@ def test_own_optimizer(tiny, images, class_idx):
             r"^penalty: wanted a function to one number per image, shape \(5,\), got \(\)$",
         ),
         ({"normalize": lambda maps: min_max(maps) + 1}, r"^normalize: wanted values in \[0,1\], got \[1, 2\]$"),
+        ({"complement": 10**400}, "^complement: wanted a number that a float holds, got an integer of 1329 bits$"),
         ({"normalize": lambda maps: maps[:, 0]}, r"^normalize: wanted shape \(5, 1, 24, 32\), got \(5, 24, 32\)$"),
     ],
 )
 def test_bad_options_in_one_sentence(tiny, images, class_idx, change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         opti_cam(tiny, images, class_idx, **{"layer": "features", **change})
+
+
+def test_a_normalisation_that_leaves_its_range_after_the_first_step(tiny, images, class_idx):
+    calls = count()
+    with pytest.raises(ValueError, match=r"^normalize: wanted values in \[0,1\], got \[1, 2\]$"):
+        opti_cam(tiny, images, class_idx, layer="features", normalize=lambda maps: min_max(maps) + (next(calls) > 0))
 
 
 def test_integers_of_many_digits(tiny, images, class_idx):

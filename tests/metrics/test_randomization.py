@@ -311,3 +311,24 @@ def test_map_smaller_than_the_window_of_ssim():
 
 def test_networks_of_other_precision_keep_it():
     assert next(randomized(TinyCNN().bfloat16()).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["closure of a hook", "default of a hook", "closure of an attribute"])
+def test_what_a_copy_would_share_is_refused(tiny, kind):
+    if kind == "closure of a hook":
+        tiny.features.register_forward_hook(lambda module, args, output: output * tiny.fc.weight.mean())
+    elif kind == "default of a hook":
+        tiny.features.register_forward_hook(lambda module, args, output, fc=tiny.fc: output * fc.weight.mean())
+    else:
+        tiny.act = lambda x: tiny.fc(x)
+    with pytest.raises(ValueError, match=r"^model: a function or hook in TinyCNN keeps a module or its weights"):
+        randomized(tiny)
+    with pytest.raises(ValueError, match=r"^model: a function or hook in TinyCNN keeps a module or its weights"):
+        next(cascading(tiny))
+
+
+def test_functions_that_keep_no_weights_are_copied(tiny):
+    factor = torch.tensor(2.0)
+    tiny.features.register_forward_hook(lambda module, args, output: output * factor)
+    tiny.scale = lambda x: x * factor
+    assert randomized(tiny) is not tiny
