@@ -43,9 +43,9 @@ def check_network(model: nn.Module) -> None:
         if kind.__module__.startswith("torch.") and "quantized" in kind.__module__:
             raise TypeError(f"model: {kind.__name__} is quantised and has no gradients; wanted floating-point weights")
     for module in modules:
-        if getattr(vars(module).get("train"), "__module__", "").startswith("torch.export"):
+        if "train" in vars(module) and getattr(module.train, "__module__", "").startswith("torch.export"):
             raise TypeError("model: torch.export hides its layers; wanted the network that it was made from")
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if isinstance(module, _BatchNorm) and module._buffers.get("running_mean") is None:
             raise ValueError(
                 f"model: {type(module).__name__} without running statistics makes an image's result depend on its "
                 "batch; wanted track_running_stats=True, or a norm of each image alone"

@@ -234,17 +234,19 @@ def _name(module: nn.Module) -> str:
 
 def path_to(network: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules from the network down to the layer, each with its own name."""
-    ahead, seen = [[("", network)]], set()
-    while ahead:
-        path = ahead.pop()
-        module = path[-1][1]
+    return [("", network), *(_path_below(network, layer, {network}) or [])]
+
+
+def _path_below(network: nn.Module, layer: nn.Module, seen: set[nn.Module]) -> list[tuple[str, nn.Module]] | None:
+    for name, module in network._modules.items():
         if module is layer:
-            return path
-        if module not in seen:
+            return [(name, layer)]
+        if module is not None and module not in seen:
             seen.add(module)
-            parts = [(name, part) for name, part in module._modules.items() if part is not None]
-            ahead += [[*path, part] for part in reversed(parts)]
-    return [("", network)]
+            below = _path_below(module, layer, seen) if module._modules else None
+            if below is not None:
+                return [(name, module), *below]
+    return None
 
 
 def _record(path: list[tuple[str, nn.Module]]) -> tuple[nn.Module, str]:
