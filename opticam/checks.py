@@ -20,7 +20,16 @@ from torch.nn.parameter import is_lazy
 
 from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped, weights_of
 from opticam.folding import twin_of
-from opticam.state import all_modules, aside, buffers_of, hooked_by_others, of_others, parameters_of, turns
+from opticam.state import (
+    all_modules,
+    aside,
+    buffers_of,
+    hooked_by_others,
+    in_a_line,
+    of_others,
+    parameters_of,
+    turns,
+)
 
 
 def check_network(model: nn.Module) -> None:
@@ -117,7 +126,7 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images: wanted shape (B,3,H,W) without empty dimensions, got {tuple(images.shape)}")
-    if images.shape[3] <= 4 < min(images.shape[1:3]):
+    if images.shape[3] <= 4 < min(images.shape[1:3]) and images.shape[1] not in _channels(model):
         raise ValueError(f"images: wanted shape (B,C,H,W), channels before rows, got {tuple(images.shape)}")
     parameter = weights_of(model)
     if parameter is not None and parameter.device != images.device:
@@ -133,6 +142,11 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         low, high = (value.item() for value in images.aminmax())
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(f"images: wanted values in [0,1], before mean/std, got [{low:.3g}, {high:.3g}]")
+
+
+def _channels(model: nn.Module) -> list[int]:
+    """Of the network's first convolution."""
+    return [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)][:1]
 
 
 def check_class_range(class_idx: Tensor, num_classes: int) -> None:
@@ -182,7 +196,7 @@ def as_numbers(name: str, values: Any) -> tuple[float, ...]:
     try:
         row = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: wanted a number, or one per channel, got {values!r}") from error
+        raise TypeError(f"{name}: wanted a number, or one per channel, got {in_a_line(values)}") from error
     if max(row.shape, default=1) != row.numel() or not row.isfinite().all():
         raise ValueError(f"{name}: wanted a finite number, or one per channel, got {row.tolist()}")
     return tuple(row.flatten().tolist())
@@ -192,8 +206,8 @@ def check_numbers(**numbers: float) -> None:
     """Refuse what is not a number, such as None or text, by a TypeError, and what no float holds by a ValueError."""
     for name, number in numbers.items():
         if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.ndim == 0)):
-            raise TypeError(f"{name}: wanted a number, got {number!r}")
-        if isinstance(number, int) and abs(number) > 2**1000:
+            raise TypeError(f"{name}: wanted a number, got {in_a_line(number)}")
+        if isinstance(number, int) and number.bit_length() > 1023:
             raise ValueError(
                 f"{name}: wanted a number that a float holds, got an integer of {number.bit_length()} bits"
             )
@@ -203,7 +217,7 @@ def as_names(class_names: Iterable[Any]) -> list[str]:
     """Class names as a list of texts; a TypeError for what has no order or is one text."""
     unclear = str | bytes | Mapping | set | frozenset | Tensor
     if isinstance(class_names, unclear) or not isinstance(class_names, Iterable):
-        raise TypeError(f"class_names: wanted a list with one name per class, got {class_names!r}")
+        raise TypeError(f"class_names: wanted a list with one name per class, got {in_a_line(class_names)}")
     return list(map(str, class_names))
 
 
@@ -214,7 +228,7 @@ def check_window(window: Sequence[float] | None) -> None:
     known = isinstance(window, Sequence) and len(window) == 2
     known = known and all(isinstance(value, Real) and not isinstance(value, bool) for value in window)
     if not (known and -math.inf < window[0] < window[1] < math.inf):
-        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {window!r}")
+        raise ValueError(f"window: wanted two numbers (low, high) with low < high, got {in_a_line(window)}")
 
 
 def check_whole(least: int, **numbers: int) -> None:
@@ -223,9 +237,9 @@ def check_whole(least: int, **numbers: int) -> None:
         try:
             whole = operator.index(number)  # also of numpy's integers
         except TypeError as error:
-            raise ValueError(f"{name}: wanted a whole number, got {number!r}") from error
+            raise ValueError(f"{name}: wanted a whole number, got {in_a_line(number)}") from error
         if isinstance(number, bool):  # which counts as 0 or 1
-            raise ValueError(f"{name}: wanted a whole number, got {number!r}")
+            raise ValueError(f"{name}: wanted a whole number, got {in_a_line(number)}")
         if whole < least:
             raise ValueError(f"{name}: wanted at least {least}, got {whole}")
 

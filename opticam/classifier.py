@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from opticam.state import turns
+from opticam.state import in_a_line, turns
 
 Head = Literal["softmax", "sigmoid"]
 
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         if head is not None:
             check_head(head)
         if said and head not in (None, said):
-            raise ValueError(f"head: wanted {said!r}, that of to_logits=logits_of_{said}, got {head!r}")
+            raise ValueError(f"head: wanted {said!r}, that of to_logits=logits_of_{said}, got {in_a_line(head)}")
         head = head or said or "softmax"
         self.network = network
         self.name, self.layer, self.head, self.to_logits = name, layer, head, to_logits
@@ -225,7 +225,9 @@ def find_logits(returned: Any, num_images: int) -> Tensor:
     if named is not None:
         return named
     parts = _tensors(returned)
-    found = [part for part in parts if part.ndim in (1, 2) and len(part) == num_images and part.is_floating_point()]
+    numbers = [part for part in parts if part.ndim in (1, 2) and part.is_floating_point()]
+    # a single number beside, such as a temperature, would be in question for one image: so it is for all
+    found = [part for part in numbers if len(part) == num_images or part.shape == (1,)]
     if len(found) != 1:
         raise TypeError(
             f"model: wanted a network that returns logits, got a {type(returned).__name__} with {len(found)} tensors "
@@ -321,7 +323,7 @@ def probs_of_class(logits: Tensor, class_idx: Tensor, head: Head = "softmax") ->
 def check_head(head: str) -> None:
     """Refuse a head that is not known."""
     if not isinstance(head, str) or head not in get_args(Head):  # an array would be compared value by value
-        raise ValueError(f"head: wanted one of {', '.join(get_args(Head))}, got {head!r}")
+        raise ValueError(f"head: wanted one of {', '.join(get_args(Head))}, got {in_a_line(head)}")
 
 
 def probabilities(logits: Tensor, head: Head = "softmax") -> Tensor:

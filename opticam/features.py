@@ -29,6 +29,7 @@ from opticam.classifier import (
     for_autograd,
     read,
     unwrapped,
+    weights_of,
 )
 from opticam.layouts import (
     Tokens,
@@ -44,7 +45,7 @@ from opticam.layouts import (
     token_grid,
     told_layout,
 )
-from opticam.state import all_modules, changed, frozen, hooked, parameters_of
+from opticam.state import all_modules, changed, frozen, hooked, in_a_line, parameters_of
 
 Layer = nn.Module | str | None
 
@@ -83,7 +84,7 @@ def resolve_layer(model: nn.Module, layer: Layer = None) -> nn.Module:
             raise ValueError(f"layer: {type(layer).__name__} is not a module of the given model")
         return layer
     if not isinstance(layer, str):
-        raise ValueError(f"layer: wanted a module or a dotted name, got {layer!r}")
+        raise ValueError(f"layer: wanted a module or a dotted name, got {in_a_line(layer)}")
     with suppress(AttributeError, RuntimeError):  # the latter of TorchScript
         if layer:
             return network.get_submodule(layer)
@@ -257,10 +258,10 @@ def attention_maps(
         x = prepared(model, images).requires_grad_(with_gradients)
         with torch.set_grad_enabled(with_gradients):
             logits = examine(unwrapped(model), x, class_idx).logits
-        _check_attention(model, captured, shown, grid, len(images))
+        attention, names = list(captured), list(shown)  # to which whatever runs again later would add
+        _check_attention(model, attention, names, grid, len(images))
         _check_reader(model, images[:1], cast(Tokens, grid))
         _check_reading_order(model, images)
-        attention = list(captured)  # to which a network that runs again in the backward pass would add
         gradients: Sequence[Tensor] = ()
         if with_gradients:
             class_logits = class_logit(logits, for_autograd(class_idx))
@@ -307,13 +308,18 @@ def block_attention_gradients(model: nn.Module, images: Tensor, class_idx: Tenso
         for block in blocks.children():
             hooks.enter_context(hooked(block, keep_graph))
         logits = examine(unwrapped(model), prepared(model, images), class_idx).logits
-        _check_attention(model, captured, shown, grid, len(images))
+        attention, names, ends = list(captured), list(shown), list(outputs)
+        _check_attention(model, attention, names, grid, len(images))
         _check_reading_order(model, images)
-        scores = [as_output(model, head(output), len(images)).logits for output in outputs]
-        if scores[-1].shape != logits.shape or not torch.allclose(scores[-1].detach(), logits, rtol=1e-3, atol=1e-3):
+        weights = weights_of(model)  # in whose dtype the head is called, though the network may cast by itself
+        half = torch.finfo(attention[0].dtype).bits < 32 or torch.finfo(logits.dtype).bits < 32
+        ends = [end if weights is None else end.to(weights.dtype) for end in ends]
+        scores = [as_output(model, head(end), len(images)).logits for end in ends]
+        last, tolerance = scores[-1].detach().to(logits.dtype), 5e-2 if half else 1e-3
+        if last.shape != logits.shape or not torch.allclose(last, logits, rtol=tolerance, atol=tolerance):
             raise ValueError(f"model: wanted logits that are those of the head of its {type(transformer).__name__}")
         total = sum(class_logit(score, for_autograd(class_idx)).sum() for score in scores)
-        gradients = differentiate(model, total, captured)  # type: ignore[arg-type]
+        gradients = differentiate(model, total, attention)  # type: ignore[arg-type]
     return list(gradients), grid
 
 

@@ -3,9 +3,9 @@
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -90,7 +90,7 @@ def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     """A copy of the tree of modules that shares parameters, buffers and hooks, but not what it keeps during a pass.
 
     Parts that talk through a list or a dict still do, since each is copied once. Modules in one are those of the copy,
-    and so are those whose methods are hooks.
+    and so are those whose methods are hooks, and those that a function keeps, such as one that wraps a forward.
     """
     copied: dict[int, Any] = {}
 
@@ -112,13 +112,44 @@ def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
                 for key, value in copy.items() if isinstance(copy, dict) else enumerate(copy):
                     copy[key] = again(value)
             return copied[id(thing)]
+        if type(thing) is tuple:
+            parts = tuple(map(again, thing))
+            return parts if any(new is not old for new, old in zip(parts, thing, strict=True)) else thing
         if isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module):
-            return MethodType(thing.__func__, again(thing.__self__))
+            return MethodType(again(thing.__func__), again(thing.__self__))
+        if isinstance(thing, FunctionType) and not hasattr(thing, "ours"):
+            if id(thing) not in copied:
+                copied[id(thing)] = _function_again(thing, copied, again)
+            return copied[id(thing)]
         if isinstance(thing, partial):
             return partial(again(thing.func), *map(again, thing.args), **again(thing.keywords))
         return thing
 
     return again(module)
+
+
+def _function_again(function: FunctionType, copied: dict[int, Any], again: Callable[[Any], Any]) -> FunctionType:
+    """The function with the copies of the modules that it keeps; itself where it keeps none."""
+    old = [cell for cell in function.__closure__ or () if cell != CellType()]
+    new = [CellType() for _ in old]
+    if not (old or function.__defaults__ or function.__kwdefaults__) or len(old) != len(function.__closure__ or ()):
+        return function
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(new))
+    copied[id(function)] = twin  # which may keep itself
+    for cell, place in zip(old, new, strict=True):
+        kept = cell.cell_contents
+        plain = isinstance(kept, list | dict) and not any(isinstance(one, nn.Module) for one in _values(kept))
+        place.cell_contents = kept if plain else again(kept)  # what it writes down is for its owner
+    twin.__defaults__, by_name = again(function.__defaults__), function.__kwdefaults__
+    twin.__kwdefaults__ = by_name and {name: again(value) for name, value in by_name.items()}
+    vars(twin).update(vars(function))
+    before = [*(cell.cell_contents for cell in old), function.__defaults__, *_values(by_name or {})]
+    after = [*(cell.cell_contents for cell in new), twin.__defaults__, *_values(twin.__kwdefaults__ or {})]
+    return twin if any(one is not other for one, other in zip(before, after, strict=True)) else function
+
+
+def _values(kept: list | dict) -> Iterable[Any]:
+    return kept.values() if isinstance(kept, dict) else kept
 
 
 def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:

@@ -20,6 +20,7 @@ from opticam.classifier import Classifier, Head
 from opticam.features import resolve_layer
 from opticam.layouts import Layout
 from opticam.probe import default_layer
+from opticam.state import in_a_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -100,7 +101,7 @@ def wrap(
         raise TypeError(f"network: wanted a torch.nn.Module, got {type(network).__name__}")
     for argument, function in (("to_logits", to_logits), ("layout", layout)):
         if not (function is None or callable(function)):
-            raise TypeError(f"{argument}: wanted a function, got {function!r}")
+            raise TypeError(f"{argument}: wanted a function, got {in_a_line(function)}")
     mean, std = as_numbers("mean", mean), as_numbers("std", std)
     check_window(window)
     check_whole(1, input_size=input_size)
@@ -270,7 +271,7 @@ def check_device(device: Any) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(f"device: wanted one that works here, such as 'cpu', got {device!r}") from error
+        raise ValueError(f"device: wanted one that works here, such as 'cpu', got {in_a_line(device)}") from error
 
 
 _TOML = {"checkpoint": str, "checkpoint_key": str, "num_classes": int, "class_names": list, "head": str, "window": list}

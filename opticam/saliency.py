@@ -13,6 +13,7 @@ from torchvision.transforms import functional as TF
 
 from opticam.checks import check_strided, check_tensors
 from opticam.features import for_autograd
+from opticam.state import in_a_line
 
 
 def combine(features: Tensor, weights: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | 
         return None
     found = baseline(images) if callable(baseline) else baseline
     if not isinstance(found, Tensor):
-        raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {found!r}")
+        raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {in_a_line(found)}")
     try:
         return for_autograd(found).to(images).expand(images.shape)
     except RuntimeError as error:

@@ -152,6 +152,12 @@ def of_others(hook: Any) -> bool:
     return not (hasattr(hook, "ours") or isinstance(hook, MethodType | partial) or of_torch)
 
 
+def in_a_line(value: Any) -> str:
+    """How a message shows what was given: as it is, or by its kind where that would take more than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else type(value).__name__
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     _thread.aside = True

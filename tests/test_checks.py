@@ -354,6 +354,36 @@ def test_logarithms_of_probabilities_are_logits_of_a_softmax_alone(tiny, images,
         refused(ValueError, message, lambda model=model: score(model, images, 0 * class_idx, S))
 
 
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("name", ["grad_cam", "score_cam", "opti_cam"])
+def test_a_number_beside_the_logits_is_in_question_for_any_number_of_images(tiny, images, class_idx, name, number):
+    model = Own(tiny, lambda inner, x: (inner(x), inner.fc.bias[:1]))
+    message = r"^model: wanted a network that returns logits, got a tuple with 2 tensors that may be; say which by"
+    run = METHODS[name]
+    refused(TypeError, message, lambda: run(model, images[:number], class_idx[:number], layer="inner.features"))
+    said = wrap(model, "inner.features", to_logits=lambda output: output[0])
+    assert run(said, images[:number], class_idx[:number]).shape == (number, 1, 24, 32)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_narrow_images_of_many_channels(class_idx, width):
+    network = nn.Sequential(nn.Conv2d(11, 6, (3, 1)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    assert grad_cam(network, torch.rand(5, 11, 60, width), class_idx, layer="1").shape == (5, 1, 60, width)
+    refused(
+        ValueError,
+        r"images: wanted shape \(B,C,H,W\), channels before rows, got \(5, 24, 32, 3\)",
+        lambda: grad_cam(network, torch.rand(5, 24, 32, 3), class_idx, layer="1"),
+    )
+
+
+def test_what_takes_more_than_a_line_is_shown_by_its_kind(tiny, images, class_idx):
+    run = partial(opti_cam, tiny, images, class_idx, layer="features")
+    refused(TypeError, "^baseline: wanted a tensor or a function, .*, got ndarray$", lambda: run(baseline=np.eye(30)))
+    refused(TypeError, "^lr: wanted a number, got Tensor$", lambda: run(lr=torch.rand(30, 30)))
+    layers = [[tiny, tiny.features]]
+    refused(ValueError, "^layer: wanted a module or a dotted name, got list$", lambda: run(layer=layers))
+
+
 class BatchOfItsOwn(nn.Module):
     """Whose batch norm is in training mode whatever anyone says."""
 

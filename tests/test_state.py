@@ -158,6 +158,9 @@ class Talks(nn.Module):
             self.body.register_forward_hook(self.keep)
         elif by == "a function as hook":
             self.body.register_forward_hook(lambda module, args, output: self.table.update(maps=output))
+        elif by == "a hook that keeps the table":
+            table = self.table
+            self.body.register_forward_hook(lambda module, args, output: table.update(maps=output))
         elif by == "a list of modules":
             self.hidden, self.body = [body.double().eval()], nn.Identity()
 
@@ -170,7 +173,7 @@ class Talks(nn.Module):
         return self.last(torch.cat([maps.flip(2), other], 1)).relu().mean((2, 3))
 
 
-WAYS = ["a table", "a method as hook", "a function as hook", "a list of modules"]
+WAYS = ["a table", "a method as hook", "a function as hook", "a hook that keeps the table", "a list of modules"]
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["new", "seen"])
@@ -196,7 +199,7 @@ def test_a_library_is_right_of_networks_whose_parts_talk_or_refuses_them(images,
     expected, network = (Talks(way).double().eval() for way in ("", by))
     network(images[:1])
     explain = lambda model: find_method("captum:Saliency")(model, images[:1], class_idx[:1])  # noqa: E731
-    if by == "a function as hook":
+    if by == "a hook that keeps the table":
         with pytest.raises(ValueError, match="model: hooks in Talks keep what a later part of the pass reads"):
             explain(network)
     else:

@@ -32,6 +32,7 @@ from torchvision.transforms import functional as TF
 from opticam.checks import as_names, check_at_least, check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import check_device, imagenet_classes
+from opticam.state import in_a_line
 
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 _ORIENTATION = 274  # the tag, of EXIF and of TIFF
@@ -192,7 +193,7 @@ def stack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> tupl
         if image.shape != first:
             raise ValueError(f"samples: wanted images of one size, got {first} and {tuple(image.shape)}")
         if not isinstance(label, int | np.integer):
-            raise ValueError(f"samples: wanted whole numbers as labels, got {label!r}")
+            raise ValueError(f"samples: wanted whole numbers as labels, got {in_a_line(label)}")
     images = torch.stack([sample.image for sample in samples]).to(device)
     return images, torch.tensor([int(sample.label) for sample in samples], device=device)
 
@@ -261,7 +262,7 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     path = _path("path", path)
     check_window(window)
     if not isinstance(upright, bool | np.bool_):
-        raise TypeError(f"upright: wanted True or False, got {upright!r}")
+        raise TypeError(f"upright: wanted True or False, got {in_a_line(upright)}")
     if not path.is_file():
         raise FileNotFoundError(f"image: {f'{path} is a folder' if path.is_dir() else f'no file at {path}'}")
     refused = ""
@@ -434,7 +435,7 @@ def maps_to_input(
     if not saliency.is_floating_point():
         raise TypeError(f"saliency: wanted a floating-point dtype, got {saliency.dtype}")
     if not isinstance(photo_sizes, Iterable):
-        raise TypeError(f"photo_sizes: wanted (width, height) of each photo, got {photo_sizes!r}")
+        raise TypeError(f"photo_sizes: wanted (width, height) of each photo, got {in_a_line(photo_sizes)}")
     photo_sizes = [_pair("photo_sizes", size, "(width, height) of each photo") for size in photo_sizes]
     made, wanted = (_pair(name, frame, "(input_size, resize)") for name, frame in (("made", made), ("wanted", wanted)))
     shape = len(photo_sizes), 1, made[0], made[0]
@@ -693,7 +694,7 @@ DATASETS: dict[str, Callable[..., Photos]] = {f.__name__: f for f in (demo, imag
 def _check_frame(input_size: int, resize: int) -> None:
     for name, side in (("input_size", input_size), ("resize", resize)):
         if not isinstance(side, Integral):
-            raise TypeError(f"{name}: wanted a whole number, got {side!r}")
+            raise TypeError(f"{name}: wanted a whole number, got {in_a_line(side)}")
     if not 0 < input_size <= resize:
         raise ValueError(f"resize: wanted at least input_size ({input_size}) and positive, got {resize}")
 
@@ -702,9 +703,9 @@ def _pair(argument: str, pair: Any, wanted: str) -> tuple[int, int]:
     try:
         first, second = map(operator.index, pair)
     except (TypeError, ValueError) as error:  # not numbers, not two
-        raise type(error)(f"{argument}: wanted {wanted} in whole pixels, got {pair!r}") from error
+        raise type(error)(f"{argument}: wanted {wanted} in whole pixels, got {in_a_line(pair)}") from error
     if min(first, second) < 1:
-        raise ValueError(f"{argument}: wanted {wanted} of at least 1 pixel, got {pair!r}")
+        raise ValueError(f"{argument}: wanted {wanted} of at least 1 pixel, got {in_a_line(pair)}")
     return first, second
 
 

@@ -32,7 +32,7 @@ from opticam.lab.results import is_done, write_rows
 from opticam.methods import method_label
 from opticam.metrics import COLUMNS, probability_metrics
 from opticam.saliency import apply_mask, baseline_of, check_saliency
-from opticam.state import frozen
+from opticam.state import frozen, in_a_line
 
 Method = Callable[..., Tensor]
 Samples = Photos | Sequence[Sample | Skipped]
@@ -351,7 +351,7 @@ def stream(
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     keys = {} if keys is None else keys
     if not isinstance(keys, Mapping):
-        raise TypeError(f"keys: wanted a dict of words by names, got {keys!r}")
+        raise TypeError(f"keys: wanted a dict of words by names, got {in_a_line(keys)}")
     for name, key in keys.items():
         if not (isinstance(key, str) and key and name in {"model", *methods, *probability_metrics(), *scores}):
             raise ValueError(
@@ -404,7 +404,7 @@ def stream(
 
 def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
     check_network(model)
-    if not isinstance(dataset, Sized):
+    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise TypeError(f"dataset: wanted images, as load_dataset gives them, got {type(dataset).__name__}")
     if not len(dataset):
         raise ValueError("dataset: wanted at least one image")
@@ -412,7 +412,7 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     of_batch = set(BatchWithMaps._fields)  # a metric that needs more, such as a second map, is no score
     known = [*COLUMN_GROUPS, *(name for name, metric in COLUMNS.items() if set(metric.needs) <= of_batch)]
     if isinstance(scores, str) or not isinstance(scores, Iterable):
-        raise TypeError(f"scores: wanted a list of names, got {scores!r}")
+        raise TypeError(f"scores: wanted a list of names, got {in_a_line(scores)}")
     for name in scores:
         if name not in known:
             raise ValueError(f"scores: wanted some of {', '.join(known)}, got {name!r}")
@@ -439,7 +439,9 @@ def _check_methods(methods: Mapping[str, Method]) -> None:
         raise ValueError("methods: wanted at least one")
     for name, method in methods.items():
         if not callable(method):
-            raise TypeError(f"methods: wanted functions, such as those in METHODS, got {method!r} under {name!r}")
+            raise TypeError(
+                f"methods: wanted functions, such as those in METHODS, got {in_a_line(method)} under {name!r}"
+            )
 
 
 def _check_maps(saliency: Mapping[str, Tensor]) -> None:

@@ -32,9 +32,10 @@ def attention_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, la
     """
     attention, _, _ = attention_maps(model, images, class_idx, with_gradients=False)
     identity = rollout = _identity(attention[0])
-    for maps in attention:
-        flow = maps.to(rollout.dtype).mean(1) + identity
-        rollout = flow / flow.sum(2, keepdim=True) @ rollout
+    with torch.autocast(images.device.type, enabled=False):  # the caller's would make the products coarse
+        for maps in attention:
+            flow = maps.to(rollout.dtype).mean(1) + identity
+            rollout = flow / flow.sum(2, keepdim=True) @ rollout
     return _of_class_token(rollout, model, images)
 
 
@@ -49,8 +50,9 @@ def gradient_rollout(model: nn.Module, images: Tensor, class_idx: Tensor, *, lay
     """
     attention, gradients, _ = attention_maps(model, images, class_idx)
     relevance = _identity(attention[0])
-    for maps, slopes in zip(attention, gradients, strict=True):
-        relevance = relevance + (slopes * maps).to(relevance.dtype).relu().mean(1) @ relevance
+    with torch.autocast(images.device.type, enabled=False):
+        for maps, slopes in zip(attention, gradients, strict=True):
+            relevance = relevance + (slopes * maps).to(relevance.dtype).relu().mean(1) @ relevance
     return _of_class_token(relevance, model, images)
 
 

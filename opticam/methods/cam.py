@@ -15,7 +15,7 @@ from opticam.head import split_head
 from opticam.methods.opti_cam import opti_cam
 from opticam.methods.record import Method
 from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
-from opticam.state import frozen
+from opticam.state import frozen, in_a_line
 
 
 def grad_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Layer = None) -> Tensor:
@@ -231,11 +231,13 @@ def finer_score(
 ) -> Tensor:
     """What `finer_cam` differentiates, (B,), from logits (B,C) and classes (B,); options as there."""
     y = logits.gather(1, class_idx[:, None])
-    distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.inf)
+    distance = (logits - y).detach().abs().scatter(1, class_idx[:, None], torch.nan)  # sorted behind inf
     rivals = distance.sort(dim=1, stable=True).indices[:, : min(num_classes, logits.shape[1] - 1)]
-    weights = logits.gather(1, rivals).softmax(1)  # the softmax over all classes, divided by its sum over these
+    rival_logits = logits.gather(1, rivals)
+    weights = rival_logits.softmax(1)  # the softmax over all classes, divided by its sum over these
     weights = weights.detach() if hold_weights else weights
-    return (weights * (y - alpha * logits.gather(1, rivals))).sum(1)
+    rival_logits = rival_logits.masked_fill(rival_logits == -torch.inf, 0)  # of classes left out, whose weight is 0
+    return (weights * (y - alpha * rival_logits)).sum(1)
 
 
 def refine_cam(
@@ -258,7 +260,7 @@ def refine_cam(
         Domeniconi et al., RefineCAM, 2026, arXiv 2605.14641.
     """
     if not callable(base):
-        raise TypeError(f"base: wanted a function, such as grad_cam, got {base!r}")
+        raise TypeError(f"base: wanted a function, such as grad_cam, got {in_a_line(base)}")
     maps = [base(model, images, class_idx, layer=one) for one in as_layers(layer)]
     return min_max(torch.stack(maps).prod(0))
 

@@ -7,7 +7,7 @@ weights are shared. So the network is left as found, whatever the library does.
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opticam.checks import as_seed, check_class_range, check_inputs
+from opticam.checks import as_seed, check_class_range, check_inputs, silent_twin
 from opticam.classifier import bare, for_autograd, read
 from opticam.features import Layer, as_grid, as_layers, layer_outputs, prepared, resolve_layer
 from opticam.folding import OF_TORCH, twin_of
 from opticam.saliency import saliency_map
-from opticam.state import frozen, hooked_by_others
+from opticam.state import all_modules, frozen, hooked, hooked_by_others
 
 REFUSALS = (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, LookupError)
 CAPTUM_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -87,7 +87,8 @@ def library_map(
             raise ValueError(f"method: {library} cannot compute {name} here ({error})") from error
     if maps.shape[:1] != images.shape[:1] or maps.ndim != 3:
         raise ValueError(f"method: {name} gives {tuple(maps.shape)}; wanted maps ({len(images)},h,w)")
-    if library == "captum" and layers and maps.shape[1:] != grid(outputs[0]).shape[2:]:  # it sums over the second axis
+    sizes = [images.shape[2:], *(grid(output).shape[2:] for output in outputs)]
+    if library == "captum" and layers and maps.shape[1:] not in sizes:  # it sums over the second axis
         raise ValueError(f"layer: captum's {name} gives no map of its cells; wanted one with maps (B,K,h,w)")
     return saliency_map(maps[:, None].to(images.device), images.shape[-2:])
 
@@ -104,7 +105,18 @@ class _Logits(nn.Module):
 
 
 def _check_twin(model: nn.Module, twin: nn.Module, image: Tensor) -> None:
-    """Refuse a network of which a copy is another: its hooks keep what a later part of the pass reads."""
+    """Refuse a network of which a copy is another, or of which no copy can be made."""
+    own: list[nn.Module] = []
+    silent, _ = silent_twin(model)  # no pass that others count
+    with torch.no_grad(), suppress(Exception), ExitStack() as hooks:
+        for module in all_modules(model):
+            hooks.enter_context(hooked(module, lambda module, args, output: own.append(module)))
+        read(silent, image)
+    if own:
+        raise ValueError(
+            f"model: {type(bare(model)).__name__} reaches {type(own[0]).__name__} by a way that the copy, on which a "
+            "library works, does not follow; wanted its parts as attributes"
+        )
     if hooked_by_others(model):
         x = image.flip(3) / 2  # not the last that the network has seen
         with torch.no_grad(), suppress(Exception):  # what the copy does not find ends its pass
@@ -142,7 +154,8 @@ def _by_captum(
     options = clipped | options
     values = kind(network, *layers).attribute(x, target=class_idx, **options)
     values = values[0] if isinstance(values, tuple) else values
-    return (grid(values) if layers else values).detach().sum(1)
+    of_image = not layers or values.shape == x.shape  # the latter of GuidedGradCam
+    return (values if of_image else grid(values)).detach().sum(1)
 
 
 def _by_grad_cam(
@@ -172,13 +185,17 @@ def _by_torchcam(
     kind: Any, network: _Logits, x: Tensor, class_idx: Tensor, layers: list[nn.Module], grid: Callable, options: dict
 ) -> Tensor:
     """Maps (B,h,w), before torchcam's own scaling."""
-    takes = {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
+    takes = set(inspect.signature(kind).parameters)
+    if any(one.kind is one.VAR_KEYWORD for one in inspect.signature(kind).parameters.values()):  # handed on to its base
+        takes |= {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
     given = {"input_shape": tuple(x.shape[1:]), "reshape_transform": grid}
     given = {key: value for key, value in given.items() if key in takes} | options
     owner = bare(network.network) if "score_projection" in takes else network  # LeGrad looks for the parts of a ViT
     method = kind(owner, layers if len(layers) > 1 else layers[0], **given)
-    (maps,) = method(class_idx.tolist(), network(x), normalized=False)
-    return maps
+    maps = method(class_idx.tolist(), network(x), normalized=False)
+    if len(maps) != 1:
+        raise ValueError(f"layer: wanted one, got {len(layers)}")
+    return maps[0]
 
 
 LIBRARIES: dict[str, tuple[str, Callable[..., Tensor]]] = {  # library -> the module that holds its classes, their use

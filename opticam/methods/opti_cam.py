@@ -21,7 +21,7 @@ from opticam.folding import folded
 from opticam.methods.ascent import Maps, Optimizer, Point, Progress, Space, adam, weight_space
 from opticam.methods.record import Method
 from opticam.saliency import apply_mask, baseline_of, check_saliency, min_max, upsample
-from opticam.state import frozen
+from opticam.state import frozen, in_a_line
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 Baseline = Tensor | Callable[[Tensor], Tensor] | None
@@ -225,9 +225,9 @@ def opti_cam(
     if callable(anchor):
         _check_function("anchor", anchor, "model", "images", "class_idx", layer=None)
     if not isinstance(autocast, torch.dtype | None):
-        raise TypeError(f"autocast: wanted a dtype, such as torch.bfloat16, got {autocast!r}")
+        raise TypeError(f"autocast: wanted a dtype, such as torch.bfloat16, got {in_a_line(autocast)}")
     if not isinstance(space, Space):
-        raise TypeError(f"space: wanted a Space, such as weight_space, got {space!r}")
+        raise TypeError(f"space: wanted a Space, such as weight_space, got {in_a_line(space)}")
     if isinstance(u, Tensor):
         check_tensors(u=u)
     if not (u is None or (isinstance(u, Tensor) and u.shape[:1] == images.shape[:1])):
@@ -311,13 +311,13 @@ def opti_cam(
 def _check_function(name: str, function: Any, *given: str, **by_name: None) -> None:
     """Refuse, by a TypeError, what cannot be called with these arguments."""
     if not callable(function):
-        raise TypeError(f"{name}: wanted a function, such as its default, got {function!r}")
+        raise TypeError(f"{name}: wanted a function, such as its default, got {in_a_line(function)}")
     try:
         with suppress(ValueError):  # of a built-in function its arguments may be unknown
             inspect.signature(function).bind(*given, **by_name)
     except TypeError as error:
         wanted = ", ".join([*given, *(f"{key}=" for key in by_name)])
-        raise TypeError(f"{name}: wanted a function of ({wanted}), got {function!r} ({error})") from error
+        raise TypeError(f"{name}: wanted a function of ({wanted}), got {in_a_line(function)} ({error})") from error
 
 
 def _rows(given: Any, rows: slice | Tensor) -> Any:

@@ -40,7 +40,7 @@ from opticam.classifier import (
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.saliency import check_saliency
-from opticam.state import frozen
+from opticam.state import frozen, in_a_line
 
 Curve = tuple[Tensor, Tensor]
 Series = tuple[int, Callable[[Tensor, Tensor], Tensor]]  # n, and the images in these rows and columns of (B,n)
@@ -272,7 +272,7 @@ def road(
     _check(model, images, class_idx, saliency, batch_size)
     seed = as_seed(seed)
     if not isinstance(fractions, Iterable) or (isinstance(fractions, Tensor) and fractions.ndim == 0):
-        raise TypeError(f"fractions: wanted several numbers between 0 and 1, got {fractions!r}")
+        raise TypeError(f"fractions: wanted several numbers between 0 and 1, got {in_a_line(fractions)}")
     fractions = list(fractions)
     for fraction in fractions:
         check_numbers(fractions=fraction)

@@ -21,7 +21,7 @@ from opticam.checks import check_corners, check_inputs, check_numbers, check_ten
 from opticam.classifier import as_softmax, class_logit, for_autograd
 from opticam.features import prepared
 from opticam.saliency import check_saliency
-from opticam.state import frozen
+from opticam.state import frozen, in_a_line
 
 BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
 TINY = torch.finfo(torch.float64).tiny
@@ -294,7 +294,7 @@ def box_mask(boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size) -> Ten
     try:
         height, width = size
     except (TypeError, ValueError) as error:
-        raise ValueError(f"size: wanted two numbers (H,W), got {size!r}") from error
+        raise ValueError(f"size: wanted two numbers (H,W), got {in_a_line(size)}") from error
     check_whole(1, size=height)
     check_whole(1, size=width)
     mask = torch.zeros(len(boxes), 1, *size, device=boxes[0].device if len(boxes) else None)

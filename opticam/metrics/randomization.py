@@ -9,7 +9,8 @@ Reference:
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from types import FunctionType
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from opticam.checks import as_seed, check_alike, check_module, check_tensors
 from opticam.classifier import bare
 from opticam.features import resolve_layer
 from opticam.saliency import check_saliency
+from opticam.state import in_a_line
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -160,23 +162,40 @@ def _randomized_by_stage(
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy, also where the network keeps results of a pass, which `deepcopy` refuses."""
     held = [value for module in model.modules() for value in vars(module).values()]
-    for inside in [value for value in held if isinstance(value, dict | list)]:
-        held += inside.values() if isinstance(inside, dict) else inside  # hooks too
-    if any(map(_keeps_weights, held)):
+    if any(map(_keeps_weights, held)):  # hooks among them
         raise ValueError(
             f"model: a function or hook in {type(bare(model)).__name__} keeps a module or its weights, which a copy "
             "would share; wanted a method of a module in its place"
         )
+    for inside in [value for value in held if isinstance(value, dict | list)]:
+        held += inside.values() if isinstance(inside, dict) else inside
     made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return deepcopy(model, {id(value): value.detach().clone() for value in made})
 
 
-def _keeps_weights(function: Any) -> bool:
-    """Whether a function that is not ours keeps a module or its weights, which `deepcopy` would not copy."""
-    if not isinstance(function, FunctionType) or hasattr(function, "ours"):
-        return False
-    kept = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
-    return any(isinstance(value, nn.Module | nn.Parameter) for value in kept)
+def _keeps_weights(thing: Any) -> bool:
+    """Whether a function that is not ours reaches a module or its weights by what `deepcopy` does not copy."""
+    ahead, seen, inside = [(thing, False)], set(), False
+    while ahead:
+        value, inside = ahead.pop()  # inside of a function
+        if inside and isinstance(value, nn.Module | nn.Parameter):
+            return True
+        if id(value) in seen or hasattr(value, "ours"):
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType):
+            kept = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            kept += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            named = (value.__globals__.get(name) for name in value.__code__.co_names)
+            kept += [one for one in named if isinstance(one, nn.Module | MethodType | partial | FunctionType)]
+            ahead += [(one, True) for one in kept]
+        elif isinstance(value, MethodType):
+            ahead += [(value.__func__, inside), (value.__self__, inside)]
+        elif isinstance(value, partial):
+            ahead += [(one, inside) for one in (value.func, *value.args, *value.keywords.values())]
+        elif isinstance(value, dict | list | tuple | set):
+            ahead += [(one, inside) for one in (value.values() if isinstance(value, dict) else value)]
+    return False
 
 
 def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, list[int]]]:
@@ -190,7 +209,7 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
             if any(True for _ in module.parameters(recurse=False))
         ]
     if isinstance(stages, str) or not isinstance(stages, Iterable):
-        raise ValueError(f"stages: wanted a sequence of dotted names, got {stages!r}")
+        raise ValueError(f"stages: wanted a sequence of dotted names, got {in_a_line(stages)}")
     groups = []
     for name in stages:
         module = resolve_layer(model, name)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import references
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opticam import METHODS, METRICS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
@@ -489,6 +490,7 @@ def test_methods_and_datasets_of_another_kind(tiny, samples):
         evaluate(tiny, samples, {"g": "grad_cam"})
     for changed, message in (
         ({"dataset": None}, "dataset: wanted images, as load_dataset gives them, got NoneType"),
+        ({"dataset": DataLoader(samples)}, "dataset: wanted images, as load_dataset gives them, got DataLoader"),
         ({"scores": None}, "scores: wanted a list of names, got None"),
         ({"batch_size": None}, "batch_size: wanted a whole number, got None"),
         ({"dataset": [samples[0]._replace(image=None)]}, "dataset: wanted a tensor as image of a Sample, got NoneType"),

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import references
@@ -222,6 +224,47 @@ def test_a_head_that_does_not_read_the_first_token_alone_is_refused(images, clas
         with pytest.raises(ValueError, match="model: the head of Head does not read the first token alone"):
             METHODS[name](told, images, class_idx)
     METHODS[name](Head(lambda t: t[:, 0], reg_tokens=1), images, class_idx)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("name", [*NAMES, "legrad"])
+@pytest.mark.parametrize("place", ["network", "network.blocks.1.attn", "all"])
+def test_a_forward_that_a_function_wraps(vit, images, class_idx, name, number, place):
+    x, c = images[:number], class_idx[:number]
+    expected = METHODS[name](copy.deepcopy(vit), x, c)
+    part = vit if place == "all" else vit.get_submodule(place)
+    old = part.forward
+    part.forward = lambda *args, **options: old(*args, **options)
+    for _ in range(2):
+        assert torch.equal(METHODS[name](vit, x, c), expected)
+
+
+class Casting(nn.Module):
+    """Casts to bfloat16 by itself, as networks trained in mixed precision may."""
+
+    def __init__(self, network, dtype=torch.float32):
+        super().__init__()
+        self.vit, self.dtype = network, dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.vit(x).to(self.dtype)
+
+
+def test_the_caller_s_autocast_is_that_of_the_passes_alone(vit, images, class_idx):
+    inner = vit.float().network
+    for name in ("attention_rollout", "gradient_rollout"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = METHODS[name](inner, images.float(), class_idx)
+        expected = METHODS[name](Casting(inner), images.float(), class_idx)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_legrad_of_a_network_that_casts_by_itself(vit, images, class_idx, dtype):
+    inner = vit.float().network
+    found, exact = (legrad(network, images.float(), class_idx) for network in (Casting(inner, dtype), inner))
+    assert 0 < (found - exact).abs().max() < 0.1
 
 
 @pytest.mark.slow

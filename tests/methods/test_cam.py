@@ -101,6 +101,28 @@ def test_finer_cam_without_rivals_is_grad_cam(tiny, images, class_idx):
             run(**wrong)
 
 
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("options", [{}, {"hold_weights": True}])
+def test_finer_cam_has_no_rival_among_classes_left_out(tiny, images, place, options):
+    """Their logit is -inf."""
+    with torch.no_grad():
+        tiny.fc.weight.mul_(30)  # else the weights of rivals hardly matter
+
+    class Own(nn.Module):
+        def __init__(self, dropped):
+            super().__init__()
+            self.inner, self.dropped = tiny, dropped
+
+        def forward(self, x):
+            y, kept = self.inner(x)[:, :4], torch.arange(4) != place
+            return y[:, kept] if self.dropped else y.masked_fill(~kept, -torch.inf)
+
+    among_three = torch.tensor([0, 1, 2, 0, 1])
+    found = finer_cam(Own(False), images, among_three + (place == 0), layer="inner.features", **options)
+    expected = finer_cam(Own(True), images, among_three, layer="inner.features", **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_finer_cam_of_a_sigmoid_is_grad_cam(tiny, images, class_idx):
     """The only rival of a class is its absence, whose logit is 0."""
     network = wrap(tiny, layer="features.0", head="sigmoid")

@@ -1,5 +1,7 @@
 import sys
 from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from opticam import grad_cam
 from opticam.methods import find_method
 from opticam.saliency import min_max, saliency_map
 
-pytest.importorskip("captum", reason="captum is an extra")
+attr = pytest.importorskip("captum.attr", reason="captum is an extra")
 
 
 @pytest.mark.parametrize("name", ["Saliency", "InputXGradient", "IntegratedGradients", "Occlusion", "DeepLift"])
@@ -68,6 +70,56 @@ def test_captum_leaves_nothing_in_the_network(images, class_idx, name):
     if name == "DeepLift":
         with pytest.raises(ValueError, match="captum cannot compute DeepLift here"):
             find_method("captum:DeepLift")(network, images, class_idx)
+
+
+class Parts(nn.Module):
+    """Runs parts that it keeps in its own way."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.relu1 = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
+        self.conv2, self.relu2, self.fc = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Linear(6, 5)
+        parts = (self.conv1, self.relu1), (self.conv2, self.relu2)
+        if way == "tuple":
+            self.parts = parts
+        elif way == "object":
+            self.kept = SimpleNamespace(parts=parts)
+        self.run = None if way != "closure" else lambda x: self._run(parts, x)
+
+    @staticmethod
+    def _run(parts, x):
+        for conv, relu in parts:
+            x = relu(conv(x))
+        return x
+
+    def forward(self, x):
+        if self.run:
+            return self.fc(self.run(x).mean((2, 3)))
+        parts = self.kept.parts if hasattr(self, "kept") else self.parts
+        return self.fc(self._run(parts, x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["GuidedBackprop", "DeepLift"])
+@pytest.mark.parametrize("way", ["tuple", "closure", "object"])
+def test_parts_that_are_kept_in_another_way(images, class_idx, way, name):
+    network = Parts(way).double()
+    run = partial(find_method(f"captum:{name}"), network, images, class_idx)
+    if way == "object":
+        with pytest.raises(
+            ValueError, match=r"^model: Parts reaches Conv2d by a way that the copy, .* does not follow"
+        ):
+            run()
+    else:
+        values = getattr(attr, name)(network).attribute(images.clone().requires_grad_(), target=class_idx)
+        torch.testing.assert_close(run(), saliency_map(values.sum(1, keepdim=True), (24, 32)), rtol=0, atol=1e-12)
+
+
+def test_a_method_that_reads_a_layer_and_attributes_the_image(tiny, images, class_idx):
+    values = attr.GuidedGradCam(tiny, tiny.features).attribute(images.clone().requires_grad_(), target=class_idx)
+    found = find_method("captum:GuidedGradCam")(tiny, images, class_idx, layer="features")
+    torch.testing.assert_close(found, saliency_map(values.sum(1, keepdim=True), (24, 32)), rtol=0, atol=1e-12)
 
 
 def test_without_captum(monkeypatch):

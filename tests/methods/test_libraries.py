@@ -3,6 +3,7 @@
 import re
 import sys
 import textwrap
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import TinyCNN, TinyViT, state
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import opticam
 from opticam import METHODS, find_method
@@ -249,6 +251,23 @@ def test_the_page_s_explain_func_of_quantus(network, images, class_idx):
     expected = METHODS["grad_cam"](network, images.float(), class_idx, layer="1").numpy()
     assert isinstance(maps, np.ndarray)
     np.testing.assert_array_equal(maps, expected)
+
+
+def test_torchcam_s_legrad_runs(images, class_idx):
+    pytest.importorskip("torchcam.methods", reason="torchcam is an extra")
+    torch.manual_seed(0)
+    vit = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5)
+    nn.init.normal_(vit.heads[0].weight)
+    run = partial(find_method("torchcam:LeGrad"), vit, torch.rand(5, 3, 32, 32), class_idx)
+    found = run(layer="encoder.layers.encoder_layer_1")
+    assert found.shape == (5, 1, 32, 32)
+    assert (found.amax((1, 2, 3)) == 1).all()
+
+
+def test_torchcam_takes_one_layer(network, images, class_idx):
+    pytest.importorskip("torchcam.methods", reason="torchcam is an extra")
+    with pytest.raises(ValueError, match="layer: wanted one, got 2"):
+        find_method("torchcam:GradCAM")(network, images, class_idx, layer=["1", "3"])
 
 
 TORCHCAM = {  # library -> ours, and how far apart

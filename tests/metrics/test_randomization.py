@@ -2,6 +2,8 @@ import copy
 import itertools
 import math
 import warnings
+from functools import partial
+from types import MethodType
 
 import pytest
 import references
@@ -313,14 +315,62 @@ def test_networks_of_other_precision_keep_it():
     assert next(randomized(TinyCNN().bfloat16()).parameters()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["closure of a hook", "default of a hook", "closure of an attribute"])
-def test_what_a_copy_would_share_is_refused(tiny, kind):
-    if kind == "closure of a hook":
-        tiny.features.register_forward_hook(lambda module, args, output: output * tiny.fc.weight.mean())
-    elif kind == "default of a hook":
-        tiny.features.register_forward_hook(lambda module, args, output, fc=tiny.fc: output * fc.weight.mean())
-    else:
-        tiny.act = lambda x: tiny.fc(x)
+def hooked(tiny):
+    tiny.features.register_forward_hook(lambda module, args, output: output * tiny.fc.weight.mean())
+
+
+def hooked_by_default(tiny):
+    tiny.features.register_forward_hook(lambda module, args, output, fc=tiny.fc: output * fc.weight.mean())
+
+
+def wrapped(tiny):
+    old = tiny.forward
+    tiny.forward = lambda x: old(x)
+
+
+def wrapped_by_name(tiny):
+    old = tiny.features.forward
+
+    def forward(x, *, run=old):
+        return run(x)
+
+    tiny.features.forward = forward
+
+
+def wrapped_in_part(tiny):
+    old = tiny.fc.forward
+    tiny.fc.forward = partial(lambda x: old(x))
+
+
+def bound_again(tiny):
+    old = tiny.forward
+    tiny.forward = MethodType(lambda self, x: old(x), tiny)
+
+
+def kept_in_a_list(tiny):
+    parts = [tiny.features, {"fc": tiny.fc}]
+    tiny.run = lambda x: parts[1]["fc"](parts[0](x).mean((2, 3)))
+
+
+def kept_as_a_global(tiny):
+    tiny.forward = eval("lambda x: old(x)", {"old": tiny.forward})  # noqa: S307
+
+
+KEEPING = [
+    hooked,
+    hooked_by_default,
+    wrapped,
+    wrapped_by_name,
+    wrapped_in_part,
+    bound_again,
+    kept_in_a_list,
+    kept_as_a_global,
+]
+
+
+@pytest.mark.parametrize("change", KEEPING, ids=lambda change: change.__name__)
+def test_what_a_copy_would_share_is_refused(tiny, change):
+    change(tiny)
     with pytest.raises(ValueError, match=r"^model: a function or hook in TinyCNN keeps a module or its weights"):
         randomized(tiny)
     with pytest.raises(ValueError, match=r"^model: a function or hook in TinyCNN keeps a module or its weights"):
