@@ -330,7 +330,7 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
     Threads take turns from now on with code of one's own: what it keeps during a pass may lie anywhere.
     """
     network = unwrapped(model)
-    if not all(type(module).__module__.startswith(_LIBRARIES) for module in network.modules()):
+    if not all(map(_is_of_library, network.modules())):
         turns.setdefault(bare(model), threading.RLock())
     elif not type(bare(model)).__module__.startswith("torch.nn."):  # what is built of parts of torch may be built wrong
         return
@@ -346,6 +346,12 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
         raise ValueError(fault.format(type(bare(model)).__name__))
     if head and ending:
         _check_ending(model, image, head)
+
+
+def _is_of_library(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(
+        module
+    )  # which somebody has put there
 
 
 def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str | None]:

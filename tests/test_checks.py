@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, opti_cam, score, wrap
+from opticam import METHODS, check_layout, default_layer, evaluate, grad_cam, load_model, opti_cam, score, wrap
 from opticam.checks import as_seed, check_at_least, check_inputs, check_network, check_whole, examine
 from opticam.classifier import logits_of_sigmoid, logits_of_softmax
 from opticam.features import count_passes, feature_maps
@@ -434,6 +434,14 @@ def test_parts_of_torch_alone_may_mix_too(images, class_idx, kind):
     model = nn.Sequential(*maps, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 5).double()).eval()
     message = "model: in Sequential the logits of an image depend on the other images of its batch"
     refused(ValueError, message, lambda: grad_cam(model, images, class_idx, layer="0"))
+
+
+def test_a_library_s_network_whose_forward_was_replaced_may_mix_too(class_idx):
+    model = load_model("timm/test_resnet.r160_in1k", pretrained=False).network.eval()
+    old = model.forward
+    model.forward = lambda x: old(x - x.mean(0))
+    message = "model: in ResNet the logits of an image depend on the other images of its batch"
+    refused(ValueError, message, lambda: grad_cam(model, torch.rand(2, 3, 64, 64), class_idx[:2], layer="layer4"))
 
 
 def test_a_network_that_takes_one_image_at_a_time(tiny, images, class_idx):

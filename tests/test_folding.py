@@ -207,6 +207,24 @@ def test_passes_are_counted_as_before():
     assert passes == [3, 1]
 
 
+def test_functions_that_keep_modules_are_the_twin_s_own():
+    network, seen = shuffled(Blocks()), []
+    old = network.forward
+
+    def again(images, times=2):
+        return old(images) if times == 1 else again(images, times - 1)  # it keeps itself, too
+
+    network.forward = lambda images, run=again: (seen.append(len(images)), run(images))[1]
+    images = torch.rand(3, 3, 16, 16)
+    twin = twin_of(network, images)
+    expected = network(images)
+    assert norms(twin) < norms(network)
+    network.a.register_forward_hook(lambda *_: pytest.fail("the twin runs a module of the network"))
+    seen.clear()
+    torch.testing.assert_close(twin(images), expected)
+    assert seen == [3]  # what a function writes down stays its owner's
+
+
 def test_what_cannot_be_traced_is_tried_once():
     network, images = Branching().eval(), torch.rand(2, 3, 16, 16)
     assert twin_of(network, images) is network
