@@ -349,9 +349,8 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
 
 
 def _is_of_library(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(
-        module
-    )  # which somebody has put there
+    """Whether a library has written what the module does; in `vars` is a forward that somebody has put there."""
+    return type(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(module)
 
 
 def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str | None]:
