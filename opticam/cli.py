@@ -262,6 +262,8 @@ def _from_here(path: str) -> str:
 
 def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(output)
+    if len(os.fsencode(path.name)) > 255:
+        raise ValueError(f"output: wanted a shorter name for the file, of at most 255 bytes, got {path.name!r}")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"output: wanted a name ending in {' or '.join(suffixes)}, got {output!r}")
     check_writable(path.parent)

@@ -139,13 +139,15 @@ def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | 
 
     Raises:
         TypeError: neither of these.
-        ValueError: wrong shape.
+        ValueError: wrong shape; values of 0 to 255 beside images in [0,1].
     """
     if baseline is None:
         return None
     found = baseline(images) if callable(baseline) else baseline
     if not isinstance(found, Tensor):
         raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {in_a_line(found)}")
+    if images.detach().amax() <= 1 and found.detach().abs().amax() > 10:
+        raise ValueError(f"baseline: wanted values like those of the images, up to 1, got {found.abs().amax():.4g}")
     try:
         return for_autograd(found).to(images).expand(images.shape)
     except RuntimeError as error:

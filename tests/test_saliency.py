@@ -5,6 +5,7 @@ import torch
 
 from opticam.saliency import (
     apply_mask,
+    baseline_of,
     blur,
     check_saliency,
     combine,
@@ -144,3 +145,11 @@ def test_maps_that_do_not_belong_to_the_images_are_refused():
             check_saliency(images, wrong)
     with pytest.raises(TypeError, match="saliency: wanted a tensor"):
         check_saliency(images, maps.numpy())
+
+
+def test_a_baseline_of_another_range_is_refused(images):
+    for colour in (torch.tensor([123.7, 116.3, 103.5]).view(1, 3, 1, 1), lambda x: 255 * x):
+        with pytest.raises(ValueError, match=r"^baseline: wanted values like those of the images, up to 1, got"):
+            baseline_of(images, colour)
+    noise = torch.randn(images.shape)
+    assert torch.equal(baseline_of(images, noise), noise.double())

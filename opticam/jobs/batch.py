@@ -156,15 +156,17 @@ def read_record(run: Run) -> dict[str, Any]:
         record = json.loads((run.folder / f"{run.name}.json").read_text(encoding="utf-8"))
         if record["key"] != run.key:
             return {"status": "stale"}
-        return record if record["status"] == "failed" or run.output.is_file() else {"status": "new"}
+        left = [run.output, *(run.table.with_name(name) for name in record.get("tables", []))]
+        return record if record["status"] == "failed" or all(path.is_file() for path in left) else {"status": "new"}
     except (OSError, ValueError, KeyError, TypeError):
         return {"status": "new"}
 
 
 def write_record(run: Run, status: str, seconds: float, error: str | None = None) -> dict[str, Any]:
-    """Write how a run ended, whole or not at all: `status`, `key`, `seconds`, `error`, `parameters`."""
+    """Write how a run ended, whole or not at all: `status`, `key`, `seconds`, `error`, `parameters`, its `tables`."""
     record = {"status": status, "key": run.key, "seconds": round(seconds, 3), "error": error}
     record["parameters"] = run.parameters
+    record["tables"] = sorted(path.name for path in run.table.parent.glob("*.parquet"))
     with replacing(run.folder / f"{run.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

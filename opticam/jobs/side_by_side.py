@@ -205,7 +205,7 @@ class Screen:
 
     def __init__(self, quiet: float) -> None:
         self.quiet = quiet
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()  # a service may have closed it
         self.told = time.monotonic()
 
     def say(self, text: str, file: TextIO) -> None:
@@ -220,6 +220,6 @@ class Screen:
             shown = [line[: (size.columns or 80) - 1] for line in lines][: (size.lines or 24) - 1]
             up = f"\x1b[{len(shown)}A" if shown else ""
             print("\r\x1b[J" + "".join(line + "\n" for line in shown) + up, end="", file=sys.stderr, flush=True)
-        elif lines and time.monotonic() - self.told >= self.quiet:
+        elif lines and sys.stderr is not None and time.monotonic() - self.told >= self.quiet:
             self.told = time.monotonic()
             print("; ".join(lines), file=sys.stderr, flush=True)

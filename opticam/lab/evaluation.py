@@ -516,7 +516,7 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
         images = images.to(_dtype(model))
         with frozen(model), torch.no_grad():
             logits, head = examine(model, prepared(model, images))
-        if work.num_named > logits.shape[1]:
+        if work.num_named not in (0, logits.shape[1]):
             told = f"dataset: its labels are {work.num_named} classes"
             raise ValueError(f"{told}; wanted the {logits.shape[1]} of the model")
         known = [0 <= sample.label < logits.shape[1] for sample in batch.values()]

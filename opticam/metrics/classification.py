@@ -466,6 +466,9 @@ def _curves(
         got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
     check_tensors(mean=mean)
+    low, high = images.aminmax()
+    if not mean.isfinite().all() or (low >= 0 and high <= 1 and not 0 <= mean.min() <= mean.max() <= 1):
+        raise ValueError(f"mean: wanted a colour of the images, which are in [0,1], got {in_a_line(mean.tolist())}")
     x = prepared(model, images)
     counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
     given = x, mean.detach().to(x).reshape(1, -1, 1, 1).expand_as(x), _rank(saliency), counts

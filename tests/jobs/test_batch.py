@@ -219,6 +219,10 @@ def test_a_record_counts_only_whole_and_with_its_notebook(folder):
     path.write_text(whole)
     run.output.unlink()
     assert read_record(run) == {"status": "new"}
+    finish(run, rows={"image": ["i"]})
+    assert read_record(run)["status"] == "done"
+    run.table.unlink()
+    assert read_record(run) == {"status": "new"}
     assert finish(run, "failed")["error"] == read_record(run)["error"] == "cell 3 failed with <E>"
 
 

@@ -1,5 +1,6 @@
 """Notebooks side by side: tiny ones, which leave their traces in a file."""
 
+import io
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from opticam import cli
 from opticam.jobs import side_by_side
-from opticam.jobs.side_by_side import notebook_inputs, run_notebooks
+from opticam.jobs.side_by_side import Screen, notebook_inputs, run_notebooks
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 TRACE = "import os\nwith open('trace', 'a') as trace:\n    print({!r}, os.environ['OMP_NUM_THREADS'], file=trace)"
@@ -249,3 +250,10 @@ def test_an_interrupted_run_leaves_nothing_behind(write, out, temporary, ending)
         assert time.monotonic() < deadline, f"left running: {left}"
         time.sleep(0.05)
     assert not list(out.iterdir())
+
+
+def test_a_closed_standard_error_is_passed_over(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    screen = Screen(quiet=0)
+    screen.show(["at work"])
+    screen.say("done", io.StringIO())

@@ -571,6 +571,8 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, sampl
         evaluate(load_model("efficientnet_lite0"), two, {"fake_cam": METHODS["fake_cam"]})
     with pytest.raises(ValueError, match="dataset: its labels are 1000 classes; wanted the 5 of the model"):
         evaluate(wrap(tiny, "features"), demo(limit=1), {"fake_cam": METHODS["fake_cam"]})
+    with pytest.raises(ValueError, match="dataset: its labels are 2 classes; wanted the 5 of the model"):
+        evaluate(wrap(tiny, "features"), two, {"fake_cam": METHODS["fake_cam"]})
 
 
 @pytest.mark.slow

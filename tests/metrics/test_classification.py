@@ -357,6 +357,9 @@ def test_scores_refuse(model, images, class_idx, saliency, name):
             run(class_idx, saliency, pixels_per_step=0)
         with pytest.raises(ValueError, match=r"mean: wanted a tensor of 3 values, .* got shape \(2,\)"):
             run(class_idx, saliency, mean=torch.zeros(2))
+        for colour in ([123.7, 116.3, 103.5], [torch.nan, 0, 0]):  # the first of another range than the images
+            with pytest.raises(ValueError, match=r"^mean: wanted a colour of the images, which are in \[0,1\], got \["):
+                run(class_idx, saliency, mean=torch.tensor(colour))
         with pytest.raises(ValueError, match=r"mean: wanted a tensor of 3 values, .* the model has none of its own"):
             SCORES[name](model.network, images, class_idx, saliency)
 
