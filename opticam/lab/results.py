@@ -1,9 +1,9 @@
 """Tables and arrays on disk: one file each, written whole or not at all, that knows how it came about."""
 
+import errno
 import json
 import re
 import subprocess
-import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,9 @@ import torch
 from opticam.lab.files import EVIDENCE, PROVENANCE, REPOSITORY, code_digest, replacing
 from opticam.methods import GRAD_CAMS
 from opticam.metrics import probability_metrics
+from opticam.state import in_a_line
+
+_TAKEN = (PROVENANCE.decode(), "file", "allow_pickle")  # names that the archive, or `np.savez`, has a use for
 
 
 def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, Any], device: str = "cpu") -> Path:
@@ -28,12 +31,17 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
         path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
         parameters: what the rows were computed with; JSON.
         device: where they were computed.
+
+    Raises:
+        TypeError: rows that are no table.
     """
+    if not isinstance(rows, pd.DataFrame):
+        raise TypeError(f"rows: wanted a table of pandas, got {in_a_line(rows)}")
     table = pa.Table.from_pandas(rows, preserve_index=False)
     provenance = json.dumps(_provenance(parameters, device)).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: provenance})
     with replacing(Path(path)) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
     return Path(path)
 
 
@@ -45,17 +53,17 @@ def read_rows(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
     Raises:
         OSError: no such file.
-        ValueError: a file without provenance of this package, or no Parquet at all.
+        ValueError: a file without provenance of this package, a damaged one, or no Parquet at all.
     """
     path = _existing(Path(path))
     try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"results: {path} is not a Parquet file") from error
-    metadata = table.schema.metadata or {}
-    if PROVENANCE not in metadata:
-        raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
-    return table.to_pandas(), json.loads(metadata[PROVENANCE])
+        table = pq.read_table(path, page_checksum_verification=True)
+        rows = table.to_pandas()
+    except Exception as error:  # damaged bytes may end in any, also in an OSError, then without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"results: {path} is not a Parquet file, or damaged") from error
+    return rows, _read_provenance((table.schema.metadata or {}).get(PROVENANCE), path)
 
 
 def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -86,9 +94,18 @@ def write_arrays(
     """Write arrays of numbers or text by name, such as photos and maps, to an `.npz`; all else as `write_rows`.
 
     Raises:
-        ValueError: an array of objects, which would be read by running code.
+        TypeError: what are no arrays by name.
+        ValueError: an array of objects, which would be read by running code; a name that is taken.
     """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays: wanted arrays by name, got {in_a_line(arrays)}")
     for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise TypeError(f"arrays: wanted text as names, got {in_a_line(name)}")
+        if name in _TAKEN:
+            raise ValueError(f"arrays: wanted another name than {', '.join(_TAKEN)}, got {name}")
+        if not isinstance(getattr(array, "dtype", None), np.dtype):
+            raise TypeError(f"arrays: wanted arrays of numpy, {name} is a {type(array).__name__}")
         if array.dtype.hasobject:
             raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
     provenance = np.array(json.dumps(_provenance(parameters, device)))
@@ -104,28 +121,30 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"results: {path} is not an archive of plain arrays") from error
-    if PROVENANCE.decode() not in arrays:
-        raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
-    return arrays, json.loads(str(arrays.pop(PROVENANCE.decode())))
+    except Exception as error:  # damaged bytes may end in any
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the latter from a damaged place
+            raise
+        raise ValueError(f"results: {path} is not an archive of plain arrays, or damaged") from error
+    provenance = arrays.pop(PROVENANCE.decode(), None)
+    return arrays, _read_provenance(None if provenance is None else str(provenance), path)
 
 
 def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
     """Whether `write_rows` has written the file with these parameters, and the package has not changed since."""
     try:
         provenance = json.loads(pq.read_schema(path).metadata[PROVENANCE])
+        found = provenance["parameters"], provenance.get("code")
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return False
     given = json.loads(json.dumps(dict(parameters)))
-    return (provenance["parameters"], provenance.get("code")) == (given, code_digest())
+    return found == (given, code_digest())
 
 
 def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows of all files that `evaluate.stream` wrote into a folder, checked to be complete.
 
     Args:
-        folder: of `00000.parquet`, `00001.parquet`, ...
+        folder: of `00000.parquet`, `00001.parquet`, ...; hidden files, such as macOS adds, are passed over.
 
     Returns:
         The rows, in the order of the images; and the provenance of the first file.
@@ -134,21 +153,24 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         OSError: no such folder, or nothing in it.
         ValueError: files are missing or do not belong together, or an image has two rows of the same method.
     """
-    paths = sorted(Path(folder).glob("*.parquet"))
+    paths = sorted(path for path in Path(folder).glob("*.parquet") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"results: no shards in {folder}")
     tables, provenances = zip(*map(read_rows, paths), strict=True)
     parameters = [provenance["parameters"] for provenance in provenances]
     shards = parameters[0].get("shards")
+    number = shards if isinstance(shards, int) else 0
     found = [other.get("shard") for other in parameters]
-    if found != list(range(shards or 0)):
-        raise ValueError(f"results: {folder} holds the shards {found}; wanted all of 0..{(shards or 0) - 1}")
+    if found != list(range(number)):
+        raise ValueError(f"results: {folder} holds the shards {found}; wanted all of 0..{number - 1}")
     alike = {"shard": None, "files": None}
     if any(other | alike != parameters[0] | alike for other in parameters):
         raise ValueError(f"results: the shards in {folder} were written with different parameters; wanted one run's")
-    if len({provenance["code"] for provenance in provenances}) > 1:
+    if any(provenance.get("code") != provenances[0].get("code") for provenance in provenances):
         raise ValueError(f"results: the shards in {folder} were written by different versions; wanted one run's")
     rows: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    if not {"image", "method"} <= {*rows}:
+        raise ValueError(f"results: {folder} holds rows without image or method; wanted those of `evaluate`")
     twice = rows[rows.duplicated(["image", "method"])]
     if len(twice):
         raise ValueError(f"results: {folder} holds {twice['image'].iloc[0]} twice; wanted one row per image and method")
@@ -161,6 +183,18 @@ def _existing(path: Path) -> Path:
         source = f"; notebook {number[0]} writes it: opticam run {number[0]}" if number else ""
         raise FileNotFoundError(f"results: no file at {path}{source}")
     return path
+
+
+def _read_provenance(text: str | bytes | None, path: Path) -> dict[str, Any]:
+    if text is None:
+        raise ValueError(f"results: {path} was not written by opticam; it has no provenance")
+    try:
+        provenance = json.loads(text)
+    except (ValueError, RecursionError):
+        provenance = None
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("parameters"), dict):
+        raise ValueError(f"results: {path} has a damaged provenance; wanted JSON with parameters")
+    return provenance
 
 
 def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:

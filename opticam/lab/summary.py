@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from opticam.checks import check_numbers, check_whole
 from opticam.methods import method_label
 from opticam.metrics import COLUMNS, factors, headings
+from opticam.state import in_a_line
 
 
 class Estimate(NamedTuple):
@@ -44,20 +46,44 @@ def interval(
 
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
-            n images in R repeats that all images share, such as seeds of random weights.
+            n images in R repeats that all images share, such as seeds of random weights. Lists are taken too.
         statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
-        num_resamples: bootstrap samples.
+        num_resamples: bootstrap samples, at least 1.
 
     Returns:
         (low, high); NaN for a single image, which has no interval.
 
     Raises:
-        ValueError: no values, or a statistic other than the mean for repeats.
+        TypeError: a statistic that is no function.
+        ValueError: no values, no numbers or of different lengths; a statistic other than the mean for repeats, or the
+            mean for several arrays; fewer than one sample.
 
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    return _intervals(values, statistic, num_resamples)(0.95)
+    return _intervals(_as_arrays(values), statistic, num_resamples)(0.95)
+
+
+def _as_array(name: str, given: Any) -> np.ndarray:
+    """An array of numbers, also from a list or a column of a table, by a ValueError nothing else."""
+    try:
+        array = np.asarray(given)
+        array = array.astype(float) if array.dtype == object else array
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: wanted an array of numbers, got {in_a_line(given)}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: wanted an array of numbers, got {in_a_line(given)}")
+    return array
+
+
+def _as_arrays(values: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    arrays = tuple(_as_array("values", given) for given in values)
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1 or any(len(shape) != 1 for shape in shapes[1:]):
+        raise ValueError(f"values: wanted arrays (n,) of one length, got shapes {', '.join(map(str, shapes))}")
+    if shapes and (len(shapes[0]) not in (1, 2) or shapes[0][1:] == (0,)):
+        raise ValueError(f"values: wanted (n,), or (n,R) of repeats, got shape {shapes[0]}")
+    return arrays
 
 
 def _intervals(
@@ -66,6 +92,11 @@ def _intervals(
     """`interval` as a function of its confidence, of values that are resampled once."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
+    check_whole(1, num_resamples=num_resamples)
+    if not callable(statistic):
+        raise TypeError(f"statistic: wanted a function of arrays, got {in_a_line(statistic)}")
+    if statistic is np.mean and len(values) > 1:
+        raise ValueError(f"statistic: wanted one of {len(values)} arrays, got the mean")
     number, repeated = len(values[0]), values[0].ndim == 2
     if repeated and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
@@ -105,8 +136,8 @@ def estimate_and_p(
 
     Returns:
         The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
-        thousandth of itself. NaN, which is not a test, for a single image and for values that are all the same but not
-        0.
+        thousandth of itself. NaN, which is not a test, for a single image, for values that are all the same but not 0,
+        and where one of them is NaN.
     """
     found, ends = _estimated(values, statistic, num_resamples)
     least, most = 2 / num_resamples, 1.0
@@ -114,7 +145,7 @@ def estimate_and_p(
         middle = np.sqrt(least * most)
         low, high = ends(1 - middle)
         least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
-    untested = len(values[0]) == 1 or (found.low == found.high != 0)
+    untested = np.isnan(found).any() or (found.low == found.high != 0)
     return found, np.nan if untested else float(most)
 
 
@@ -131,12 +162,15 @@ def holm(p_values: Collection[float]) -> np.ndarray:
         In [0,1], in the order given; NaN where there was no test.
 
     Raises:
-        ValueError: a value outside [0,1].
+        ValueError: a value outside [0,1], or more than a row of them.
 
     Reference:
         Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
     """
-    given = np.array([*p_values], float)
+    row = [*p_values] if isinstance(p_values, Iterable) and not hasattr(p_values, "__array__") else p_values
+    given = _as_array("p_values", row).astype(float)
+    if given.ndim != 1:
+        raise ValueError(f"p_values: wanted a row of numbers, got shape {given.shape}")
     if (given < 0).any() or (given > 1).any():
         raise ValueError(f"p_values: wanted numbers in [0,1], got {given.tolist()}")
     order = given.argsort()  # NaN last
@@ -161,14 +195,19 @@ def estimate(
 def _estimated(
     values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
 ) -> tuple[Estimate, Callable[[float], tuple[float, float]]]:
+    values = _as_arrays(values)
     ends = _intervals(values, statistic, num_resamples)
     value = statistic(*values, axis=None if values[0].ndim == 2 else -1)
     return Estimate(float(value), *ends(0.95)), ends
 
 
 def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
-    """The entry of a table from `summarize` or `summarize_differences`."""
-    return Estimate(*(float(summary.loc[method, name]) for name in (column, f"{column}_low", f"{column}_high")))
+    """The entry of a table from `summarize` or `summarize_differences`; a ValueError where there is none."""
+    names = [column, f"{column}_low", f"{column}_high"]
+    _check_table("summary", summary, names)
+    if [*summary.index].count(method) != 1:
+        raise ValueError(f"method: wanted one of {', '.join(map(str, summary.index))}, got {in_a_line(method)}")
+    return Estimate(*(float(summary.loc[method, name]) for name in names))
 
 
 def entries(column: str, found: Iterable[float], factor: float = 1) -> dict[str, float]:
@@ -178,15 +217,23 @@ def entries(column: str, found: Iterable[float], factor: float = 1) -> dict[str,
 
 
 def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.ndarray:
-    """How much more of a column one method has than the reference, (n,), image by image, for images that have both."""
+    """How much more of a column one method has than the reference, (n,), image by image, for images that have both.
+
+    Raises:
+        TypeError: rows that are no table.
+        ValueError: no such column, no row of a method, or an image has two rows of the same method.
+    """
+    _check_rows(rows, [column], "image", "method")
+    _check_method(rows, method=method, reference=reference)
     wide = rows.pivot(index="image", columns="method", values=column)
     return (wide[method] - wide[reference]).dropna().to_numpy(float)
 
 
 def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
     """Mean of `paired` with its 95 % interval, times the column's factor: for a fraction, percentage points."""
+    gained = paired(rows, column, method, reference)
     factor = factors([column])[column]
-    return _within(estimate(factor * paired(rows, column, method, reference)), column, factor, difference=True)
+    return _within(estimate(factor * gained), column, factor, difference=True)
 
 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
@@ -194,6 +241,7 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
 
     All that is printed is one family of tests: p, of no difference, is corrected by `holm` for their number.
     """
+    _check_rows(rows, columns, "image", "method")
     pairs = [(column, reference) for column in columns for reference in references]
     gains = [paired(rows, column, method, reference) for column, reference in pairs]
     found = [estimate_and_p(factors([column])[column] * gain) for (column, _), gain in zip(pairs, gains, strict=True)]
@@ -247,8 +295,9 @@ def proportion_interval(hits: np.ndarray) -> tuple[float, float]:
     Reference:
         Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934.
     """
-    if len(hits) == 0 or not np.isin(hits, (0, 1)).all():
-        raise ValueError("hits: wanted zeros and ones, at least one")
+    hits = _as_array("hits", hits)
+    if hits.ndim != 1 or len(hits) == 0 or not np.isin(hits, (0, 1)).all():
+        raise ValueError("hits: wanted zeros and ones, at least one, in a row")
     return _pair(stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="exact"))
 
 
@@ -262,11 +311,18 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
         rows: from `evaluate`, `results.read_shards` or `results.read_rows`.
         columns: names of columns, which are multiplied with the factor of their record, 100 for a percentage; or
             column -> factor.
-        repeats: column that numbers the repeats of each image and method, all images having the same.
+        repeats: column that numbers the repeats of each image and method, all images having the same. An image whose
+            value is not defined in some of them does not count, with a warning.
 
     Returns:
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
+
+    Raises:
+        TypeError: rows that are no table, or columns that are no list of names.
+        ValueError: no such column, or one without numbers; an image has two rows of the same method and repeat, or
+            lacks a repeat.
     """
+    _check_rows(rows, columns, "method", repeats=repeats)
 
     def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
         values = _values(group, column, repeats)
@@ -291,6 +347,8 @@ def tabulate(
     """
     if not isinstance(columns, Mapping):
         columns = factors(columns)
+    for factor in columns.values():
+        check_numbers(columns=factor)
     table = {}
     for method, group in rows.groupby("method", sort=False):
         cells: dict[str, float] = {}
@@ -303,8 +361,66 @@ def tabulate(
 
 def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray:
     """The column of one method as `interval` takes it: (n,), or (n,R) of repeats."""
-    values = group[column] if repeats is None else group.pivot(index="image", columns=repeats, values=column)
-    return values.dropna().to_numpy(float)
+    if repeats is None:
+        return group[column].dropna().to_numpy(float)
+    wide = group.pivot(index="image", columns=repeats, values=column).dropna(how="all")
+    values = wide.dropna()
+    if len(values) < len(wide):
+        lost = f"{len(wide) - len(values)} of {len(wide)} images lack {column} in a repeat and do not count"
+        warnings.warn(f"repeats: {lost}", stacklevel=5)  # where the summary was asked for
+    return values.to_numpy(float)
+
+
+def _check_table(name: str, table: pd.DataFrame, columns: Iterable[Any]) -> None:
+    """Refuse what is not a table that has each of the columns once."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{name}: wanted a table of pandas, got {in_a_line(table)}")
+    for column in columns:
+        if [*table].count(column) != 1:
+            raise ValueError(
+                f"{name}: wanted one column {in_a_line(column)}, got {[*table].count(column)} of that name"
+            )
+
+
+def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repeats: str | None = None) -> None:
+    """Refuse rows without these columns, with two of an image and method, or without one that all repeats should have.
+
+    Args:
+        rows: what `summarize` takes.
+        columns: of numbers.
+        needed: others.
+        repeats: as `summarize`.
+    """
+    if isinstance(columns, str | bytes) or not isinstance(columns, Collection):
+        raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
+    if repeats in ("image", "method"):
+        raise ValueError(f"repeats: wanted a column beside image and method, got {repeats!r}")
+    _check_table("rows", rows, [*needed, *columns, *([] if repeats is None else ["image", repeats])])
+    for column in columns:
+        if not pd.api.types.is_numeric_dtype(rows[column]):
+            _as_array(f"column {column}", rows[column].dropna())
+    if "image" not in rows:
+        return
+    twice = rows[rows.duplicated(["image", "method"] + ([] if repeats is None else [repeats]))]
+    if len(twice):
+        image, method = twice[["image", "method"]].iloc[0]
+        again = "" if repeats is None else f" and {repeats}"
+        raise ValueError(f"rows: wanted one row per image and method{again}, got more of {image}, {method}")
+    if repeats is not None:
+        found = rows.groupby(["image", "method"], sort=False, observed=True).size()
+        wanted = rows.groupby("method", sort=False, observed=True)[repeats].nunique(dropna=False)
+        lacking = found[found.to_numpy() < wanted.loc[found.index.get_level_values("method")].to_numpy()]
+        if len(lacking):
+            image, method = lacking.index[0]
+            told = f"{wanted[method]} rows of each image and method, one per {repeats}"
+            raise ValueError(f"rows: wanted {told}, got {lacking.iloc[0]} of {image}, {method}")
+
+
+def _check_method(rows: pd.DataFrame, **methods: str) -> None:
+    known = [*rows["method"].unique()]
+    for name, method in methods.items():
+        if method not in known:
+            raise ValueError(f"{name}: wanted one of {', '.join(map(str, known))}, got {in_a_line(method)}")
 
 
 def summarize_differences(
@@ -326,10 +442,10 @@ def summarize_differences(
         `column_p`, the p value of no difference by `estimate_and_p`, not corrected for the number of tests.
 
     Raises:
-        ValueError: no row of the reference, or an image has two rows of the same method.
+        TypeError, ValueError: as `summarize`; no row of the reference.
     """
-    if reference not in set(rows["method"]):
-        raise ValueError(f"reference: wanted one of {', '.join(rows['method'].unique())}, got {reference!r}")
+    _check_rows(rows, columns, "image", "method", repeats=repeats)
+    _check_method(rows, reference=reference)
     order = [method for method in rows["method"].unique() if method != reference]
     keys = ["image"] if repeats is None else ["image", repeats]
     differences = {}
@@ -354,6 +470,7 @@ def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Index as given; a column of booleans for each that has p values. False where there is no value.
     """
+    _check_table("differences", differences, [])
     columns = [str(column) for column in differences if str(column).endswith("_p")]
     corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
     return pd.DataFrame(corrected < 0.05, differences.index, [column.removesuffix("_p") for column in columns])
@@ -393,16 +510,22 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
         percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
 
     Raises:
-        ValueError: no image has a box.
+        TypeError: rows that are no table.
+        ValueError: no image has a box; a column is missing, or `box_hits` damaged; an image has two rows of the same
+            method.
     """
+    _check_rows(rows, [], "method", "pointing_game", "box_hits")
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
     kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
 
     def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
-        bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
-        hits = bits.reshape(len(group), 4, -1)
+        try:
+            bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
+            hits = bits.reshape(len(group), 4, -1)
+        except (TypeError, ValueError) as error:
+            raise ValueError("rows: wanted box_hits as bytes, as many for each image, got others") from error
         return clipped(_best_share(hits[:, kinds[column]]), 0, 1), None
 
     return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)
@@ -428,7 +551,11 @@ def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Returns:
         Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
         of the rows. A table without values is left out, as that of localization where no image has a box.
+
+    Raises:
+        TypeError, ValueError: as `summarize`.
     """
+    _check_rows(rows, [], "method")
     known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
     tables = {}
     for title, columns in PAPER.items():

@@ -25,6 +25,7 @@ from opticam.state import frozen, in_a_line
 
 BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
 TINY = torch.finfo(torch.float64).tiny
+FARTHEST = 2**29  # borders beyond are taken to lie here, far outside any image, so that no area exceeds an integer
 
 
 def predicted_box(saliency: Tensor) -> Tensor:
@@ -263,13 +264,20 @@ def max_box_accuracy(hits_sum: Tensor, num_images: int) -> tuple[float, float]:
         three shares are averaged.
 
     Raises:
-        ValueError: wrong shape; fewer images than hits.
+        ValueError: wrong shape; hits below 0; a number of images that is not whole, or fewer than hits.
     """
     check_tensors(hits_sum=hits_sum)
     check_numbers(num_images=num_images)
     if hits_sum.ndim != 2 or hits_sum.shape[0] != 4 or hits_sum.shape[1] < 1:
         raise ValueError(f"hits_sum: wanted shape (4,T), got {tuple(hits_sum.shape)}")
-    best = hits_sum.double().amax(1)
+    hits = hits_sum.double()
+    if not (hits.isfinite() & (hits >= 0)).all():
+        raise ValueError(
+            f"hits_sum: wanted finite numbers from 0 on, got {hits.amin().item():g} to {hits.amax().item():g}"
+        )
+    if num_images % 1 != 0:  # also of what is not finite
+        raise ValueError(f"num_images: wanted a whole number, got {num_images}")
+    best = hits.amax(1)
     if num_images < max(1, best.max().item()):
         raise ValueError(f"num_images: wanted at least 1 and no fewer than hits ({int(best.max())}), got {num_images}")
     shares = best / num_images
@@ -349,7 +357,7 @@ def _contour_hits(kept: np.ndarray, truth: Tensor) -> Tensor:
 
 def _pixels(boxes: Tensor) -> Tensor:
     """Borders (n,4) int64 between pixels, half-open: pixel j is inside if its centre j + 1/2 is."""
-    return (boxes.cpu().double() - 0.5).ceil().long()
+    return (boxes.cpu().double() - 0.5).ceil().clamp(-FARTHEST, FARTHEST).long()
 
 
 def _clipped(boxes: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -1,5 +1,7 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opticam.lab import results
@@ -33,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = results.write_rows(rows, tmp_path / "rows.parquet", {})
     before = path.read_bytes()
 
-    def full(table, where):
+    def full(table, where, **options):
         where.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -102,3 +104,82 @@ def test_shards_that_do_not_belong_together(tmp_path, monkeypatch, what):
     message = {"missing": "wanted all of 0..1", "parameters": "different parameters", "version": "different versions"}
     with pytest.raises(ValueError, match=message.get(what, "holds 0 twice")):
         results.read_shards(tmp_path)
+
+
+def test_shards_beside_hidden_files_or_without_their_columns(tmp_path):
+    rows = pd.DataFrame({"image": ["0"], "method": ["m"]})
+    path = results.write_rows(rows, tmp_path / "00000.parquet", {"shards": 1, "shard": 0})
+    (tmp_path / "._00000.parquet").write_bytes(b"Mac OS X")
+    assert len(results.read_shards(tmp_path)[0]) == 1
+    results.write_rows(rows[["image"]], path, {"shards": 1, "shard": 0})
+    with pytest.raises(ValueError, match=r"^results: .* holds rows without image or method; wanted"):
+        results.read_shards(tmp_path)
+    results.write_rows(rows, path, {"shards": "1", "shard": 0})
+    with pytest.raises(ValueError, match=r"^results: .* holds the shards \[0\]; wanted all of"):
+        results.read_shards(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", '{"parameters": 3}', "\udc80"])
+def test_damaged_provenance_is_refused(tmp_path, text):
+    path = tmp_path / "00000.parquet"
+    table = pa.table({"image": ["0"], "method": ["m"]})
+    pq.write_table(table.replace_schema_metadata({b"opticam": text.encode(errors="surrogateescape")}), path)
+    for read, given in ((results.read_rows, path), (results.read_shards, tmp_path)):
+        with pytest.raises(ValueError, match=r"00000.parquet has a damaged provenance; wanted JSON with parameters$"):
+            read(given)
+    assert not results.is_done(path, {})
+    np.savez(tmp_path / "maps.npz", opticam=np.array(text))
+    with pytest.raises(ValueError, match=r"maps.npz has a damaged provenance; wanted JSON with parameters$"):
+        results.read_arrays(tmp_path / "maps.npz")
+
+
+def test_damaged_bytes_are_refused(tmp_path):
+    """Many bytes, in turn; where the file is read all the same, the numbers are as they were."""
+    rows = pd.DataFrame({"image": ["a", "b"], "prob": [0.25, 1.0]})
+    table = results.write_rows(rows, tmp_path / "rows.parquet", {})
+    archive = results.write_arrays({"maps": np.arange(6.0)}, tmp_path / "maps.npz", {})
+    files = (table, results.read_rows, "prob", [0.25, 1]), (archive, results.read_arrays, "maps", [*range(6)])
+    for path, read, name, numbers in files:
+        whole, refused = path.read_bytes(), 0
+        for place in range(0, len(whole), 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+            try:
+                kept = read(path)[0]
+                assert name not in kept or kept[name].tolist() == numbers  # the name may be damaged
+            except ValueError as error:
+                assert str(error).startswith(f"results: {path} ")  # noqa: PT017
+                refused += 1
+        assert refused > 20
+        for size in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match=r"is not an? .*, or damaged$"):
+                read(path)
+        path.write_bytes(whole)
+    place = table.read_bytes().index(np.float64(0.25).tobytes())
+    damaged = bytearray(table.read_bytes())
+    damaged[place] ^= 1
+    table.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"rows.parquet is not a Parquet file, or damaged$"):
+        results.read_rows(table)
+
+
+def test_files_without_checksums_stay_readable(tmp_path):
+    table = pa.table({"image": ["0"]}).replace_schema_metadata({b"opticam": b'{"parameters": {}}'})
+    pq.write_table(table, tmp_path / "old.parquet")
+    assert results.read_rows(tmp_path / "old.parquet")[0]["image"].tolist() == ["0"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    path, array = tmp_path / "maps.npz", np.zeros(2)
+    for name in ("opticam", "file", "allow_pickle"):
+        with pytest.raises(ValueError, match=f"^arrays: wanted another name than .*, got {name}$"):
+            results.write_arrays({name: array}, path, {})
+    for wrong in (array, None, {1: array}, {"a": [1, 2]}, {"a": None}):
+        with pytest.raises(TypeError, match=r"^arrays: wanted "):
+            results.write_arrays(wrong, path, {})
+    with pytest.raises(TypeError, match=r"^rows: wanted a table of pandas, got "):
+        results.write_rows({"a": [1]}, tmp_path / "rows.parquet", {})
+    np.save(tmp_path / "one.npy", array)
+    with pytest.raises(ValueError, match=r"one.npy is not an archive of plain arrays, or damaged$"):
+        results.read_arrays(tmp_path / "one.npy")
+    assert [file.name for file in tmp_path.iterdir()] == ["one.npy"]

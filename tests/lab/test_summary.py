@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -10,11 +11,14 @@ from scipy import stats
 
 from opticam.lab.summary import (
     box_accuracies,
+    clear_after_holm,
     difference,
     estimate,
     estimate_and_p,
+    estimate_of,
     holm,
     interval,
+    paired,
     paper_tables,
     print_differences,
     proportion_interval,
@@ -254,7 +258,7 @@ def test_summarize_differences_pairs_by_image():
     )
     with pytest.raises(ValueError, match="reference: wanted one of a, b, c, got 'd'"):
         summarize_differences(rows, {"average_gain": 100}, "d")
-    with pytest.raises(ValueError, match="duplicate"):
+    with pytest.raises(ValueError, match="rows: wanted one row per image and method, got more of i, a"):
         summarize_differences(pd.concat([rows, rows]), {"average_gain": 100}, "a")
 
 
@@ -393,3 +397,145 @@ def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
 def test_values_that_are_all_the_same_are_no_test():
     assert np.isnan(p_value(np.array([0.76, 0.76])))
     assert np.isnan(p_value(np.full(30, 0.5)))
+
+
+def test_p_of_what_is_not_defined_is_no_test():
+    for values in ([0.2, np.nan, 0.4], [*range(30), np.nan]):
+        assert np.isnan(p_value(np.array(values)))
+    assert np.isnan(p_value(np.array([[0.1, 0.2], [np.nan, 0.5]])))
+    np.testing.assert_array_equal(holm([p_value(np.array([1.0, np.nan])), 0.04]), [np.nan, 0.04])
+
+
+def test_lists_and_columns_of_a_table_are_arrays():
+    values = [1.0, 2.0, 6.0]
+    expected = interval(np.array(values))
+    assert interval(values) == interval(pd.Series(values, index=[5, 6, 7])) == expected
+    assert estimate(values) == estimate(np.array(values))
+    assert proportion_interval([1, 0, 1]) == proportion_interval(np.array([1, 0, 1]))
+
+
+def test_what_is_no_sample_is_refused():
+    few, many = np.arange(5.0), np.arange(30.0)
+    for call in (interval, estimate, estimate_and_p):
+        for values in ((few, few[:3]), (many, many[:20]), (few, np.ones((5, 2))), (few[0],), (np.ones((5, 0)),)):
+            with pytest.raises(ValueError, match=r"^values: wanted .*, got shapes? "):
+                call(*values, statistic=ratio_of_means)
+        for wrong in (["a", "b"], [1, [2, 3]], [1j, 2], "text", None):
+            with pytest.raises(ValueError, match=r"^values: wanted "):
+                call(wrong)
+        with pytest.raises(ValueError, match=r"^statistic: wanted one of 2 arrays, got the mean"):
+            call(few, few)
+        with pytest.raises(TypeError, match=r"^statistic: wanted a function of arrays, got 'mean'"):
+            call(few, statistic="mean")
+        for number in (0, -1, 2.5, None):
+            with pytest.raises(ValueError, match=r"^num_resamples: wanted "):
+                call(few, num_resamples=number)
+    for wrong in (np.full((2, 2), 0.1), [[0.1], [0.2]], 0.5, ["a"]):
+        with pytest.raises(ValueError, match=r"^p_values: wanted "):
+            holm(wrong)
+    for wrong in ([[1, 0]], ["1"], 1, None):
+        with pytest.raises(ValueError, match=r"^hits: wanted "):
+            proportion_interval(wrong)
+
+
+def seeds_of(images):
+    rows = [(image, seed, method, image + seed) for image in range(images) for seed in range(2) for method in "ab"]
+    return pd.DataFrame(rows, columns=["image", "seed", "method", "value"])
+
+
+def test_two_rows_of_one_image_are_refused():
+    """Two rows of an image do not count as two images."""
+    rows = seeds_of(4)
+    calls = (
+        lambda **options: summarize(rows, ["value"], **options),
+        lambda **options: summarize_differences(rows, ["value"], "a", **options),
+        lambda: paired(rows, "value", "a", "b"),
+        lambda: difference(rows, "value", "a", "b"),
+        lambda: print_differences(rows, ["value"], "a", "b"),
+        lambda: paper_tables(rows),
+        lambda: box_accuracies(rows.assign(pointing_game=1.0, box_hits=bytes(4))),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^rows: wanted one row per image and method, got more of 0, a$"):
+            call()
+    rows = pd.concat([rows, rows[-1:]])
+    for call in calls[:2]:
+        with pytest.raises(ValueError, match=r"^rows: wanted one row per image and method and seed, got more of 3, b$"):
+            call(repeats="seed")
+
+
+def test_an_image_without_all_repeats_is_refused():
+    rows = seeds_of(4)
+    for call in (summarize, partial(summarize_differences, reference="a")):
+        with pytest.raises(ValueError, match=r"^rows: wanted 2 rows of .* one per seed, got 1 of 3, b$"):
+            call(rows[:-1], ["value"], repeats="seed")
+        undefined = rows.assign(value=rows.value.where(rows.index != rows.index[-1]))
+        with pytest.warns(UserWarning, match=r"^repeats: 1 of 4 images lack value in a repeat and do not count$"):
+            found = call(undefined, ["value"], repeats="seed")
+        assert found.loc["b", "value"] == call(rows[rows.image < 3], ["value"], repeats="seed").loc["b", "value"]
+    nowhere = rows.assign(value=rows.value.where(rows.image < 3))
+    assert summarize(nowhere, ["value"], repeats="seed").equals(summarize(rows[rows.image < 3], ["value"], "seed"))
+
+
+def test_tables_without_what_is_asked_are_refused():
+    rows = seeds_of(3)[lambda table: table.seed == 0].assign(text="a")
+    several = (
+        lambda rows, columns: summarize(rows, columns),
+        lambda rows, columns: summarize_differences(rows, columns, "a"),
+        lambda rows, columns: print_differences(rows, columns, "b", "a"),
+    )
+    for call in several:
+        for columns in ("value", None, 3):
+            with pytest.raises(TypeError, match=r"^columns: wanted a list of names, got "):
+                call(rows, columns)
+        with pytest.raises(ValueError, match=r"^column text: wanted an array of numbers"):
+            call(rows, ["text"])
+    single = [partial(lambda call, rows, column: call(rows, [column]), call) for call in several]
+    single += [lambda rows, column, call=call: call(rows, column, "b", "a") for call in (paired, difference)]
+    for call in single:
+        for column in ("nix", ["nix"]):
+            with pytest.raises(ValueError, match=r"^rows: wanted one column \[?'nix'\]?, got 0 of that name"):
+                call(rows, column)
+        with pytest.raises(ValueError, match=r"^rows: wanted one column 'method', got 0"):
+            call(rows.drop(columns="method"), "value")
+        for wrong in (None, [1], rows.to_dict()):
+            with pytest.raises(TypeError, match=r"^rows: wanted a table of pandas, got "):
+                call(wrong, "value")
+    for call in (paired, difference, lambda rows, column, a, b: print_differences(rows, [column], a, b)):
+        with pytest.raises(ValueError, match=r"^method: wanted one of a, b, got 'nix'$"):
+            call(rows, "value", "nix", "a")
+        with pytest.raises(ValueError, match=r"^reference: wanted one of a, b, got \['a'\]$"):
+            call(rows, "value", "a", ["a"])
+    for repeats, message in (("nix", "rows: wanted one column 'nix'"), ("image", "repeats: wanted a column beside")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            summarize(rows, ["value"], repeats=repeats)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            summarize_differences(rows, ["value"], "a", repeats=repeats)
+    with pytest.raises(TypeError, match=r"^columns: wanted a number, got None"):
+        summarize(rows, {"value": None})
+    with pytest.raises(ValueError, match=r"^reference: wanted one of 1, 2, got 3$"):
+        summarize_differences(rows.replace({"method": {"a": 1, "b": 2}}), ["value"], 3)
+
+
+def test_entries_that_a_table_lacks_are_refused():
+    summary = summarize(seeds_of(3)[lambda table: table.seed == 0], ["value"])
+    assert estimate_of(summary, "a", "value").value == 1
+    with pytest.raises(ValueError, match=r"^method: wanted one of a, b, got 'nix'$"):
+        estimate_of(summary, "nix", "value")
+    with pytest.raises(ValueError, match=r"^summary: wanted one column 'nix', got 0 of that name$"):
+        estimate_of(summary, "a", "nix")
+    for call in (lambda table: estimate_of(table, "a", "value"), clear_after_holm):
+        with pytest.raises(TypeError, match=r"^(summary|differences): wanted a table of pandas, got None$"):
+            call(None)
+
+
+def test_box_hits_that_are_none_are_refused():
+    rows = box_rows(np.ones((2, 4, 8), bool))
+    for wrong in ([None, None], [bytes(4), bytes(8)], ["text", "text"]):
+        with pytest.raises(ValueError, match=r"^rows: wanted box_hits as bytes, as many for each image, got others$"):
+            box_accuracies(rows.assign(box_hits=wrong))
+    for column in rows:
+        with pytest.raises(ValueError, match=f"^rows: wanted one column '{column}', got 0 of that name$"):
+            box_accuracies(rows.drop(columns=column))
+    with pytest.raises(TypeError, match=r"^rows: wanted a table of pandas, got None$"):
+        box_accuracies(None)

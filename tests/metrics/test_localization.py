@@ -263,6 +263,18 @@ def test_box_wholly_outside():
         assert box_mask([outside], (H, W)).sum() == 0
 
 
+@pytest.mark.parametrize("far", [2.0**32, 1e30, 3e38])
+def test_boxes_that_reach_very_far(far):
+    """A box all around the image holds it all, and next to nothing of the box is in the image."""
+    maps, boxes = torch.ones(1, 1, 8, 10), [box(-far, -far, far, far)]
+    assert energy_pointing_game(maps, boxes).item() == pointing_game(maps, boxes).item() == 1
+    assert box_mask(boxes, (8, 10)).all()
+    assert 0 < soft_f1(maps, boxes).item() < 1e-9
+    assert 0 < soft_f1(maps, [torch.tensor([[0, 0, 2**32, 2**32]])]).item() < 1e-9
+    assert localization_error(maps, boxes).item() == 1
+    assert not box_hits(maps, boxes, 5).any()
+
+
 def test_share_of_tied_maxima():
     saliency = blank(0.2)
     saliency[0, 0, 1, [1, 2, 20, 24]] = 0.7
@@ -484,6 +496,12 @@ def test_bad_input_of_single_metrics(tiny, images, class_idx):
         max_box_accuracy(torch.full((4, 7), 2), 1)
     with pytest.raises(ValueError, match="num_images: wanted at least 1"):
         max_box_accuracy(torch.zeros(4, 7), 0)
+    for number in (2.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"num_images: wanted a whole number, got {number}"):
+            max_box_accuracy(torch.ones(4, 7), number)
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="hits_sum: wanted finite numbers from 0 on, got "):
+            max_box_accuracy(torch.full((4, 7), value), 2)
 
 
 @pytest.mark.slow
