@@ -271,7 +271,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
             tags: Mapping[int, Any] = opened.tag_v2 if opened.format == "TIFF" else {}  # type: ignore[attr-defined]
             depths = _depths(path) if opened.format == "JPEG2000" else []
             deepest = max(depths, default=7)
-            wide = max(tags.get(258, (8,))) > 8 or ";16" in str(opened.tile) or deepest > 7
+            stored = str(opened.tile)  # before `load` takes it away: names the form of the pixels
+            wide = max(tags.get(258, (8,))) > 8 or ";16" in stored or deepest > 7
             inverted = tags.get(262) == 0
             if wide and tags.get(284) == 2 and tags.get(277, 1) > 1:  # of which Pillow and OpenCV make noise
                 refused = "stores colours of more than 8 bits in planes; wanted the channels of a pixel side by side"
@@ -282,11 +283,11 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
             # Pillow drops the lower bits of colours, and puts those of a gray JPEG 2000 at the upper end of 16
             deep = wide and not refused and (opened.mode in ("RGB", "RGBA") or opened.format == "JPEG2000")
             turned = opened.getexif().get(_ORIENTATION, 1) if tags else 1  # before `load` takes it away
-            unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
+            unsigned, ranged = "I;32N" in stored, opened.format == "PPM"  # whose range becomes 16 bits
             number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
             said = (0.0, 2.0 ** (deepest + 1) - 1) if 7 < deepest < 15 else None  # by a JPEG 2000, of its range
-            image = _deep_colors(path, opened, window or said) if deep else opened
+            image = _deep_colors(path, opened, stored, window or said) if deep else opened
             if not upright and turned != 1:  # back, since Pillow and OpenCV turn a TIFF when they load it
                 image.getexif()[_ORIENTATION] = {6: 8, 8: 6}.get(turned, turned)
             image = ImageOps.exif_transpose(image) if upright or turned != 1 else image.copy()
@@ -304,7 +305,11 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     if image.mode == "F" or (image.mode.startswith("I") and not ranged):
         values = np.asarray(image)
         shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
-        return Image.fromarray(255 - shown if inverted else shown).convert("RGB")  # as Pillow does for 8 bits
+        clear = image.info.get("transparency") if opened.format == "PNG" else None
+        shown = 255 - shown if inverted else shown  # as Pillow does for 8 bits
+        return Image.fromarray(shown if clear is None else np.where(values == clear, np.uint8(255), shown)).convert(
+            "RGB"
+        )
     if window is not None and not deep:
         told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
         raise ValueError(f"window: {path} {told} no window")
@@ -322,7 +327,7 @@ def _depths(path: Path) -> list[int]:
     return list(size[38 : 38 + 3 * int.from_bytes(size[36:38], "big") : 3])
 
 
-def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+def _deep_colors(path: Path, opened: Image.Image, stored: str, window: tuple[float, float] | None) -> Image.Image:
     import cv2  # here, since few photos need it
 
     values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -331,7 +336,15 @@ def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | 
     if values is None or values.dtype != np.uint16 or values.shape[1::-1] != opened.size or values.ndim != 3:
         raise ValueError("pixels of more than 8 bits in an unknown form; wanted 8 bits per channel")
     colors, alpha = values[..., 2::-1], values[..., 3:]
-    image = Image.fromarray(np.concatenate([_shown(colors, path, window), (alpha // 257).astype(np.uint8)], 2))
+    if "RGBX" in stored:  # a fourth channel of a TIFF that is no transparency
+        alpha = alpha[..., :0]
+    multiplied = "RGBa" in stored  # colours by their transparency
+    if multiplied:
+        colors = (colors * 65535.0 / alpha.clip(1)).round().clip(0, 65535).astype(np.uint16)
+    shown, alpha = _shown(colors, path, window), alpha // 257
+    if multiplied:  # laid on white here, rounded as Pillow rounds 8 bits
+        shown, alpha = shown * alpha // 255 + 255 - alpha, alpha[..., :0]
+    image = Image.fromarray(np.concatenate([shown, alpha], 2).astype(np.uint8))
     image.info["exif"] = opened.getexif().tobytes()
     return image
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import references
+import tifffile
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -100,6 +101,35 @@ def test_gray_with_alpha_of_sixteen_bits_is_not_shown_black(tmp_path):
     with pytest.warns(UserWarning, match="are read as 12 bits"):
         read = np.asarray(read_image(tmp_path / "la.png")).astype(float)
     np.testing.assert_allclose(read[..., 0], values / 4095 * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("white", [255, 65535])
+@pytest.mark.parametrize(
+    ("told", "stored", "wanted"),
+    [
+        ("unspecified", [30000, 20000, 10000, 5000], [117, 78, 39]),
+        ("assocalpha", [16384, 8192, 0, 32768], [191, 159, 128]),
+        ("unassalpha", [32768, 16384, 0, 32768], [191, 159, 128]),
+        ("assocalpha", [65535, 257, 0, 65535], [255, 1, 0]),
+        ("assocalpha", [0, 0, 0, 0], [255, 255, 255]),
+    ],
+)
+def test_a_fourth_channel_of_a_tiff_is_what_the_file_says(tmp_path, white, told, stored, wanted):
+    pixels = np.tile(np.array(stored) * white // 65535, (4, 5, 1)).astype(np.uint8 if white == 255 else np.uint16)
+    pixels[0, 0, :3] = pixels[0, 0, 3] = white  # so that all bits are seen to be used
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=[told])
+    read = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert abs(read[2, 2] - wanted).max() <= 1
+    if told != "unassalpha" and white == 65535:
+        assert read[2, 2].tolist() == wanted
+
+
+def test_transparent_gray_of_sixteen_bits_is_laid_on_white(tmp_path):
+    values = np.array([[65535, 100], [30000, 100]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=100)
+    assert np.asarray(read_image(tmp_path / "a.png"))[..., 0].tolist() == [[255, 255], [117, 255]]
+    assert np.asarray(read_image(tmp_path / "a.png", window=(0, 30000)))[..., 0].tolist() == [[255, 255], [255, 255]]
 
 
 def test_deep_colours_follow_their_orientation(tmp_path):
