@@ -26,7 +26,7 @@ _HARMLESS: list[Any] = [
     *((_Aside, f"datetime.{name}") for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *((_Aside, f"{home}.{kind}Path") for home in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
     *((_Aside, f"builtins.{name}") for name in ("int", "float", "str", "list", "dict", "range", "slice")),
-    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
+    *((_Aside, name) for name in ("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion")),
     (lambda *args: {}, "collections.defaultdict"),
     (lambda *args: [], "collections.deque"),
 ]

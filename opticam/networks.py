@@ -202,8 +202,10 @@ def load_model(
             loader and cache, which may download; False gives random weights from torch's generator.
         checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. See
             `checkpoints.find_weights`. Or a .toml with the arguments from here to `window` that belong to the weights,
-            such as `head = "sigmoid"`; its `checkpoint` is a path beside it, and what is given here goes first.
-        checkpoint_key: where in the file the weights lie, if more than one place would do.
+            such as `head = "sigmoid"`; its `checkpoint`, which it needs, is a path beside it, and what is
+            given here goes first.
+        checkpoint_key: where in the file the weights lie, if more than one place would do; without a checkpoint it is
+            refused.
         num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.
         class_names: one name per class; by default those of the published weights where the number agrees, else
             "class 0", "class 1", ...
@@ -226,6 +228,8 @@ def load_model(
         given["checkpoint_key"] = checkpoint_key
         told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
         return load_model(name, pretrained=pretrained, device=device, **told)
+    if checkpoint_key and not checkpoint:
+        raise ValueError(f"checkpoint_key: wanted a checkpoint with it, got {in_a_line(checkpoint_key)} alone")
     spec = find_spec(name)
     known = list(spec.class_names())
     if num_classes is None and class_names is not None:
@@ -290,11 +294,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if type(value) is not _TOML.get(word) or not all(isinstance(part, kind) for part in parts):
             wanted = ", ".join(f"{known} ({form.__name__})" for known, form in _TOML.items())
             raise ValueError(f"checkpoint: {path} says {word} = {value!r}; wanted some of {wanted}")
-    if weights := told.get("checkpoint"):
-        if weights.endswith(".toml"):
-            raise ValueError(f"checkpoint: {path} names {weights}; wanted the file of the weights")
-        told["checkpoint"] = path.parent / weights
-    return told
+    weights = told.get("checkpoint", "")
+    if not weights or weights.endswith(".toml"):
+        raise ValueError(f"checkpoint: {path} names {weights or 'no weights'}; wanted the file of the weights")
+    return told | {"checkpoint": path.parent / weights}
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -7,6 +7,7 @@ from opticam.checks import check_images, check_network, check_whole
 from opticam.classifier import bare, weights_of
 from opticam.features import Layer, all_outputs, feature_maps
 from opticam.layouts import find_layout, is_attention
+from opticam.state import hooked
 
 
 def default_layer(network: nn.Module, input_size: int = 224) -> str:
@@ -58,7 +59,15 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
 def _all_outputs(network: nn.Module, channels: int, side: int) -> list[tuple[str, Tensor | None, Tensor | None]]:
     images = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     weights = weights_of(network)
-    return all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
+    with hooked(bare(network), _twice):
+        return all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
+
+
+def _twice(module: nn.Module, args: tuple, output: object) -> object:
+    """One logit twice: beside its opposite, as `read` would give it, the sum of both has no gradient."""
+    if isinstance(output, Tensor) and output.shape in ((1,), (1, 1)):
+        return output.reshape(1, 1).repeat(1, 2)
+    return output
 
 
 def _is_pooling(module: nn.Module) -> bool:

@@ -192,6 +192,7 @@ SAVED = {
         "model": net.state_dict(),
         "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 3, 1, 1)}}, "lr": 0.1},
     },
+    "the version of torch": lambda net: {"model": net.state_dict(), "torch": torch.__version__},
     "without counters": lambda net: old_fashioned(net.state_dict()),
     "model_state_dict": lambda net: {"model_state_dict": net.state_dict(), "optimizer_state_dict": {}},
     "a name of one's own": lambda net: {"student": {"weights": net.state_dict()}},
@@ -315,6 +316,12 @@ def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
     assert (model.head, model.class_names) == ("softmax", ["x", "y", "z"])
 
 
+@pytest.mark.parametrize("checkpoint", [None, ""])
+def test_a_key_without_a_checkpoint_is_refused(own, checkpoint):
+    with pytest.raises(ValueError, match=r"^checkpoint_key: wanted a checkpoint with it, got 'nix' alone$"):
+        load_model("small", checkpoint=checkpoint, checkpoint_key="nix", pretrained=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -323,12 +330,23 @@ def test_a_toml_says_what_belongs_to_weights(own, tmp_path):
         ("head = 3", r"own\.toml says head = 3; wanted some of"),
         ("num_classes = true", r"says num_classes = True; wanted some of"),
         ("class_names = [1, 2]", r"says class_names = \[1, 2\]; wanted some of"),
-        ("window = [5, 1]", r"window: wanted two numbers \(low, high\) with low < high, got \[5, 1\]"),
-        ("window = [false, true]", r"window: wanted two numbers \(low, high\) with low < high, got \[False, True\]"),
+        (
+            'checkpoint = "own.pt"\nwindow = [5, 1]',
+            r"window: wanted two numbers \(low, high\) with low < high, got \[5, 1\]",
+        ),
+        (
+            'checkpoint = "own.pt"\nwindow = [false, true]',
+            r"window: wanted two numbers \(low, high\) with low < high, got \[False, True\]",
+        ),
+        ('head = "sigmoid"\nclass_names = ["a", "b"]', r"own\.toml names no weights; wanted the file of the weights"),
+        ('checkpoint = ""\ncheckpoint_key = "a"', r"own\.toml names no weights; wanted the file"),
+        ("", r"own\.toml names no weights; wanted the file"),
         ('checkpoint = "own.toml"', r"names own\.toml; wanted the file of the weights"),
     ],
 )
 def test_what_a_toml_may_not_say(own, tmp_path, text, message):
+    network, path = own
+    torch.save(network.state_dict(), path)
     (tmp_path / "own.toml").write_text(text)
     with pytest.raises(ValueError, match=rf"^(checkpoint: .*)?{message}"):
         load_model("small", checkpoint=tmp_path / "own.toml", pretrained=False)
@@ -500,6 +518,13 @@ def test_the_frame_and_the_classes_are_those_of_the_librarys_record(name, expect
     size, resize, mean, first, last, number = expected
     assert (spec.input_size, spec.resize, spec.mean[0], len(names)) == (size, resize, mean, number)
     assert first is None or (names[0], names[-1]) == (first, last)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_a_network_of_one_logit_without_a_linear_layer_has_its_maps(num_classes):
+    torch.manual_seed(0)
+    model = load_model("torchvision/squeezenet1_1", pretrained=False, num_classes=num_classes)
+    assert model.layer == "classifier.2"
 
 
 def test_networks_made_for_one_size_are_built_for_it():

@@ -4,6 +4,7 @@ A dataset is a list of `Photo` records, made without opening an image: a photo i
 whatever process asks, and what is wrong with one photo stays with that photo (`Photos.get`).
 """
 
+import itertools
 import math
 import operator
 import os
@@ -14,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from inspect import signature
 from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Imagenette
 from torchvision.transforms import functional as TF
 
-from opticam.checks import as_names, check_at_least, check_corners, check_tensors, check_window
+from opticam.checks import as_names, as_seed, check_at_least, check_corners, check_tensors, check_window
 from opticam.lab.files import PACKAGE
 from opticam.networks import check_device, imagenet_classes
 from opticam.state import in_a_line
@@ -141,8 +143,13 @@ class Photos(Dataset):
     def __getitem__(self, index: int) -> Sample:
         """The photo as the network sees it; errors as `read_image`.
 
-        IndexError: no such photo. ValueError: the record has a fault, or a box lies outside of the photo.
+        IndexError: no such photo. TypeError: not a whole number. ValueError: the record has a fault, or a box lies
+        outside of the photo.
         """
+        try:
+            index = operator.index(index)
+        except TypeError as error:
+            raise TypeError(f"photo: wanted a whole number, got {in_a_line(index)}") from error
         if not 0 <= index < len(self):
             raise IndexError(f"photo: wanted a number in 0..{len(self) - 1}, got {index}")
         path, name, label, boxes, fault = self.records[index]
@@ -162,6 +169,7 @@ class Photos(Dataset):
 
         Raises:
             IndexError: no such photo.
+            TypeError: not a whole number.
         """
         try:
             return self[index]
@@ -170,7 +178,12 @@ class Photos(Dataset):
             return Skipped(name, label, str(error).replace(str(path), name))
 
     def readable(self, limit: int | None = None) -> list[Sample]:
-        """Those of the first `limit` photos that can be used; None for all."""
+        """Those of the first `limit` photos that can be used; None for all.
+
+        Raises:
+            ValueError: `limit` is negative, or not whole.
+        """
+        check_at_least(0, limit=limit)
         read = map(self.get, range(len(self))[:limit])
         return [photo for photo in read if isinstance(photo, Sample)]
 
@@ -223,6 +236,7 @@ def select(
     """
     chosen = list(items)
     check_at_least(1, draw=draw, limit=limit)
+    seed = as_seed(seed)
     if draw is not None:
         if draw > len(chosen):
             raise ValueError(f"draw: wanted at most the {len(chosen)} photos there are, got {draw}")
@@ -271,7 +285,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
             tags: Mapping[int, Any] = opened.tag_v2 if opened.format == "TIFF" else {}  # type: ignore[attr-defined]
             depths = _depths(path) if opened.format == "JPEG2000" else []
             deepest = max(depths, default=7)
-            wide = max(tags.get(258, (8,))) > 8 or ";16" in str(opened.tile) or deepest > 7
+            stored = str(opened.tile)  # before `load` takes it away: names the form of the pixels
+            wide = max(tags.get(258, (8,))) > 8 or ";16" in stored or deepest > 7
             inverted = tags.get(262) == 0
             if wide and tags.get(284) == 2 and tags.get(277, 1) > 1:  # of which Pillow and OpenCV make noise
                 refused = "stores colours of more than 8 bits in planes; wanted the channels of a pixel side by side"
@@ -282,11 +297,11 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
             # Pillow drops the lower bits of colours, and puts those of a gray JPEG 2000 at the upper end of 16
             deep = wide and not refused and (opened.mode in ("RGB", "RGBA") or opened.format == "JPEG2000")
             turned = opened.getexif().get(_ORIENTATION, 1) if tags else 1  # before `load` takes it away
-            unsigned, ranged = "I;32N" in str(opened.tile), opened.format == "PPM"  # whose range becomes 16 bits
+            unsigned, ranged = "I;32N" in stored, opened.format == "PPM"  # whose range becomes 16 bits
             number = opened.n_frames if getattr(opened, "is_animated", False) else 1  # type: ignore[attr-defined]
             opened.load()
             said = (0.0, 2.0 ** (deepest + 1) - 1) if 7 < deepest < 15 else None  # by a JPEG 2000, of its range
-            image = _deep_colors(path, opened, window or said) if deep else opened
+            image = _deep_colors(path, opened, stored, window or said) if deep else opened
             if not upright and turned != 1:  # back, since Pillow and OpenCV turn a TIFF when they load it
                 image.getexif()[_ORIENTATION] = {6: 8, 8: 6}.get(turned, turned)
             image = ImageOps.exif_transpose(image) if upright or turned != 1 else image.copy()
@@ -304,7 +319,11 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     if image.mode == "F" or (image.mode.startswith("I") and not ranged):
         values = np.asarray(image)
         shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
-        return Image.fromarray(255 - shown if inverted else shown).convert("RGB")  # as Pillow does for 8 bits
+        clear = image.info.get("transparency") if opened.format == "PNG" else None
+        shown = 255 - shown if inverted else shown  # as Pillow does for 8 bits
+        return Image.fromarray(shown if clear is None else np.where(values == clear, np.uint8(255), shown)).convert(
+            "RGB"
+        )
     if window is not None and not deep:
         told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
         raise ValueError(f"window: {path} {told} no window")
@@ -322,7 +341,7 @@ def _depths(path: Path) -> list[int]:
     return list(size[38 : 38 + 3 * int.from_bytes(size[36:38], "big") : 3])
 
 
-def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+def _deep_colors(path: Path, opened: Image.Image, stored: str, window: tuple[float, float] | None) -> Image.Image:
     import cv2  # here, since few photos need it
 
     values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -331,7 +350,15 @@ def _deep_colors(path: Path, opened: Image.Image, window: tuple[float, float] | 
     if values is None or values.dtype != np.uint16 or values.shape[1::-1] != opened.size or values.ndim != 3:
         raise ValueError("pixels of more than 8 bits in an unknown form; wanted 8 bits per channel")
     colors, alpha = values[..., 2::-1], values[..., 3:]
-    image = Image.fromarray(np.concatenate([_shown(colors, path, window), (alpha // 257).astype(np.uint8)], 2))
+    if "RGBX" in stored:  # a fourth channel of a TIFF that is no transparency
+        alpha = alpha[..., :0]
+    multiplied = "RGBa" in stored  # colours by their transparency
+    if multiplied:
+        colors = (colors * 65535.0 / alpha.clip(1)).round().clip(0, 65535).astype(np.uint16)
+    shown, alpha = _shown(colors, path, window), alpha // 257
+    if multiplied:  # laid on white here, rounded as Pillow rounds 8 bits
+        shown, alpha = shown * alpha // 255 + 255 - alpha, alpha[..., :0]
+    image = Image.fromarray(np.concatenate([shown, alpha], 2).astype(np.uint8))
     image.info["exif"] = opened.getexif().tobytes()
     return image
 
@@ -475,6 +502,7 @@ def load_dataset(
         options: `draw`, `shard` and `seed` of `select`, and what else the function of that dataset takes.
 
     Raises:
+        TypeError: an option that this dataset has not, or an argument of a wrong type.
         ValueError: an unknown name, a root for the demo, a window where there is none, or an argument out of range.
         FileNotFoundError: the dataset is not there.
     """
@@ -484,6 +512,12 @@ def load_dataset(
         raise ValueError(f"root: the demo comes with the packages and takes none, got {str(root)!r}")
     if window is not None and name != "imagefolder":
         raise ValueError(f"window: the photos of {name} have 8 bits; wanted none, got {window}")
+    taken = signature(DATASETS[name]).parameters
+    own = [option for option in taken if option not in signature(load_dataset).parameters]
+    known = [*(option for option in own if option != "selection"), "draw", "shard", "seed"]
+    unknown = [option for option in options if option not in known]
+    if unknown and "selection" in taken:  # a function that somebody has added may take more
+        raise TypeError(f"load_dataset: no option {unknown[0]!r}; wanted some of {', '.join(known)} for {name}")
     options |= {} if name == "demo" else {"root": root}
     options |= {"window": window} if name == "imagefolder" else {}
     return DATASETS[name](input_size=input_size, resize=resize, limit=limit, **options)
@@ -608,7 +642,7 @@ def imagefolder(
     The label of a photo comes from its class folder. If all class folders are among `class_names`, it is the folder's
     place there. Else, if their names are whole numbers, it is that number. Else it counts the sorted names, as
     torchvision's ImageFolder does, capital letters first. Names that are in another order by their numbers, such as
-    class_10 and class_2, are refused.
+    class_10 and class_2, are refused, and so are folders that hold class folders, such as those of splits.
 
     Arguments as `load_dataset`, and:
 
@@ -618,7 +652,8 @@ def imagefolder(
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
-            photo with a box outside of it is skipped when it is read. Rows that match no photo give a warning.
+            photo with a box outside of it is skipped when it is read. Boxes in parts of the photo are malformed, and so
+            is 0, 0, 1, 1 in a table that has some. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
@@ -632,15 +667,20 @@ def imagefolder(
     folders, listed = _class_folders(root)
     if not listed:
         raise FileNotFoundError(f"root: no images in class folders in {root}")
-    labels, class_names = _labels(folders, {folder for _, folder in listed}, class_names)
+    inside: dict[str, set[str]] = {folder: set() for _, folder in listed}  # "" for photos directly in it
+    for path, folder in listed:
+        deeper, *_ = *path.relative_to(root / folder).parent.parts, ""
+        inside[folder].add(deeper)
+    labels, class_names = _labels(folders, inside, class_names)
     table = None if boxes_csv is None else _path("boxes_csv", boxes_csv)
     rows = _box_rows(table, root, [path for path, _ in listed]) if table and boxes_csv else {}
+    fractions = any(map(_in_fractions, itertools.chain(*rows.values())))
     photos = []
     for path, folder in select(listed, limit=limit, **selection):
         boxes: tuple[Box, ...] = ()
         fault = ""
         try:
-            boxes = _boxes(rows.get(path, []))
+            boxes = _boxes(rows.get(path, []), fractions)
         except ValueError as error:
             fault = f"annotation: cannot read that of {path.name} ({error})"
         photos.append(Photo(path, path.relative_to(root).as_posix(), labels[folder], boxes, fault))
@@ -674,8 +714,9 @@ def imagenette(
         ValueError: an argument out of range.
     """
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
-    if size not in sizes or split not in ("val", "train"):
-        raise ValueError(f"imagenette: wanted size {', '.join(sizes)} and split val or train, got {size!r}, {split!r}")
+    if not isinstance(size, str) or size not in sizes or not isinstance(split, str) or split not in ("val", "train"):
+        got = f"{in_a_line(size)}, {in_a_line(split)}"
+        raise ValueError(f"imagenette: wanted size {', '.join(sizes)} and split val or train, got {got}")
     if not root:
         raise FileNotFoundError("root: wanted the folder of Imagenette, got none")
     folder = _path("root", root) / sizes[size] / split
@@ -752,9 +793,12 @@ def _class_folders(root: Path, pattern: str = r".*") -> tuple[list[str], list[tu
 
 
 def _labels(
-    folders: Sequence[str], with_images: set[str], class_names: Sequence[str] | None
+    folders: Sequence[str], inside: Mapping[str, set[str]], class_names: Sequence[str] | None
 ) -> tuple[dict[str, int], list[str]]:
-    """The label of each class folder, and the names of the classes; see `imagefolder`."""
+    """The label of each class folder, and the names of the classes; see `imagefolder`.
+
+    `inside` has, for each with images, the folders in it that hold them, "" for itself.
+    """
     given = [] if class_names is None else list(map(_composed, as_names(class_names)))
     written = dict(zip(folders, map(_composed, folders), strict=True))
     if set(written.values()) <= set(given):
@@ -763,6 +807,11 @@ def _labels(
         return {folder: given.index(name) for folder, name in written.items()}, given
     if {folder.lower() for folder in folders} <= _SPLITS:
         raise ValueError(f"root: its folders are {', '.join(folders)}; wanted one of them, with class folders")
+    if split := _holds_classes(inside):
+        told = f"its folder {split} holds no photos itself but folders of them, such as {min(inside[split])}"
+        raise ValueError(
+            f"root: {told}; wanted the folder of class folders, or class_names that hold its folders' names"
+        )
     numbers = [int(folder) for folder in folders if folder.isascii() and folder.isdigit()]
     if len(numbers) == len(folders):
         if len(set(numbers)) < len(numbers) or max(numbers) >= _MOST_CLASSES:
@@ -778,7 +827,7 @@ def _labels(
                 stacklevel=3,
             )
         return dict(zip(folders, numbers, strict=True)), names
-    empty = [folder for folder in folders if folder not in with_images]
+    empty = [folder for folder in folders if folder not in inside]
     if numbers or (empty and class_names is None):
         why = "only some are named by a number" if numbers else f"{empty[0]} has no images"
         raise ValueError(
@@ -791,6 +840,10 @@ def _labels(
         if (place := spelled.get(letters(folder), label)) != label:
             told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label {label}"
             raise ValueError(f"class_names: {told}; wanted the names of the folders as they are written")
+    if len(elsewhere := _elsewhere(folders, given)) > 1:
+        (folder, place), *_ = elsewhere.items()
+        told = f"{given[place]!r} has place {place}, but the class folder {folder!r} by its name label"
+        raise ValueError(f"class_names: {told} {folders.index(folder)}; wanted the names of the folders in their order")
     by_number = sorted(folders, key=_natural)
     if unlike := [pair for pair in zip(folders, by_number, strict=True) if pair[0] != pair[1]]:
         raise ValueError(
@@ -798,6 +851,29 @@ def _labels(
             "that hold their names, in the order of the labels"
         )
     return {folder: label for label, folder in enumerate(folders)}, given or list(folders)
+
+
+def _elsewhere(folders: Sequence[str], given: Sequence[str]) -> dict[str, int]:
+    """Folders whose name is a part of one class name alone, which has another place; numbers and wnids are no names."""
+    found = {}
+    for label, folder in enumerate(folders):
+        word = letters(folder)
+        places = [place for place, name in enumerate(given) if word in letters(name)]
+        if len(word) > 2 and word.isalpha() and len(places) == 1 and places != [label]:
+            found[folder] = places[0]
+    return found
+
+
+def _holds_classes(inside: Mapping[str, set[str]]) -> str:
+    """A folder that stands above class folders, as that of a split does; "" where none is seen to. See `_labels`."""
+    above = {folder: deeper for folder, deeper in inside.items() if "" not in deeper}
+    for folder, deeper in above.items():
+        split = _SPLITS & set(re.split(r"[\W_]+", folder.lower()))
+        alone = len(inside) == 1 and len(deeper) > 1
+        # one folder alone may be "images" in each class
+        if split or alone or any(len(deeper & others) > 1 for other, others in above.items() if other != folder):
+            return folder
+    return ""
 
 
 def letters(name: str) -> str:
@@ -876,13 +952,23 @@ def _objects(
     return [(entry.findtext("name"), [entry.findtext(f"bndbox/{side}") for side in BOX_COLUMNS]) for entry in found]
 
 
-def _boxes(rows: Iterable[Sequence[str | None]]) -> tuple[Box, ...]:
+def _in_fractions(row: Sequence[str]) -> bool:
+    """Whether a box is told in parts of the photo: at most 1, and not all whole."""
+    try:
+        box = [float(side or "nan") for side in row]
+    except ValueError:
+        return False
+    return all(map(math.isfinite, box)) and max(box) <= 1 and not all(side.is_integer() for side in box)
+
+
+def _boxes(rows: Iterable[Sequence[str | None]], fractions: bool = False) -> tuple[Box, ...]:
+    """The boxes of one photo; `fractions` is whether others of the same table are told in parts of the photo."""
     boxes = []
     for row in rows:
         box = tuple(float(side or "nan") for side in row)
         if not (len(box) == 4 and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise ValueError(f"wanted xmin ymin xmax ymax, got {' '.join(map(str, row))}")
-        if max(box) <= 1 and not all(side.is_integer() for side in box):
+        if max(box) <= 1 and (fractions or not all(side.is_integer() for side in box)):
             raise ValueError(f"wanted pixels, got fractions {' '.join(map(str, row))}")
         boxes.append(box)
     return tuple(boxes)

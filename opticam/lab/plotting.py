@@ -142,6 +142,7 @@ def image_grid(
     boxes: Sequence[Tensor] = (),
     size: float = 2.0,
     printed: bool = False,
+    parse_math: bool = True,
 ) -> Figure:
     """Images in rows and columns.
 
@@ -153,6 +154,7 @@ def image_grid(
         boxes: (n,4) of each picture, row by row, drawn over it.
         size: width and height of one picture in inches.
         printed: text of 7 points, for a page of a journal; else of 10, for a screen.
+        parse_math: set what stands between dollars in the titles above as mathematics; False for names of classes.
     """
     columns = max(len(row) for row in rows)
     dpi, font = (_DPI, 7) if printed else (100, 10)
@@ -169,7 +171,7 @@ def image_grid(
             array = to_picture(picture) if isinstance(picture, Tensor) else picture
             ax.imshow(array, cmap=SALIENCY_CMAP, vmin=0, vmax=1)
     for ax, title in zip(axes[0], column_titles, strict=False):
-        ax.set_title(title, fontsize=font)
+        ax.set_title(title, fontsize=font, parse_math=parse_math)
     for i, (line, texts) in enumerate(zip(axes, captions, strict=False)):
         below = {"ha": "center", "va": "top", "fontsize": font, "in_layout": not printed or i == len(rows) - 1}
         for ax, text in zip(line, texts, strict=False):
@@ -183,7 +185,7 @@ def image_grid(
 
 def explanation_figure(image: Tensor, saliency: Tensor, masked: Tensor, titles: Sequence[str]) -> Figure:
     """One decision explained: image, overlay of the map and masked image side by side; three titles."""
-    return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2)
+    return image_grid([[image, overlay(image, saliency), masked]], column_titles=titles, size=3.2, parse_math=False)
 
 
 def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[str], class_idx: int) -> Figure:
@@ -207,7 +209,8 @@ def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[
         ax.barh(places, percent, height=0.38, color=color, label=label)
         for value, place in zip(percent, places, strict=True):
             ax.annotate(f"{value:.1f}", (value + 1.5, place), va="center")
-    ax.set_yticks(range(len(shown)), [textwrap.shorten(class_names[index], 24, placeholder=" …") for index in shown])
+    names = [textwrap.shorten(class_names[index], 24, placeholder=" …") for index in shown]
+    ax.set_yticks(range(len(shown)), names, parse_math=False)
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.invert_yaxis()
     ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
@@ -273,6 +276,7 @@ def gallery(
         boxes=boxes,
         size=size or _WIDTH / len(photos),
         printed=size is None,
+        parse_math=False,
     )
 
 
@@ -324,7 +328,8 @@ def overview(
         place = max(level, place + gap)  # labels keep their distance
         curve.text(1.02 * last, place, f"{label}: {level:.2f}", va="center")
     curve.set_xlabel("step of Adam", x=0.5 / 1.45)
-    curve.set(ylabel=f"logit of\n{name}", xlim=(0, 1.45 * last), xticks=[0, last // 2, last])
+    curve.set_ylabel(f"logit of\n{name}", parse_math=False)
+    curve.set(xlim=(0, 1.45 * last), xticks=[0, last // 2, last])
     curve.spines["bottom"].set_bounds(0, last)
     return figure
 

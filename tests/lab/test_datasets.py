@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import references
+import tifffile
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -37,6 +38,7 @@ from opticam.lab.files import PACKAGE, REPOSITORY
 from opticam.networks import imagenet_classes
 
 MAPS = torch.rand(1, 1, 8, 8)
+TENCH, GOLDFISH, EAGLE = "n01440764", "n01443537", "n01614925"  # labels 0, 1, 22
 RAMP = np.linspace(0, 255, 32 * 24).reshape(24, 32)
 
 
@@ -100,6 +102,35 @@ def test_gray_with_alpha_of_sixteen_bits_is_not_shown_black(tmp_path):
     with pytest.warns(UserWarning, match="are read as 12 bits"):
         read = np.asarray(read_image(tmp_path / "la.png")).astype(float)
     np.testing.assert_allclose(read[..., 0], values / 4095 * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("white", [255, 65535])
+@pytest.mark.parametrize(
+    ("told", "stored", "wanted"),
+    [
+        ("unspecified", [30000, 20000, 10000, 5000], [117, 78, 39]),
+        ("assocalpha", [16384, 8192, 0, 32768], [191, 159, 128]),
+        ("unassalpha", [32768, 16384, 0, 32768], [191, 159, 128]),
+        ("assocalpha", [65535, 257, 0, 65535], [255, 1, 0]),
+        ("assocalpha", [0, 0, 0, 0], [255, 255, 255]),
+    ],
+)
+def test_a_fourth_channel_of_a_tiff_is_what_the_file_says(tmp_path, white, told, stored, wanted):
+    pixels = np.tile(np.array(stored) * white // 65535, (4, 5, 1)).astype(np.uint8 if white == 255 else np.uint16)
+    pixels[0, 0, :3] = pixels[0, 0, 3] = white  # so that all bits are seen to be used
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=[told])
+    read = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert abs(read[2, 2] - wanted).max() <= 1
+    if told != "unassalpha" and white == 65535:
+        assert read[2, 2].tolist() == wanted
+
+
+def test_transparent_gray_of_sixteen_bits_is_laid_on_white(tmp_path):
+    values = np.array([[65535, 100], [30000, 100]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=100)
+    assert np.asarray(read_image(tmp_path / "a.png"))[..., 0].tolist() == [[255, 255], [117, 255]]
+    assert np.asarray(read_image(tmp_path / "a.png", window=(0, 30000)))[..., 0].tolist() == [[255, 255], [255, 255]]
 
 
 def test_deep_colours_follow_their_orientation(tmp_path):
@@ -214,6 +245,79 @@ def test_class_folders_in_an_order_that_is_not_clear(tmp_path, folders, sentence
 
 
 @pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        ("train/cat train/dog val/cat val/dog unlabeled/cat", "train holds no photos itself but folders .* as cat; w"),
+        ("seg_train/seg_train/cat seg_test/seg_test/cat", "seg_test holds"),
+        ("Train/cat Train/dog Test_set/eel", "Test_set holds"),
+        ("fold1/cat fold1/dog fold2/cat fold2/dog", "fold1 holds"),
+        ("1/cat 1/dog 2/cat 2/dog", "1 holds"),
+        ("images/cat images/dog/deep", "images holds"),
+        ("cat/images dog/images", ""),
+        ("cat/2020 cat/2021 dog/2021 dog/2022", ""),
+        ("cat/2020 cat/2021 cat dog/2020 dog/2021", ""),
+        ("scans/ward", ""),
+        ("test train_a", ""),
+    ],
+)
+def test_folders_above_class_folders_are_not_classes(tmp_path, places, told):
+    for place in places.split():
+        write(tmp_path / place / "a.png", Image.new("RGB", (8, 8)))
+    folders = sorted({place.split("/")[0] for place in places.split()})
+    if not told:
+        assert imagefolder(tmp_path).class_names == folders
+    else:
+        for names in (None, [f"name {index}" for index in range(len(folders))]):
+            with pytest.raises(ValueError, match=f"^root: its folder {told}"):
+                imagefolder(tmp_path, class_names=names)
+    assert imagefolder(tmp_path, class_names=folders).class_names == folders
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["dogs", "cats", "owls"], "'cats' has place 1, but the class folder 'cat' by its name label 0; wanted"),
+        (["barn OWL", "dogs", "cats"], "'cats' has place 2, but the class folder 'cat'"),
+        (["cats", "dogs", "owls"], ""),
+        (["bobcat", "dogs", "owls"], ""),
+        (["cats", "owlet", "doe"], ""),  # one alone may be by chance
+        (["hepcat", "wildcat", "owls"], ""),
+    ],
+)
+def test_class_names_that_belong_to_other_folders(tmp_path, names, told):
+    for folder in ("cat", "dog", "owl"):
+        write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
+    if told:
+        with pytest.raises(ValueError, match=f"^class_names: {told}"):
+            imagefolder(tmp_path, class_names=names)
+    else:
+        assert imagefolder(tmp_path, class_names=names).labels == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["0", "1"], ["class 1", "class 0"]),
+        ([TENCH, EAGLE], [f"no {EAGLE}", f"no {TENCH}"]),
+        (["a", "b"], ["be", "ac"]),
+    ],
+)
+def test_numbers_and_letters_in_class_names_say_no_folder(tmp_path, folders, names):
+    for folder in folders:
+        write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
+    assert imagefolder(tmp_path, class_names=names).labels == [0, 1]
+
+
+@pytest.mark.parametrize("options", [{"draw": 2}, {}])
+@pytest.mark.parametrize("seed", ["x", 1.5, None, 2**70, -(2**63) - 1])
+def test_a_seed_that_is_none(tmp_path, options, seed):
+    for name in "ab":
+        write(tmp_path / "c" / f"{name}.png")
+    with pytest.raises(ValueError, match=r"^seed: wanted (a|at least) "):
+        load_dataset("imagefolder", tmp_path, seed=seed, **options)
+
+
+@pytest.mark.parametrize(
     ("folders", "names", "told"),
     [
         (["cat", "dog"], ["Dog", "Cat"], "'Cat' has place 1, but the class folder 'cat' by its name label 0"),
@@ -260,12 +364,17 @@ def test_tables_with_other_marks_than_commas_are_refused(tmp_path, mark):
 
 
 def test_boxes_in_fractions_of_the_photo_are_refused(tmp_path):
-    write(tmp_path / "c" / "a.png", Image.new("RGB", (8, 8)))
-    write(tmp_path / "c" / "b.png", Image.new("RGB", (8, 8)))
-    (tmp_path / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\na.png,0.1,0.2,0.9,1\nb.png,0,0,1,1\n")
-    first, second = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").records
+    for name in "abc":
+        write(tmp_path / "c" / f"{name}.png", Image.new("RGB", (8, 8)))
+    (tmp_path / "boxes.csv").write_text(
+        "image,xmin,ymin,xmax,ymax\na.png,0.1,0.2,0.9,1\nb.png,0,0,1,1\nc.png,1,2,3,4\n"
+    )
+    first, second, third = imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").records
     assert first.fault == "annotation: cannot read that of a.png (wanted pixels, got fractions 0.1 0.2 0.9 1)"
-    assert second.boxes == ((0, 0, 1, 1),)
+    assert second.fault == "annotation: cannot read that of b.png (wanted pixels, got fractions 0 0 1 1)"
+    assert third.boxes == ((1, 2, 3, 4),)
+    (tmp_path / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\na.png,x,0,1,1\nb.png,0,0,1,1\n")
+    assert imagefolder(tmp_path, 8, 8, boxes_csv=tmp_path / "boxes.csv").records[1].boxes == ((0, 0, 1, 1),)
 
 
 def test_pixels_without_a_range_are_refused(tmp_path):
@@ -636,7 +745,6 @@ def test_select_refuses_other_wrong_values():
 
 # ----------------------------------------------------------------------------------------------------- ImageNet
 
-TENCH, GOLDFISH, EAGLE = "n01440764", "n01443537", "n01614925"  # labels 0, 1, 22
 NOISE = Image.effect_noise((100, 80), 50)
 
 
@@ -923,6 +1031,14 @@ def test_pixels_and_boxes_of_another_kind():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda path: load_dataset("imagefolder", path.parents[1], drwa=2),
+            "load_dataset: no option 'drwa'; wanted some of boxes_csv, class_names, draw, shard, seed for imagefolder$",
+        ),
+        (lambda path: load_dataset("demo", annotations="x"), "load_dataset: no option 'annotations'; .* for demo$"),
+        (lambda path: imagefolder(path.parents[1])["a"], "photo: wanted a whole number, got 'a'"),
+        (lambda path: imagefolder(path.parents[1])[0:2], r"photo: wanted a whole number, got slice\(0, 2, None\)"),
+        (lambda path: imagefolder(path.parents[1]).get(None), "photo: wanted a whole number, got None"),
         (lambda path: read_image(None), "path: wanted a path, got NoneType"),
         (lambda path: read_image(np.zeros(3)), "path: wanted a path, got ndarray"),
         (lambda path: read_image(path, upright=np.zeros(2)), "upright: wanted True or False, got array"),
@@ -969,6 +1085,9 @@ def test_arguments_of_a_wrong_type(tmp_path, call, message):
         (lambda: boxes_to_input(torch.zeros(2, 2), (8, 8)), r"boxes: wanted shape \(n,4\), got \(2, 2\)"),
         (lambda: Photos([], [], window="a"), "window: wanted two numbers"),
         (lambda: Photos([], [], window=(False, True)), "window: wanted two numbers"),
+        (lambda: imagenette("x", size=[320]), r"imagenette: wanted size full, .*, got \[320\], 'val'"),
+        (lambda: imagenette("x", split=["val"]), r"imagenette: wanted size full, .*, got '320px', \['val'\]"),
+        (lambda: Photos([], []).readable(-1), "limit: wanted at least 0, got -1"),
         (lambda: load_dataset([]), r"dataset: wanted one of .*, got \[\]"),
     ],
 )

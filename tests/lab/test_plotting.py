@@ -225,6 +225,20 @@ def test_gallery_puts_each_map_over_its_photo():
         gallery(*arguments, {"rise": maps[:1]}, {"rise": [0.75]})
 
 
+def test_dollars_in_class_names_are_no_mathematics():
+    name, photo, maps = r"5 $\no$ 10 $", torch.rand(3, 8, 8), torch.rand(1, 8, 8)
+    figures = [
+        explanation_figure(photo, maps, photo * maps, [name, "b", "c"]),
+        probability_bars(torch.tensor([0.1, 0.9]), torch.tensor([0.2, 0.8]), [name, "b"], 0),
+        gallery(photo[None], [name], [0.5], {"grad_cam": maps[None]}, {"grad_cam": [0.125]}),
+        overview(photo, torch.ones(5, 2, 2), torch.ones(5), maps, [2.0, 3.0, 5.0], {"photo": 1.0}, name, 0.001),
+    ]
+    for figure in figures:
+        figure.canvas.draw()  # what is no mathematics would be refused here
+    figure = image_grid([[photo]], column_titles=["$x$"])
+    assert figure.axes[0].title.get_parse_math()
+
+
 def test_tables_are_shown_below_their_title(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data.splitlines()))
