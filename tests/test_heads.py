@@ -202,7 +202,10 @@ def test_whether_one_logit_stands_for_the_first_or_the_second_class_is_asked(net
     for to_logits, sign in ((None, -1), (torch.neg, 1)):
         model = wrap(one, "inner.features.0", class_names=data.class_names, to_logits=to_logits)
         same(torch.tensor(evaluate(model, data, fake).prob), (sign * y).sigmoid())
-    assert len(evaluate(network, Named(data), fake)) == 5  # of several logits the order is that of the labels
+    with pytest.raises(ValueError, match="dataset: its labels are 2 classes; wanted the 5 of the model"):
+        evaluate(network, data, fake)
+    data.class_names = list("abcde")
+    assert len(evaluate(network, data, fake)) == 5  # of several logits the order is that of the labels
 
 
 def test_the_probability_of_one_logit(one, images):
