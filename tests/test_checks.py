@@ -128,7 +128,9 @@ FOREIGN = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "exported")) for kind in FOREIGN]
+)
 def test_foreign_networks_in_one_sentence(tiny, images, class_idx, kind):
     change, error, message = FOREIGN[kind]
     model = change(tiny)

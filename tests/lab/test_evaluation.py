@@ -267,12 +267,14 @@ def test_the_bar_moves_with_every_method_and_back_where_memory_ends(tiny, sample
     assert [int(number) for number, _ in seen] == [0, 2, 0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_processes_that_decode_change_nothing(tiny, samples):
     tiny = wrap(tiny, "features")
     tables = [evaluate(tiny, samples, {"grad_cam": METHODS["grad_cam"]}, batch_size=2, num_workers=n) for n in (0, 2)]
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
 
 
+@pytest.mark.slow
 def test_a_corrupt_photo_costs_its_rows_only(tmp_path):
     photos = demo(limit=3)
     torn = tmp_path / photos.paths[1].name
@@ -535,6 +537,7 @@ def test_without_a_box_there_is_no_box_experiment(tiny, samples):
     assert rows[columns].isna().all(axis=1).tolist() == [True, True, False, True, True]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_streamed_is_said_before_anything_is_computed(tiny, samples, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"folder: cannot write in .*file"):

@@ -313,6 +313,7 @@ def test_auroc_equals_the_comparison_of_all_pixels():
     assert math.isnan(pixel_auroc(maps[:1] * torch.nan, REGIONS[:1]).item())
 
 
+@pytest.mark.slow
 def test_scores_equal_the_formulas_and_are_scaled_from_a_uniform_map_to_the_best():
     maps, rivals = random_maps(), [random_maps(seed=1), random_maps(seed=2)]
     found = evidence_scores(maps, REGIONS, (3, 4), rivals)

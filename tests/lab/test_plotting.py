@@ -225,6 +225,7 @@ def test_gallery_puts_each_map_over_its_photo():
         gallery(*arguments, {"rise": maps[:1]}, {"rise": [0.75]})
 
 
+@pytest.mark.slow
 def test_dollars_in_class_names_are_no_mathematics():
     name, photo, maps = r"5 $\no$ 10 $", torch.rand(3, 8, 8), torch.rand(1, 8, 8)
     figures = [
@@ -286,6 +287,7 @@ def test_latex_table():
     ]
 
 
+@pytest.mark.slow
 def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
     """Of two tests, 0.02 counts as 0.04 and 0.06 as itself."""
     index = pd.MultiIndex.from_tuples([("layer", "early"), ("layer", "late"), ("start", "random")])

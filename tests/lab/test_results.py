@@ -133,6 +133,7 @@ def test_damaged_provenance_is_refused(tmp_path, text):
         results.read_arrays(tmp_path / "maps.npz")
 
 
+@pytest.mark.slow
 def test_damaged_bytes_are_refused(tmp_path):
     """Many bytes, in turn; where the file is read all the same, the numbers are as they were."""
     rows = pd.DataFrame({"image": ["a", "b"], "prob": [0.25, 1.0]})

@@ -125,6 +125,7 @@ def test_p_of_few_images_is_that_of_t():
     assert math.isnan(p_value(np.array([2.0])))
 
 
+@pytest.mark.slow
 def test_p_of_many_images_is_efrons_formula_solved_for_it():
     """The interval ends at 0 where (z0 + z) / (1 - a (z0 + z)) = w - z0, w being that of the resamples below 0."""
     values = np.random.default_rng(5).exponential(3, 60) - 2.0
