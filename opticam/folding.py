@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, cast
@@ -130,26 +130,29 @@ def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
 
 def _function_again(function: FunctionType, copied: dict[int, Any], again: Callable[[Any], Any]) -> FunctionType:
     """The function with the copies of the modules that it keeps; itself where it keeps none."""
-    old = [cell for cell in function.__closure__ or () if cell != CellType()]
-    new = [CellType() for _ in old]
-    if not (old or function.__defaults__ or function.__kwdefaults__) or len(old) != len(function.__closure__ or ()):
+    cells, defaults, by_name = function.__closure__ or (), function.__defaults__ or (), function.__kwdefaults__ or {}
+    if CellType() in cells:  # still empty
         return function
-    twin = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(new))
+    before = [*(cell.cell_contents for cell in cells), *defaults, *by_name.values()]
+    places = tuple(CellType() for _ in cells)
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__, None, places)
     copied[id(function)] = twin  # which may keep itself
-    for cell, place in zip(old, new, strict=True):
-        kept = cell.cell_contents
-        plain = isinstance(kept, list | dict) and not any(isinstance(one, nn.Module) for one in _values(kept))
-        place.cell_contents = kept if plain else again(kept)  # what it writes down is for its owner
-    twin.__defaults__, by_name = again(function.__defaults__), function.__kwdefaults__
-    twin.__kwdefaults__ = by_name and {name: again(value) for name, value in by_name.items()}
+    after = [kept if _is_plain(kept) else again(kept) for kept in before]  # what it writes down is for its owner
+    if all(one is other for one, other in zip(before, after, strict=True)):
+        return function
+    rest = iter(after)
+    for place in places:
+        place.cell_contents = next(rest)
+    twin.__defaults__ = tuple(next(rest) for _ in defaults) or None
+    twin.__kwdefaults__ = {name: next(rest) for name in by_name} or None
     vars(twin).update(vars(function))
-    before = [*(cell.cell_contents for cell in old), function.__defaults__, *_values(by_name or {})]
-    after = [*(cell.cell_contents for cell in new), twin.__defaults__, *_values(twin.__kwdefaults__ or {})]
-    return twin if any(one is not other for one, other in zip(before, after, strict=True)) else function
+    return twin
 
 
-def _values(kept: list | dict) -> Iterable[Any]:
-    return kept.values() if isinstance(kept, dict) else kept
+def _is_plain(kept: Any) -> bool:
+    """Whether it is a list or a table without modules."""
+    values = kept.values() if isinstance(kept, dict) else kept
+    return isinstance(kept, list | dict) and not any(isinstance(value, nn.Module) for value in values)
 
 
 def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:

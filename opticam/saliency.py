@@ -146,14 +146,15 @@ def baseline_of(images: Tensor, baseline: Tensor | Callable[[Tensor], Tensor] | 
     found = baseline(images) if callable(baseline) else baseline
     if not isinstance(found, Tensor):
         raise TypeError(f"baseline: wanted a tensor or a function, such as BASELINES['blur'], got {in_a_line(found)}")
-    if images.detach().amax() <= 1 and found.detach().abs().amax() > 10:
-        raise ValueError(f"baseline: wanted values like those of the images, up to 1, got {found.abs().amax():.4g}")
     try:
-        return for_autograd(found).to(images).expand(images.shape)
+        colors = for_autograd(found).to(images).expand(images.shape)
     except RuntimeError as error:
         raise ValueError(
             f"baseline: wanted a shape that broadcasts to {tuple(images.shape)}, got {tuple(found.shape)}"
         ) from error
+    if images.detach().amax() <= 1 and (highest := colors.detach().abs().amax()) > 10:
+        raise ValueError(f"baseline: wanted values like those of the images, up to 1, got {highest:.4g}")
+    return colors
 
 
 def mean_color(images: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ def test_functions_that_keep_modules_are_the_twin_s_own():
     def again(images, times=2):
         return old(images) if times == 1 else again(images, times - 1)  # it keeps itself, too
 
-    network.forward = lambda images, run=again: (seen.append(len(images)), run(images))[1]
+    network.forward = lambda images, run=again, noted=seen: (noted.append(len(images)), run(images))[1]
     images = torch.rand(3, 3, 16, 16)
     twin = twin_of(network, images)
     expected = network(images)

@@ -153,3 +153,6 @@ def test_a_baseline_of_another_range_is_refused(images):
             baseline_of(images, colour)
     noise = torch.randn(images.shape)
     assert torch.equal(baseline_of(images, noise), noise.double())
+    assert torch.equal(baseline_of(images, noise > 0), (noise > 0).double())
+    with pytest.raises(ValueError, match=r"^baseline: wanted a shape that broadcasts to"):
+        baseline_of(images, torch.zeros(0))

@@ -321,9 +321,8 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
         shown = _shown(values.view(np.uint32) if unsigned else values, path, window)
         clear = image.info.get("transparency") if opened.format == "PNG" else None
         shown = 255 - shown if inverted else shown  # as Pillow does for 8 bits
-        return Image.fromarray(shown if clear is None else np.where(values == clear, np.uint8(255), shown)).convert(
-            "RGB"
-        )
+        shown = shown if clear is None else np.where(values == clear, np.uint8(255), shown)
+        return Image.fromarray(shown).convert("RGB")
     if window is not None and not deep:
         told = "says the range of its pixels itself; wanted" if ranged else "has pixels of 8 bits; wanted more bits, or"
         raise ValueError(f"window: {path} {told} no window")
@@ -350,7 +349,7 @@ def _deep_colors(path: Path, opened: Image.Image, stored: str, window: tuple[flo
     if values is None or values.dtype != np.uint16 or values.shape[1::-1] != opened.size or values.ndim != 3:
         raise ValueError("pixels of more than 8 bits in an unknown form; wanted 8 bits per channel")
     colors, alpha = values[..., 2::-1], values[..., 3:]
-    if "RGBX" in stored:  # a fourth channel of a TIFF that is no transparency
+    if "RGBX" in stored:  # a fourth channel of a TIFF that is not transparency
         alpha = alpha[..., :0]
     multiplied = "RGBa" in stored  # colours by their transparency
     if multiplied:
@@ -652,8 +651,8 @@ def imagefolder(
         boxes_csv: table with columns image, xmin, ymin, xmax, ymax, one row per box, in pixels of the upright photo;
             `image` is a path relative to the root, or a file name that occurs once. Photos without a row have no boxes,
             nor have those whose row has four empty sides; a photo with a malformed row is listed with what is wrong. A
-            photo with a box outside of it is skipped when it is read. Boxes in parts of the photo are malformed, and so
-            is 0, 0, 1, 1 in a table that has some. Rows that match no photo give a warning.
+            photo with a box outside of it is skipped when it is read. Boxes in fractions of the photo are malformed,
+            and so is 0, 0, 1, 1 in a table that has some. Rows that match no photo give a warning.
         class_names: one per label; by default the names of the folders.
         window: of pixels of more than 8 bits; see `read_image`.
 
@@ -854,7 +853,7 @@ def _labels(
 
 
 def _elsewhere(folders: Sequence[str], given: Sequence[str]) -> dict[str, int]:
-    """Folders whose name is a part of one class name alone, which has another place; numbers and wnids are no names."""
+    """Folders whose name is a part of one class name alone, which has another place; numbers and wnids do not count."""
     found = {}
     for label, folder in enumerate(folders):
         word = letters(folder)
@@ -952,8 +951,8 @@ def _objects(
     return [(entry.findtext("name"), [entry.findtext(f"bndbox/{side}") for side in BOX_COLUMNS]) for entry in found]
 
 
-def _in_fractions(row: Sequence[str]) -> bool:
-    """Whether a box is told in parts of the photo: at most 1, and not all whole."""
+def _in_fractions(row: Sequence[str | None]) -> bool:
+    """Whether the sides of a box are fractions of the photo's: none above 1, and not all whole."""
     try:
         box = [float(side or "nan") for side in row]
     except ValueError:
@@ -962,13 +961,13 @@ def _in_fractions(row: Sequence[str]) -> bool:
 
 
 def _boxes(rows: Iterable[Sequence[str | None]], fractions: bool = False) -> tuple[Box, ...]:
-    """The boxes of one photo; `fractions` is whether others of the same table are told in parts of the photo."""
+    """The boxes of one photo; `fractions` says that the table has boxes in fractions of the photo."""
     boxes = []
     for row in rows:
         box = tuple(float(side or "nan") for side in row)
         if not (len(box) == 4 and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise ValueError(f"wanted xmin ymin xmax ymax, got {' '.join(map(str, row))}")
-        if max(box) <= 1 and (fractions or not all(side.is_integer() for side in box)):
+        if max(box) <= 1 and (fractions or _in_fractions(row)):
             raise ValueError(f"wanted pixels, got fractions {' '.join(map(str, row))}")
         boxes.append(box)
     return tuple(boxes)

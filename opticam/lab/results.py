@@ -33,7 +33,7 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
         device: where they were computed.
 
     Raises:
-        TypeError: rows that are no table.
+        TypeError: rows that are not a table.
     """
     if not isinstance(rows, pd.DataFrame):
         raise TypeError(f"rows: wanted a table of pandas, got {in_a_line(rows)}")
@@ -94,7 +94,7 @@ def write_arrays(
     """Write arrays of numbers or text by name, such as photos and maps, to an `.npz`; all else as `write_rows`.
 
     Raises:
-        TypeError: what are no arrays by name.
+        TypeError: not arrays by name.
         ValueError: an array of objects, which would be read by running code; a name that is taken.
     """
     if not isinstance(arrays, Mapping):

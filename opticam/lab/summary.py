@@ -54,7 +54,7 @@ def interval(
         (low, high); NaN for a single image, which has no interval.
 
     Raises:
-        TypeError: a statistic that is no function.
+        TypeError: a statistic that is not a function.
         ValueError: no values, no numbers or of different lengths; a statistic other than the mean for repeats, or the
             mean for several arrays; fewer than one sample.
 
@@ -65,7 +65,7 @@ def interval(
 
 
 def _as_array(name: str, given: Any) -> np.ndarray:
-    """An array of numbers, also from a list or a column of a table, by a ValueError nothing else."""
+    """An array of numbers, also from a list or a column of a table. ValueError: anything else."""
     try:
         array = np.asarray(given)
         array = array.astype(float) if array.dtype == object else array
@@ -220,7 +220,7 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
     """How much more of a column one method has than the reference, (n,), image by image, for images that have both.
 
     Raises:
-        TypeError: rows that are no table.
+        TypeError: rows that are not a table.
         ValueError: no such column, no row of a method, or an image has two rows of the same method.
     """
     _check_rows(rows, [column], "image", "method")
@@ -318,7 +318,7 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
         Index `method` in order of appearance; per column `column`, `column_low`, `column_high`.
 
     Raises:
-        TypeError: rows that are no table, or columns that are no list of names.
+        TypeError: rows that are not a table, or columns that are not a list of names.
         ValueError: no such column, or one without numbers; an image has two rows of the same method and repeat, or
             lacks a repeat.
     """
@@ -510,7 +510,7 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
         percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
 
     Raises:
-        TypeError: rows that are no table.
+        TypeError: rows that are not a table.
         ValueError: no image has a box; a column is missing, or `box_hits` damaged; an image has two rows of the same
             method.
     """

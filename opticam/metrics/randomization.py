@@ -175,9 +175,9 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _keeps_weights(thing: Any) -> bool:
     """Whether a function that is not ours reaches a module or its weights by what `deepcopy` does not copy."""
-    ahead, seen, inside = [(thing, False)], set(), False
+    ahead, seen = [(thing, False)], set()
     while ahead:
-        value, inside = ahead.pop()  # inside of a function
+        value, inside = ahead.pop()  # whether inside of a function
         if inside and isinstance(value, nn.Module | nn.Parameter):
             return True
         if id(value) in seen or hasattr(value, "ours"):

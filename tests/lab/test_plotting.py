@@ -235,7 +235,7 @@ def test_dollars_in_class_names_are_no_mathematics():
         overview(photo, torch.ones(5, 2, 2), torch.ones(5), maps, [2.0, 3.0, 5.0], {"photo": 1.0}, name, 0.001),
     ]
     for figure in figures:
-        figure.canvas.draw()  # what is no mathematics would be refused here
+        figure.canvas.draw()  # what is not mathematics would be refused here
     figure = image_grid([[photo]], column_titles=["$x$"])
     assert figure.axes[0].title.get_parse_math()
 
