@@ -84,7 +84,7 @@ def check_layout(
     The image is divided as the maps are. One place p after another is painted in one colour, and the change of each
     cell q is measured, `D_pq = || A_q(x_p) - A_q(x) ||`, over channels, images and colours. A cell answers if a change
     at its place changes it, or one of its eight neighbours (windows of strided convolutions lie up to half a cell
-    beside the places), more than all others.
+    beside the places), more than all others, and by more than rounding.
 
     A layout that is transposed, flipped, rolled, in another order or that takes a class token for a patch leaves cells
     without an answer, so True everywhere confirms a layout, but for a shift of a single cell that does not run over
@@ -120,6 +120,7 @@ def check_layout(
     generator = torch.Generator().manual_seed(0)
     low, high = images.aminmax()
     changes = torch.zeros(len(cells), len(cells), dtype=torch.float64)
+    rounding = num_changes * (4 * torch.finfo(features.dtype).eps * features.double().norm(dim=(0, 1))).square().cpu()
     for image, own in zip(images, features, strict=True):
         for _ in range(num_changes):
             bright = torch.rand(len(image), 1, 1, generator=generator).to(images.device) < 0.5
@@ -129,4 +130,4 @@ def check_layout(
                 changes[part] += (maps.double() - own.double()).square().sum(1).flatten(1).cpu()
     strongest = changes.argmax(1)
     near = ((i[strongest] - i).abs() <= 1) & ((j[strongest] - j).abs() <= 1)
-    return (near & (changes.amax(1) > 0)).view(rows, columns)
+    return (near & (changes.amax(1) > rounding.flatten()[strongest])).view(rows, columns)

@@ -470,6 +470,16 @@ def test_the_experiment_points_at_the_cells_in_doubt(images):
         check_layout(wrap(network, "0"), images[:, :, :16])
 
 
+def test_a_change_within_rounding_is_no_answer(images):
+    """A network that hardly sees the image: which cell changes most would differ from processor to processor."""
+    norm, head = nn.BatchNorm2d(3), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    network = nn.Sequential(nn.AvgPool2d(8), norm, *head).eval()
+    nn.init.constant_(norm.weight, 4e-7)
+    nn.init.ones_(norm.bias)
+    assert check_layout(wrap(network.double(), "1"), images[:2]).all()
+    assert not check_layout(wrap(network.float(), "1"), images[:2].float()).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "layer"),

@@ -47,7 +47,7 @@ class Family(NamedTuple):
                     parameter[:, :, parameter.shape[2] // 2, parameter.shape[3] // 2] = middle
                 elif name.endswith("attention_biases"):
                     parameter[:, 0] = 4.0
-            if self.name.startswith(("LeViT", "MobileViT")):  # some begin with zeros
+            if self.name.startswith(("LeViT", "MobileViT", "RepVGG")):  # some begin with zeros, or nearly
                 for module in network.modules():
                     if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
                         module.weight.fill_(1.0)
@@ -130,7 +130,7 @@ FAMILIES = [
     Family("ConvMixer", "timm/ConvMixer", 56, {"dim": 64, "depth": 4, "kernel_size": 9, "patch_size": 14}),
     Family("EdgeNeXt", "timm/edgenext_xx_small", 96),
     Family("FastViT", "timm/fastvit_t8", 96),
-    Family("RepViT", "timm/repvit_m0_9", 96),
+    Family("RepViT", "timm/repvit_m0_9", 96, taps=0.5),
     Family("StarNet", "timm/starnet_s1", 96),
     Family("FasterNet", "timm/fasternet_t0", 96),
     Family("MambaOut", "timm/mambaout_femto", 96),
@@ -220,9 +220,9 @@ def row(family: Family, layer: str, grid: str, verdict: str) -> str:
 HEADING = """# Networks that were tried
 
 One small network per family was built with random weights. So that places stand out, the middle taps of its kernels
-weigh most, and weights that a library sets to zero, or attention biases, are filled. Five families, whose code says so,
-have even taps and are tried four times. The settings were found by trying, so a verdict says that a right layout can be
-seen, and a wrong one is.
+weigh most, and weights that a library sets to zero or nearly, or attention biases, are filled. Five families, whose
+code says so, have even taps and are tried four times; RepViT has taps of one half. The settings were found by trying,
+so a verdict says that a right layout can be seen, and a wrong one is.
 
 - *Layer* is what `default_layer` finds.
 - *Grid* is that of its maps, for the small image of the test.

@@ -515,7 +515,8 @@ def test_autocast_reduces_the_passes_of_the_masked_image_only(images, class_idx)
     exact = opti_cam(model, images.float(), class_idx, **settings)
     assert seen == [torch.float32] + 21 * [torch.bfloat16] + 22 * [torch.float32]
     assert result.saliency.dtype == result.objective.dtype == torch.float32
-    torch.testing.assert_close(gained(result), gained(exact), rtol=0, atol=0.04)
+    # on the way, an image may be a step behind
+    torch.testing.assert_close(gained(result)[:, -1], gained(exact)[:, -1], rtol=0, atol=0.03)
 
 
 def test_memory_does_not_grow_with_the_steps(tiny, images, class_idx):
