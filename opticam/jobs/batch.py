@@ -273,7 +273,9 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
     `evidence: {NAME: TABLE}` makes `NAME.parquet` of the tables `TABLE.parquet` of the runs. Images come in the order
     of their names. Only numbers and words are shipped: columns of bytes are left out but for `box_hits`, and numbers
     that are not probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
-    how many `images` and `runs` there are: a part of a batch may be shipped before the rest is done.
+    how many `images` there are: a part of a batch may be shipped before the rest is done. What the file holds of other
+    images stays, if the same code made it with the same parameters: parts may be run on several machines. Other rows
+    are replaced.
 
     Returns:
         Path in the folder -> what was written, in words; without the files that no run has rows for yet.
@@ -286,16 +288,25 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         tables = _tables(batch, stem)
         if not tables:
             continue
+        path = folder / f"{name}.parquet"
         shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
+        told = f"{len(tables)} of {len(batch.runs)} runs"
+        if path.is_file():
+            there, made_by = pq.read_table(path), _made_by(_shared(tables))
+            if made_by and made_by == _made_by(there.schema.metadata):
+                varied = [field for field in batch.runs[0].varied if field != "shard"]
+                shipped.append(_lacking(there, shipped, ["image", *varied]))
+                told += f" and {len(shipped[-1])} rows that were there"
+            else:
+                told += f", in place of {len(there)} rows by other code or parameters"
         rows = pa.concat_tables(shipped, promote_options="permissive")
         names = rows["image"].to_numpy(zero_copy_only=False)
+        images = len({*names})
         rows = rows.take(pa.array(names.argsort(kind="stable")))
-        images, runs = len(set(names)), f"{len(tables)} of {len(batch.runs)}"
-        rows = rows.replace_schema_metadata(_shared(tables, images=images, runs=runs))
-        path = folder / f"{name}.parquet"
+        rows = rows.replace_schema_metadata(_shared(tables, images=images))
         with replacing(path) as whole:
             pq.write_table(rows, whole, compression="zstd")
-        written[path] = f"{len(rows)} rows of {images} images, {runs} runs, {path.stat().st_size / 1000:.0f} kB"
+        written[path] = f"{len(rows)} rows of {images} images, {told}, {path.stat().st_size / 1000:.0f} kB"
     return written
 
 
@@ -320,15 +331,35 @@ def _shipped(table: "pa.Table") -> "pa.Table":
     return pa.table(columns)
 
 
-def _shared(tables: Iterable[Path], **more: Any) -> dict[bytes, bytes]:
-    """The provenance of tables, with the parameters that all of them share, and more; nothing where one has none."""
+def _made_by(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any] | None:
+    """What makes rows what they are, of a provenance: parameters, code and versions."""
+    if not metadata or PROVENANCE not in metadata:
+        return None
+    provenance = json.loads(metadata[PROVENANCE])
+    return {name: provenance.get(name) for name in ("parameters", "package", "code", "torch")}
+
+
+def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -> "pa.Table":
+    """The rows of a table whose keys none of the others has."""
+    import pyarrow as pa
+
+    def rows(of: "pa.Table") -> Iterator[tuple[Any, ...]]:
+        return zip(*of.select(keys).to_pydict().values(), strict=True)
+
+    taken = {row for other in others for row in rows(other)}
+    return table.filter(pa.array([row not in taken for row in rows(table)], pa.bool_()))
+
+
+def _shared(tables: Mapping[Path, Run], **more: Any) -> dict[bytes, bytes]:
+    """The provenance of tables, with the parameters that no run varies, and more; nothing where one has none."""
     import pyarrow.parquet as pq
 
     metadata = [pq.read_schema(table).metadata or {} for table in tables]
     if not all(PROVENANCE in entry for entry in metadata):
         return {}
     first, *others = (json.loads(entry[PROVENANCE]) for entry in metadata)
-    shared = dict(first["parameters"])
+    varied = {name for run in tables.values() for name in run.varied}
+    shared = {name: value for name, value in first["parameters"].items() if name not in varied}
     for other in others:
         shared = {name: value for name, value in shared.items() if other["parameters"].get(name) == value}
     return {PROVENANCE: json.dumps({**first, "parameters": shared, **more}).encode()}
