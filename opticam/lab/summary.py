@@ -2,12 +2,11 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from opticam.checks import check_numbers, check_whole
 from opticam.methods import method_label
@@ -29,6 +28,7 @@ class Estimate(NamedTuple):
 
 NOTHING = Estimate(np.nan, np.nan, np.nan)  # of no values
 FEW, MANY = 20, 2000  # images: below, resampling covers less than it says; above, it adds nothing to a mean
+DRAWN = 2_000_000  # resampled values in memory, whatever the number of images
 
 
 def interval(
@@ -61,7 +61,7 @@ def interval(
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    return _intervals(_as_arrays(values), statistic, num_resamples)(0.95)
+    return _inferred(_as_arrays(values), statistic, num_resamples)[0][1:]
 
 
 def _as_array(name: str, given: Any) -> np.ndarray:
@@ -86,10 +86,10 @@ def _as_arrays(values: Sequence[Any]) -> tuple[np.ndarray, ...]:
     return arrays
 
 
-def _intervals(
+def _inferred(
     values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
-) -> Callable[[float], tuple[float, float]]:
-    """`interval` as a function of its confidence, of values that are resampled once."""
+) -> tuple[Estimate, Callable[[], float]]:
+    """A statistic with its interval, see `interval`, and a function that returns its p value, see `estimate_and_p`."""
     if not values or len(values[0]) == 0:
         raise ValueError("values: wanted at least one image")
     check_whole(1, num_resamples=num_resamples)
@@ -100,30 +100,57 @@ def _intervals(
     number, repeated = len(values[0]), values[0].ndim == 2
     if repeated and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
+    value = float(statistic(*values, axis=None if repeated else -1))
     if number == 1:
-        return lambda confidence: (np.nan, np.nan)
+        return Estimate(value, np.nan, np.nan), lambda: np.nan
     if number >= FEW and not repeated and not (statistic is np.mean and number > MANY):
-        bootstrap = partial(
-            stats.bootstrap,
-            values,
-            statistic,
-            paired=True,
-            vectorized=True,
-            batch=max(1, 2_000_000 // number),  # resampled values in memory, whatever the number of images
-            method="BCa",
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is undefined: then t
-            drawn = bootstrap(n_resamples=num_resamples, rng=np.random.default_rng(0))
-        if np.isfinite(drawn.confidence_interval).all():
-            return lambda confidence: _pair(
-                bootstrap(n_resamples=0, bootstrap_result=drawn, confidence_level=confidence).confidence_interval
+            drawn = stats.bootstrap(
+                values,
+                statistic,
+                n_resamples=num_resamples,
+                paired=True,
+                vectorized=True,
+                batch=max(1, DRAWN // number),
+                method="BCa",
+                rng=np.random.default_rng(0),
             )
+        if np.isfinite(drawn.confidence_interval).all():
+            found = Estimate(value, *_pair(drawn.confidence_interval))
+            return found, lambda: _p_of_bca(values, statistic, value, drawn.bootstrap_distribution)
     if statistic is np.mean:
-        return partial(_t_interval, float(values[0].mean()), *_spread(values[0].reshape(number, -1)))
-    without = np.array([statistic(*(np.delete(v, i) for v in values), axis=-1) for i in range(number)])
-    error = without.std() * np.sqrt(number - 1)
-    return partial(_t_interval, float(statistic(*values, axis=-1)), error, number - 1)
+        error, freedom = _spread(values[0].reshape(number, -1))
+    else:
+        error, freedom = _left_out(values, statistic).std() * np.sqrt(number - 1), number - 1
+    half = error * stats.t.ppf(0.975, freedom)
+    found = Estimate(value, float(value - half), float(value + half))
+    return found, lambda: float(2 * stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+
+
+def _left_out(values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray]) -> np.ndarray:
+    """The statistic without one image after the other, with so many values in memory as `DRAWN` says."""
+    number = len(values[0])
+    places, found = np.arange(number - 1), []
+    for left_out in np.array_split(np.arange(number)[:, None], 1 + number**2 // DRAWN):
+        others = places + (places >= left_out)
+        found.append(statistic(*(array[others] for array in values), axis=-1))
+    return np.concatenate(found)
+
+
+def _p_of_bca(
+    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], value: float, drawn: np.ndarray
+) -> float:
+    """1 minus the confidence whose BCa interval ends at 0, by Efron's formula solved for it."""
+    apart = _left_out(values, statistic)
+    apart = apart.mean() - apart
+    skew = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
+    at_zero = np.interp(0, np.sort(drawn), np.linspace(0, 1, len(drawn)))  # the quantile that is 0
+    if at_zero in (0, 1):
+        return 0.0
+    bias = special.ndtri(((drawn < value).mean() + (drawn <= value).mean()) / 2)
+    beyond = special.ndtri(at_zero) - bias
+    return float(2 * special.ndtr(-abs(beyond / (1 + skew * beyond) - bias)))
 
 
 def estimate_and_p(
@@ -135,18 +162,12 @@ def estimate_and_p(
     excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
     Returns:
-        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. It is exact to a
-        thousandth of itself. NaN, which is not a test, for a single image, for values that are all the same but not 0,
-        and where one of them is NaN.
+        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. NaN, which is
+        not a test, for a single image, for values that are all the same but not 0, and where one of them is NaN.
     """
-    found, ends = _estimated(values, statistic, num_resamples)
-    least, most = 2 / num_resamples, 1.0
-    while most > 1.001 * least:
-        middle = np.sqrt(least * most)
-        low, high = ends(1 - middle)
-        least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
+    found, p = _inferred(_as_arrays(values), statistic, num_resamples)
     untested = np.isnan(found).any() or (found.low == found.high != 0)
-    return found, np.nan if untested else float(most)
+    return found, np.nan if untested else max(p(), 2 / num_resamples)
 
 
 def holm(p_values: Collection[float]) -> np.ndarray:
@@ -189,16 +210,7 @@ def estimate(
     *values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean, num_resamples: int = 10_000
 ) -> Estimate:
     """A statistic over images with its 95 % interval; arguments and errors as `interval`."""
-    return _estimated(values, statistic, num_resamples)[0]
-
-
-def _estimated(
-    values: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], num_resamples: int
-) -> tuple[Estimate, Callable[[float], tuple[float, float]]]:
-    values = _as_arrays(values)
-    ends = _intervals(values, statistic, num_resamples)
-    value = statistic(*values, axis=None if values[0].ndim == 2 else -1)
-    return Estimate(float(value), *ends(0.95)), ends
+    return _inferred(_as_arrays(values), statistic, num_resamples)[0]
 
 
 def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
@@ -263,11 +275,6 @@ def _within(found: Estimate, column: str, factor: float, difference: bool) -> Es
 def clipped(found: Estimate, least: float, most: float) -> Estimate:
     """The estimate with an interval that ends where its values do."""
     return Estimate(found.value, *np.clip(found[1:], least, most).tolist())
-
-
-def _t_interval(center: float, error: float, freedom: float, confidence: float) -> tuple[float, float]:
-    half = error * stats.t.ppf((1 + confidence) / 2, freedom)
-    return float(center - half), float(center + half)
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
