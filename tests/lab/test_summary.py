@@ -140,6 +140,18 @@ def test_p_of_many_images_is_efrons_formula_solved_for_it():
     assert p_value(values) != pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
 
 
+@pytest.mark.parametrize("statistic", [np.mean, spearman])
+def test_the_interval_of_confidence_1_minus_p_ends_at_0(statistic):
+    rng = np.random.default_rng(6)
+    a = rng.exponential(3, 40)
+    values = (a - 2,) if statistic is np.mean else (a, a + rng.normal(0, 20, 40))
+    p = p_value(*values, statistic=statistic)
+    assert 0.01 < p < 0.5
+    settings = {"n_resamples": 10_000, "paired": True, "vectorized": True, "rng": np.random.default_rng(0)}
+    ends = stats.bootstrap(values, statistic, confidence_level=1 - p, **settings).confidence_interval
+    assert min(map(abs, ends)) < 1e-6
+
+
 @pytest.mark.slow
 def test_the_interval_excludes_0_where_p_is_small():
     noise = np.random.default_rng(6).normal(0, 1, (40, 25))
