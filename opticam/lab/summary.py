@@ -503,7 +503,7 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     return (x * y).sum(axis) / np.where(scale > 0, scale, 1)
 
 
-def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
     """MaxBoxAcc and MaxBoxAccV2 over all images with a box, per method, from the column `box_hits`.
 
     In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
@@ -511,31 +511,43 @@ def box_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         rows: of `evaluate` with the score "localization"; of several shards, all of them.
+        reference: the method to subtract, as in `summarize_differences`: of the same images, each method at its own
+            best threshold. The rows then need the column `image`.
 
     Returns:
         Index `method` in order of appearance; columns `max_box_acc` and `max_box_acc_v2`, each with `_low` and `_high`,
-        percentages, higher is better; see `opticam.metrics.max_box_accuracy`.
+        percentages, higher is better; see `opticam.metrics.max_box_accuracy`. With a reference, which is left out,
+        differences in points, and `_p`.
 
     Raises:
         TypeError: rows that are not a table.
         ValueError: no image has a box; a column is missing, or `box_hits` damaged; an image has two rows of the same
-            method.
+            method; no row of the reference, or a method has boxes for other images than the reference.
     """
-    _check_rows(rows, [], "method", "pointing_game", "box_hits")
+    needed = ["pointing_game", "box_hits"] if reference is None else ["pointing_game", "box_hits", "image"]
+    _check_rows(rows, [], "method", *needed)
     with_box = rows[rows["pointing_game"].notna()]
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
     kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
+    if reference is None:
+        return tabulate(
+            with_box,
+            dict.fromkeys(kinds, 100),
+            lambda group, column: (clipped(_best_share(_hits(group)[:, kinds[column]])[0], 0, 1), None),
+        )
+    _check_method(with_box, reference=reference)
+    with_box = with_box.sort_values("image", kind="stable")
+    base = with_box[with_box["method"] == reference]
 
-    def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
-        try:
-            bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
-            hits = bits.reshape(len(group), 4, -1)
-        except (TypeError, ValueError) as error:
-            raise ValueError("rows: wanted box_hits as bytes, as many for each image, got others") from error
-        return clipped(_best_share(hits[:, kinds[column]]), 0, 1), None
+    def apart(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
+        if group["image"].tolist() != base["image"].tolist():
+            raise ValueError(f"rows: {group['method'].iloc[0]} has boxes for other images than {reference}")
+        found, p = _best_share(*(_hits(of)[:, kinds[column]] for of in (group, base)))
+        return clipped(found, -1, 1), p
 
-    return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)
+    order = [method for method in rows["method"].unique() if method in set(with_box["method"]) - {reference}]
+    return tabulate(with_box[with_box["method"] != reference], dict.fromkeys(kinds, 100), apart).loc[order]
 
 
 PAPER = {
@@ -577,21 +589,34 @@ def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def _best_share(hits: np.ndarray) -> Estimate:
-    """The share of hits (n,K,T) at the best of T thresholds, and the mean of the K shares, each with its own best."""
-    number, kinds, _ = hits.shape
+def _hits(group: pd.DataFrame) -> np.ndarray:
+    """The column `box_hits`, (n,4,T)."""
+    try:
+        bits = np.stack([np.unpackbits(np.frombuffer(packed, np.uint8)) for packed in group["box_hits"]])
+        return bits.reshape(len(group), 4, -1)
+    except (TypeError, ValueError) as error:
+        raise ValueError("rows: wanted box_hits as bytes, as many for each image, got others") from error
+
+
+def _best_share(*hits: np.ndarray) -> tuple[Estimate, float]:
+    """The share of hits (n,K,T) at the best of T thresholds, the mean of K shares, each with its own best, and its p.
+
+    Of two methods the difference: that of the first minus that of the second.
+    """
+    number = len(hits[0])
     if number > MANY:
-        best = hits.sum(0, dtype=int).argmax(-1)
-        return estimate(np.take_along_axis(hits, best[None, :, None], 2).mean((1, 2)))
+        best = [one.sum(0, dtype=int).argmax(-1)[None, :, None] for one in hits]
+        values = [np.take_along_axis(*pair, 2).mean((1, 2)) for pair in zip(hits, best, strict=True)]
+        return estimate_and_p(values[0] - values[1] if values[1:] else values[0])
     # most thresholds hit the same images: maps have 256 levels
-    kept = [np.unique(hits[:, kind], axis=1).astype(np.float32) for kind in range(kinds)]
+    kept = [[np.unique(kind, axis=1).astype(np.float32) for kind in one.swapaxes(0, 1)] for one in hits]
 
     def share(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
         """Of images given by number, (...,m)."""
         flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
         places = flat + number * np.arange(len(flat))[:, None]
         counts = np.bincount(places.ravel(), minlength=number * len(flat)).reshape(-1, number).astype(np.float32)
-        best = np.mean([(counts @ some).max(1) for some in kept], axis=0)
-        return best.reshape(drawn.shape[:-1]) / drawn.shape[-1]
+        best = [np.mean([(counts @ some).max(1) for some in one], axis=0, dtype=float) for one in kept]
+        return (best[0] - best[1] if best[1:] else best[0]).reshape(drawn.shape[:-1]) / drawn.shape[-1]
 
-    return estimate(np.arange(number), statistic=share)
+    return estimate_and_p(np.arange(number), statistic=share)

@@ -390,6 +390,32 @@ def test_box_accuracies_of_very_many_images_take_the_best_threshold_of_all():
     assert found.max_box_acc == pytest.approx(100 * hits[:, 0, 1].mean())
 
 
+def test_differences_of_box_accuracies_are_of_the_same_images():
+    """Where one method is right wherever the other is, and on others too, the difference is clear."""
+    hits = np.random.default_rng(3).random((40, 4, 6)) < 0.6
+    more = hits | (np.arange(40)[:, None, None] % 3 == 0)
+    rows = pd.concat([box_rows(some).assign(method=name) for name, some in zip("ab", (hits, more), strict=True)])
+    rows["image"] = [f"{number:02}" for number in range(40)] * 2
+    apart, alone = box_accuracies(rows[::-1], "a").loc["b"], box_accuracies(rows)
+
+    def best(images, axis):
+        lists = images.reshape(-1, images.shape[-1])
+        gained = [more[some, 0].sum(0).max() - hits[some, 0].sum(0).max() for some in lists]
+        return np.array(gained).reshape(images.shape[:-1]) / images.shape[-1]
+
+    assert apart.max_box_acc == pytest.approx(alone.max_box_acc["b"] - alone.max_box_acc["a"])
+    expected = interval(np.arange(40), statistic=best)
+    assert (apart.max_box_acc_low, apart.max_box_acc_high) == pytest.approx([100 * end for end in expected])
+    assert apart.max_box_acc_high - apart.max_box_acc_low < alone.max_box_acc_high["b"] - alone.max_box_acc_low["a"]
+    assert apart.max_box_acc_p < 0.05
+    many = pd.concat([rows.assign(image=rows.image + str(copy)) for copy in range(51)])
+    assert box_accuracies(many, "a").loc["b"].max_box_acc == pytest.approx(apart.max_box_acc)
+    with pytest.raises(ValueError, match="rows: b has boxes for other images than a"):
+        box_accuracies(rows[:-1], "a")
+    with pytest.raises(ValueError, match="reference: "):
+        box_accuracies(rows, "c")
+
+
 def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
     hits = np.zeros((2, 4, 8), bool)
     hits[0, :, 3] = True
