@@ -145,12 +145,15 @@ def _p_of_bca(
     apart = _left_out(values, statistic)
     apart = apart.mean() - apart
     skew = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
-    at_zero = np.interp(0, np.sort(drawn), np.linspace(0, 1, len(drawn)))  # the quantile that is 0
-    if at_zero in (0, 1):
+    drawn, number = np.sort(drawn), len(drawn)
+    below, up_to = (np.searchsorted(drawn, 0, side) for side in ("left", "right"))
+    if below == number or up_to == 0:
         return 0.0
+    at_zero = [below, up_to - 1] if below < up_to else [np.interp(0, drawn, np.arange(number))]  # several may be 0
     bias = special.ndtri(((drawn < value).mean() + (drawn <= value).mean()) / 2)
-    beyond = special.ndtri(at_zero) - bias
-    return float(2 * special.ndtr(-abs(beyond / (1 + skew * beyond) - bias)))
+    beyond = special.ndtri(np.clip(at_zero, 0.1, number - 1.1) / (number - 1)) - bias
+    ends = beyond / (1 + skew * beyond) - bias
+    return float(2 * special.ndtr(-abs(ends).min())) if ends[0] * ends[-1] > 0 else 1.0
 
 
 def estimate_and_p(

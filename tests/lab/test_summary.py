@@ -152,6 +152,20 @@ def test_the_interval_of_confidence_1_minus_p_ends_at_0(statistic):
     assert min(map(abs, ends)) < 1e-6
 
 
+def test_p_where_resamples_are_exactly_0():
+    """If one of 50 images differs, more than a third of the resamples are 0: the 95 % interval ends there."""
+    few = np.zeros(50)
+    few[3] = -1
+    assert interval(few)[1] == 0
+    assert p_value(few) == pytest.approx(p_value(-few))
+    assert 0.3 < p_value(few) < 1
+    most = np.where(np.arange(50) < 12, 1.0, 0.0)
+    assert p_value(most) == pytest.approx(2e-4)
+    mixed = np.repeat([1.0, 0.0, -1.0], [9, 38, 3])
+    assert interval(mixed)[0] <= 0
+    assert 0.05 < p_value(mixed) < 0.2
+
+
 @pytest.mark.slow
 def test_the_interval_excludes_0_where_p_is_small():
     noise = np.random.default_rng(6).normal(0, 1, (40, 25))
