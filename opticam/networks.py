@@ -202,8 +202,8 @@ def load_model(
             loader and cache, which may download; False gives random weights from torch's generator.
         checkpoint: file with own weights instead, of `torch.save` or of safetensors; None or "" for none. See
             `checkpoints.find_weights`. Or a .toml with the arguments from here to `window` that belong to the weights,
-            such as `head = "sigmoid"`; its `checkpoint`, which it needs, is a path beside it, and what is
-            given here goes first.
+            such as `head = "sigmoid"`. It must name the weights as `checkpoint`, a path relative to the .toml.
+            Arguments given here override the file.
         checkpoint_key: where in the file the weights lie, if more than one place would do; without a checkpoint it is
             refused.
         num_classes: of the head; by default as many as `class_names`, the checkpoint or the published weights have.

@@ -176,7 +176,7 @@ def test_methods_and_metrics_give_the_numbers_of_the_network(monkeypatch):
     images, class_idx = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 5])
     calls = {
         "opti_cam": lambda: opti_cam(network, images, class_idx, layer="layer3", num_steps=5).saliency,
-        "score_cam": lambda: METHODS["score_cam"](network, images, class_idx, layer="layer3.1.bn2"),
+        "score_cam": lambda: METHODS["score_cam"](network, images, class_idx, layer="layer1.1.bn2"),
         "rise": lambda: METHODS["rise"](network, images, class_idx, num_masks=9),
         "extremal": lambda: METHODS["extremal_perturbation"](network, images, class_idx, num_steps=4),
         "curves": lambda: torch.cat(

@@ -1,4 +1,4 @@
-"""The notebooks: DESIGN's form, honest numbers, and every one runs at tiny parameters."""
+"""The notebooks: the form that CONTRIBUTING.md describes, honest numbers, and every one runs at tiny parameters."""
 
 import ast
 import json

@@ -152,6 +152,22 @@ def test_the_schedules_of_the_benchmarks_page_are_the_measured_ones():
     ]
 
 
+def test_the_speeds_of_the_benchmarks_page_are_the_measured_ones():
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    measured = json.loads((REPOSITORY / "benchmarks" / "results" / "published.json").read_text())["rows"]
+    table = re.search(r"<!-- benchmarks/results/published.json -->\n(.+?)\n\n", page, re.S).group(1)
+    shown = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
+    digits = {"published / ours": 1, "published / ours, bfloat16": 1, "ours / floor": 2, "100 published steps / fast": 1}
+    assert shown == [[f"{row[column]:.{number}f}" for column, number in digits.items()] for row in measured]
+
+
+@pytest.mark.parametrize("path", tracked("notebooks/batches/*.yaml"), ids=lambda path: path.stem)
+def test_a_batch_says_how_many_images(path):
+    """Without `limit` a page takes the few photos that it teaches on."""
+    for part in yaml.safe_load_all(path.read_text()):
+        assert "limit" in {**part.get("parameters", {}), **part.get("grid", {})}
+
+
 def markdown(page):
     if page.suffix == ".md":
         return page.read_text()

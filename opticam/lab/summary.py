@@ -509,8 +509,8 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
     """MaxBoxAcc and MaxBoxAccV2 over all images with a box, per method, from the column `box_hits`.
 
-    In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. Of more
-    than 2000 images it is that of the mean at the best threshold of all: the choice adds next to nothing there.
+    In the interval the best threshold is a part of the statistic: each resample of the images chooses its own. For more
+    than 2000 images the threshold that is best for all of them is kept, since choosing adds next to nothing there.
 
     Args:
         rows: of `evaluate` with the score "localization"; of several shards, all of them.

@@ -191,7 +191,7 @@ def opti_cam(
             this, `optimizer`, `num_steps` and `lr`.
         optimizer: from (point, lr, num_steps) to a torch optimiser that maximises and a scheduler of its learning rate
             or None; elementwise, or images would depend on each other.
-        num_steps: T. The paper's experiments are reproduced with 100; the published demo runs 50.
+        num_steps: T. The paper's experiments take 100; the published demo takes 50.
         lr: learning rate.
         u: (B,K) start of the free variables; None for a constant, which means equal weights.
         tol: an image stops when its best objective grew by less than this share of its size in `patience` steps, and

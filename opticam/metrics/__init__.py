@@ -1,4 +1,4 @@
-"""The metrics by name: records of pure functions from saved tensors to one value per image.
+"""The metrics by name: records of functions, most of them from saved tensors to one value per image.
 
 SciPy, scikit-image and OpenCV are imported by the functions that need them: AD, AI and AG do not wait for them.
 """
