@@ -157,7 +157,12 @@ def test_the_speeds_of_the_benchmarks_page_are_the_measured_ones():
     measured = json.loads((REPOSITORY / "benchmarks" / "results" / "published.json").read_text())["rows"]
     table = re.search(r"<!-- benchmarks/results/published.json -->\n(.+?)\n\n", page, re.S).group(1)
     shown = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
-    digits = {"published / ours": 1, "published / ours, bfloat16": 1, "ours / floor": 2, "100 published steps / fast": 1}
+    digits = {
+        "published / ours": 1,
+        "published / ours, bfloat16": 1,
+        "ours / floor": 2,
+        "100 published steps / fast": 1,
+    }
     assert shown == [[f"{row[column]:.{number}f}" for column, number in digits.items()] for row in measured]
 
 

@@ -219,10 +219,10 @@ def row(family: Family, layer: str, grid: str, verdict: str) -> str:
 
 HEADING = """# Networks that were tried
 
-One small network per family was built with random weights. To make places stand out, the middle weight of each kernel is
-the largest. Weights that a library sets to zero or nearly, and attention biases, are filled. Five families, whose code
-says so, have kernels of equal weights and are tried four times; in RepViT the other weights are halved. The settings
-were found by trying. So a verdict says only that a right layout can be recognised, and that a wrong one is found.
+One small network per family was built with random weights. To make places stand out, the middle weight of each kernel
+is the largest. Weights that a library sets to zero or nearly, and attention biases, are filled. Five families, whose
+code says so, have kernels of equal weights and are tried four times; in RepViT the other weights are halved. The
+settings were found by trying. So a verdict says only that a right layout can be recognised, and a wrong one found.
 
 - *Layer* is what `default_layer` finds.
 - *Grid* is that of its maps, for the small image of the test.

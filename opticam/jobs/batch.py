@@ -29,6 +29,7 @@ OWN = ("figures", "results")  # parameters that a batch sets itself: each run wr
 # the fields of a document, with what they are where they are not given
 _FIELDS = {"notebook": "", "parameters": {}, "grid": {}, "shards": 0, "resources": {}, "output": "", "evidence": {}}
 _KINDS = {str: "text", dict: "names with values", int: "a whole number"}
+_OF_A_PART = {"part", "shard", "shards", "images", "files"}  # parameters of notebooks and of `stream`
 _MOST_RUNS = 100_000  # more is a typing error, which would fill the memory before anything is reported
 Place = tuple[str | int, ...]
 
@@ -273,9 +274,9 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
     `evidence: {NAME: TABLE}` makes `NAME.parquet` of the tables `TABLE.parquet` of the runs. Images come in the order
     of their names. Only numbers and words are shipped: columns of bytes are left out but for `box_hits`, and numbers
     that are not probabilities have single precision. The provenance is that of the runs, see `write_summary`, and says
-    how many `images` there are: a part of a batch may be shipped before the rest is done. What the file holds of other
-    images stays, if the same code made it with the same parameters: parts may be run on several machines. Other rows
-    are replaced.
+    how many `images` there are, and into how many `shards` they were split: a part of a batch may be shipped before the
+    rest is done. What the file holds of other images stays, if the same code made it with the same parameters, shards
+    and kind of device: parts may be run on several machines. Other rows are replaced.
 
     Returns:
         Path in the folder -> what was written, in words; without the files that no run has rows for yet.
@@ -292,7 +293,7 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
         told = f"{len(tables)} of {len(batch.runs)} runs"
         if path.is_file():
-            there, made_by = pq.read_table(path), _made_by(_shared(tables))
+            there, made_by = pq.read_table(path), _made_by(_shared(tables, shards=_shards(tables)))
             if made_by and made_by == _made_by(there.schema.metadata):
                 varied = [field for field in batch.runs[0].varied if field != "shard"]
                 shipped.append(_lacking(there, shipped, ["image", *varied]))
@@ -303,7 +304,7 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         names = rows["image"].to_numpy(zero_copy_only=False)
         images = len({*names})
         rows = rows.take(pa.array(names.argsort(kind="stable")))
-        rows = rows.replace_schema_metadata(_shared(tables, images=images))
+        rows = rows.replace_schema_metadata(_shared(tables, shards=_shards(tables), images=images))
         with replacing(path) as whole:
             pq.write_table(rows, whole, compression="zstd")
         written[path] = f"{len(rows)} rows of {images} images, {told}, {path.stat().st_size / 1000:.0f} kB"
@@ -331,12 +332,17 @@ def _shipped(table: "pa.Table") -> "pa.Table":
     return pa.table(columns)
 
 
+def _shards(tables: Mapping[Path, Run]) -> int:
+    return max(int(run.varied.get("shard", "0/1").partition("/")[2]) for run in tables.values())
+
+
 def _made_by(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any] | None:
-    """What makes rows what they are, of a provenance: parameters, code and versions."""
+    """What makes rows what they are, of a provenance: parameters, code, versions, device and split."""
     if not metadata or PROVENANCE not in metadata:
         return None
     provenance = json.loads(metadata[PROVENANCE])
-    return {name: provenance.get(name) for name in ("parameters", "package", "code", "torch")}
+    names = ("parameters", "package", "code", "torch", "device", "shards")
+    return {name: provenance.get(name) for name in names}
 
 
 def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -> "pa.Table":
@@ -351,14 +357,17 @@ def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -
 
 
 def _shared(tables: Mapping[Path, Run], **more: Any) -> dict[bytes, bytes]:
-    """The provenance of tables, with the parameters that no run varies, and more; nothing where one has none."""
+    """The provenance of tables, with the parameters that no run varies, and more; nothing where one has none.
+
+    Parameters that say which part of the images a table holds are left out, also of a single table.
+    """
     import pyarrow.parquet as pq
 
     metadata = [pq.read_schema(table).metadata or {} for table in tables]
     if not all(PROVENANCE in entry for entry in metadata):
         return {}
     first, *others = (json.loads(entry[PROVENANCE]) for entry in metadata)
-    varied = {name for run in tables.values() for name in run.varied}
+    varied = {name for run in tables.values() for name in run.varied} | _OF_A_PART
     shared = {name: value for name, value in first["parameters"].items() if name not in varied}
     for other in others:
         shared = {name: value for name, value in shared.items() if other["parameters"].get(name) == value}

@@ -190,15 +190,13 @@ class OneCell(nn.Module):
 
     `maps`, an identity that is called on the maps of the whole mosaic, is the layer to explain.
 
-    DiFull, `apart`: the features of the cells are computed apart and stitched, so that nothing outside the cell changes
-    the logits. DiPart, not `apart`: the features are those of the mosaic as one image, and cells see a little of each
-    other.
+    DiFull: the features of the cells are computed apart and stitched, so that nothing outside the cell changes the
+    logits.
 
     Args:
         network: with the methods `forward_features`, to maps (B,K,h,w), and `forward_head`, from them to logits, as the
             networks of timm have them.
         cell: 0 to 3, row by row.
-        apart: DiFull; else DiPart.
 
     Raises:
         ValueError: a network without these methods, or no such cell.

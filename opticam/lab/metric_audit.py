@@ -298,10 +298,10 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
 
     Returns:
         Index `metric`; each with `_low` and `_high`: `maps`, `images`, `methods` of `agreement`; `uninformative`, how
-        often a control scores better than the base method's map, equals counting one half, best 0; and for each of
-        `CHANGES` what it adds to the base method's score, in standard deviations over the methods, best 0, positive
-        where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`, the p
-        value of `maps` being 0.
+        often a control of the target scores better than the base method's map, equals counting one half, best 0; and
+        for each of `CHANGES` what it adds to the base method's score, in standard deviations over the methods, best 0,
+        positive where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`,
+        the p value of `maps` being 0.
     """
     found = {}
     wide = rows.pivot(index="target", columns="method")
@@ -313,9 +313,9 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
         scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide["truth"]))
         cells, p = agreement(scores, right)
         base = values[BASE].to_numpy(float)
-        wins = [(values[name] > base) + (values[name] == base) / 2 for name in controls]
+        wins = [((values[name] > base) + (values[name] == base) / 2).where(values[name].notna()) for name in controls]
         if wins:
-            cells["uninformative"] = estimate(np.mean(wins, 0))
+            cells["uninformative"] = estimate(pd.concat(wins, axis=1).mean(axis=1).dropna().to_numpy())
         spread = scores.std(axis=1, ddof=1)
         for change in CHANGES:
             if change in values:

@@ -84,7 +84,8 @@ def read_evidence(name: str) -> tuple[pd.DataFrame, dict[str, Any]]:
         outcomes = {method: group["masked_prob"].to_numpy() for method, group in rows.groupby("method")}
         own = outcomes.get("grad_cam", np.empty(0))
         same = [name for name in GRAD_CAMS if len(outcomes.get(name, ())) == len(own) > 0]
-        rows = rows[~rows["method"].isin([name for name in same if np.allclose(outcomes[name], own, atol=1e-4)])]
+        same = [name for name in same if np.allclose(outcomes[name], own, atol=1e-4, equal_nan=True)]
+        rows = rows[~rows["method"].isin(same)]
     return rows, provenance
 
 

@@ -41,8 +41,8 @@ def interval(
     intervals by BCa contain the mean in 86 and 90 % of cases, by t in 95 %.
 
     Where a result differs from run to run, give the mean of several repeats as (n,R): then both the images and the
-    repeats are samples, with variance `var(means of images)/n + var(means of repeats)/R`, and t has the degrees of
-    freedom of Satterthwaite.
+    repeats are samples, with variance `var(means of images)/n + var(means of repeats)/R`, which is conservative, and t
+    has the degrees of freedom of Satterthwaite.
 
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
@@ -101,8 +101,11 @@ def _inferred(
     if repeated and statistic is not np.mean:
         raise ValueError("statistic: wanted the mean, of images and repeats")
     value = float(statistic(*values, axis=None if repeated else -1))
+    least = min(1, 2 / num_resamples)
     if number == 1:
         return Estimate(value, np.nan, np.nan), lambda: np.nan
+    if all((array == array.flat[0]).all() for array in values):  # rounding is no spread
+        return Estimate(value, value, value), lambda: float(value == 0)
     if number >= FEW and not repeated and not (statistic is np.mean and number > MANY):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where BCa is undefined: then t
@@ -118,7 +121,7 @@ def _inferred(
             )
         if np.isfinite(drawn.confidence_interval).all():
             found = Estimate(value, *_pair(drawn.confidence_interval))
-            return found, lambda: _p_of_bca(values, statistic, value, drawn.bootstrap_distribution)
+            return found, lambda: max(_p_of_bca(values, statistic, value, drawn.bootstrap_distribution), least)
     if statistic is np.mean:
         error, freedom = _spread(values[0].reshape(number, -1))
     else:
@@ -165,12 +168,13 @@ def estimate_and_p(
     excludes 0. Of many tests, correct it with `holm`. Arguments and errors as `interval`.
 
     Returns:
-        The estimate; and p in [2 / num_resamples, 1], since so many samples cannot show a smaller one. NaN, which is
-        not a test, for a single image, for values that are all the same but not 0, and where one of them is NaN.
+        The estimate; and p in [0,1], by resampling at least 2 / num_resamples, since so many samples cannot show a
+        smaller one. NaN, which is not a test, for a single image, for values that are all the same but not 0, and where
+        one of them is NaN.
     """
     found, p = _inferred(_as_arrays(values), statistic, num_resamples)
     untested = np.isnan(found).any() or (found.low == found.high != 0)
-    return found, np.nan if untested else max(p(), 2 / num_resamples)
+    return found, np.nan if untested else p()
 
 
 def holm(p_values: Collection[float]) -> np.ndarray:
@@ -370,9 +374,10 @@ def tabulate(
 
 
 def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray:
-    """The column of one method as `interval` takes it: (n,), or (n,R) of repeats."""
+    """The column of one method as `interval` takes it: (n,), in the order of the images, or (n,R) of repeats."""
     if repeats is None:
-        return group[column].dropna().to_numpy(float)
+        ordered = group.sort_values("image", kind="stable") if "image" in group else group
+        return ordered[column].dropna().to_numpy(float)
     wide = group.pivot(index="image", columns=repeats, values=column).dropna(how="all")
     values = wide.dropna()
     if len(values) < len(wide):
@@ -530,6 +535,7 @@ def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataF
     needed = ["pointing_game", "box_hits"] if reference is None else ["pointing_game", "box_hits", "image"]
     _check_rows(rows, [], "method", *needed)
     with_box = rows[rows["pointing_game"].notna()]
+    with_box = with_box.sort_values("image", kind="stable") if "image" in with_box else with_box
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
     kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
@@ -540,7 +546,6 @@ def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataF
             lambda group, column: (clipped(_best_share(_hits(group)[:, kinds[column]])[0], 0, 1), None),
         )
     _check_method(with_box, reference=reference)
-    with_box = with_box.sort_values("image", kind="stable")
     base = with_box[with_box["method"] == reference]
 
     def apart(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:

@@ -33,6 +33,7 @@ def rise(
 
     Each mask is a grid of `cells` x `cells` zeros and ones (1 with probability `p`), made bilinearly a cell larger than
     the image and cut out at a random place. The same masks serve all images, which show black where a mask is 0.
+    Deviation from the authors' code: beyond the centres of the outer cells a mask is constant, there reflected.
     N passes. Arguments, result and errors as `grad_cam`; `layer` is not used.
 
     Args:

@@ -54,11 +54,12 @@ def read(folder, text):
     return made
 
 
-def finish(run, status="done", rows=None, table="10_tiny"):
+def finish(run, status="done", rows=None, table="10_tiny", **parameters):
     run.folder.mkdir(parents=True, exist_ok=True)
     run.output.write_text("{}")
     if rows is not None:
-        results.write_rows(pd.DataFrame(rows), run.table.with_name(f"{table}.parquet"), run.parameters)
+        place = run.table.with_name(f"{table}.parquet")
+        results.write_rows(pd.DataFrame(rows), place, {**run.parameters, **parameters})
     return write_record(run, status, 1.5, None if status == "done" else "cell 3 failed with <E>")
 
 
@@ -289,22 +290,30 @@ def test_evidence_is_the_rows_of_what_is_done_as_numbers(folder, capsys):
 def test_evidence_grows_by_the_parts_that_another_machine_ran(folder):
     out = folder / "evidence"
 
-    def ship(machine, parts, count=3):
-        text = f"parameters: {{count: {count}}}\ngrid: {{name: [x, y]}}\nshards: 2\noutput: {machine}"
+    def ship(machine, parts, count=3, shards=2):
+        text = f"parameters: {{count: {count}}}\ngrid: {{name: [x, y]}}\nshards: {shards}\noutput: {machine}"
         made = read(folder, f"{text}\nevidence: {{tiny: 10_tiny}}")
         for number, image, gain in parts:
-            finish(made.runs[number], rows={"image": [image], "gain": [gain]})
+            run = made.runs[number]
+            finish(run, rows={"image": [image], "gain": [gain]}, part=run.varied["shard"], images=image)
         [told] = write_evidence(made, out).values()
         rows, provenance = results.read_rows(out / "tiny.parquet")
+        assert provenance["parameters"] == {"count": count}
         return told, [tuple(row) for row in rows[["image", "name", "gain"]].to_numpy()], provenance["images"]
 
     assert ship("here", [(0, "b", 1), (1, "a", 2)])[1:] == ([("a", "x", 2), ("b", "x", 1)], 2)
-    told, rows, images = ship("there", [(0, "b", 5), (2, "b", 3)])
-    assert "2 of 4 runs and 1 rows that were there" in told
-    assert (rows, images) == ([("a", "x", 2), ("b", "x", 5), ("b", "y", 3)], 2)
+    told, rows, images = ship("there", [(2, "b", 3)])
+    assert "1 of 4 runs and 2 rows that were there" in told
+    assert (rows, images) == ([("a", "x", 2), ("b", "y", 3), ("b", "x", 1)], 2)
+    told, rows, images = ship("again", [(0, "b", 5), (3, "c", 6)])
+    assert "2 of 4 runs and 2 rows that were there" in told
+    assert (rows, images) == ([("a", "x", 2), ("b", "x", 5), ("b", "y", 3), ("c", "y", 6)], 3)
     told, rows, images = ship("elsewhere", [(3, "a", 7)], count=4)
-    assert "1 of 4 runs, in place of 3 rows by other code or parameters" in told
+    assert "1 of 4 runs, in place of 4 rows by other code or parameters" in told
     assert (rows, images) == ([("a", "y", 7)], 1)
+    told, rows, images = ship("otherwise", [(5, "b", 8)], count=4, shards=3)
+    assert "in place of 1 rows" in told
+    assert rows == [("b", "y", 8)]
 
 
 def test_the_tables_of_the_paper_are_written_for_each_model(folder):

@@ -116,6 +116,10 @@ def test_the_audit_counts_wins_of_uninformative_maps_and_spreads_by_hand():
     assert found["uninformative"] == 0.75
     assert (found["uninformative_low"], found["uninformative_high"]) == (0, 1)  # by t it would go beyond
     assert found["sharper"] == pytest.approx(2 / 2**0.5)
+    without = rows[(rows.method != "uniform") | (rows.target == 0)]
+    assert (
+        audit(without, {"m": True}, ["grad_cam", "a"]).loc["m", "uninformative"] == 1
+    )  # of the one that has a control
     lower = audit(rows, {"m": False}, ["grad_cam", "a"]).loc["m"]
     assert lower["uninformative"] == 0.25
     assert lower["sharper"] == pytest.approx(-(2 / 2**0.5))

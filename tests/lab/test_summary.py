@@ -152,6 +152,29 @@ def test_the_interval_of_confidence_1_minus_p_ends_at_0(statistic):
     assert min(map(abs, ends)) < 1e-6
 
 
+def test_values_that_are_all_the_same_have_no_spread_by_rounding():
+    same = np.full(30, 100 * 0.037)
+    found, p = estimate_and_p(same)
+    assert found.low == found.value == found.high
+    assert math.isnan(p)
+    assert interval(np.full((30, 3), 0.1))[0] == pytest.approx(0.1)
+
+
+def test_p_is_at_most_1_and_of_t_may_be_small():
+    values = np.random.default_rng(4).normal(0, 1, 30)
+    assert 0 <= p_value(values, num_resamples=1) <= 1
+    assert p_value(np.arange(10) + 100.0) == pytest.approx(stats.ttest_1samp(np.arange(10) + 100.0, 0).pvalue)
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    hits = np.random.default_rng(3).random((40, 4, 6)) < 0.6
+    rows = box_rows(hits).assign(image=[f"{number:02}" for number in range(40)])
+    rows["value"] = np.random.default_rng(5).exponential(3, 40)
+    mixed = rows.sample(frac=1, random_state=0)
+    assert summarize(mixed, {"value": 1}).equals(summarize(rows, {"value": 1}))
+    assert box_accuracies(mixed).equals(box_accuracies(rows))
+
+
 def test_p_where_resamples_are_exactly_0():
     """If one of 50 images differs, more than a third of the resamples are 0: the 95 % interval ends there."""
     few = np.zeros(50)
