@@ -8,6 +8,7 @@ image, and does not change when a map is only made sharper, blurrier or brighter
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -143,8 +144,8 @@ def collect_evidence(
 ) -> list[Evidence]:
     """Mosaics, pastes and photos whose evidence is known; see `lab.known_evidence`.
 
-    Of each mosaic one verified cell is explained, in turn the first, second, ..., so that images are independent. Of
-    the photos those count that the network gets right.
+    Of each mosaic one verified cell is explained, so that images are independent. Which one is drawn by the name of its
+    first photo. Of the photos those count that the network gets right.
 
     Args:
         model: that decides, and that is explained.
@@ -164,7 +165,8 @@ def collect_evidence(
     mosaics = find_mosaics(model, images, class_idx)
     which = mosaics.verified.any(1).nonzero()[:, 0].tolist()[:limit]
     if which:
-        turns = [[(m + k) % SIDE**2 for k in range(SIDE**2)] for m in which]
+        drawn = [crc32(names[i].encode()) for i in mosaics.photos[which, 0].tolist()]
+        turns = [[(start + k) % SIDE**2 for k in range(SIDE**2)] for start in drawn]
         cell = [next(k for k in turn if mosaics.verified[m, k]) for m, turn in zip(which, turns, strict=True)]
         corners = cell_boxes((SIDE * height, SIDE * width))[cell]
         shown = mosaics.photos[which, cell].tolist()
