@@ -198,10 +198,10 @@ def _faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
 
 
 def _agree(found: Tensor, values: Sequence[float]) -> bool:
-    wanted = torch.tensor(values, dtype=torch.float64)
+    wanted = torch.tensor(values, dtype=torch.float64, device="cpu")
     if found.numel() not in (1, len(wanted)):
         return False
-    return bool((found.flatten().double() - wanted).abs().max() < 5e-3)  # half precision rounds
+    return bool((found.flatten().double().cpu() - wanted).abs().max() < 5e-3)  # half precision rounds
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

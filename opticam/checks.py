@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from opticam.classifier import Classifier, Head, Output, as_classifier, bare, find_logits, read, unwrapped, weights_of
+from opticam.classifier import (
+    Classifier,
+    Head,
+    Output,
+    as_classifier,
+    bare,
+    find_logits,
+    read,
+    turn,
+    unwrapped,
+    weights_of,
+)
 from opticam.folding import twin_of
 from opticam.state import (
     all_modules,
@@ -278,7 +289,8 @@ def examine(model: nn.Module, images: Tensor, class_idx: Tensor | None = None) -
     if model not in _independent:
         with aside(), torch.enable_grad():
             _check_independence(model, images[:1].detach())
-        _independent.add(model)
+        if images[0].amax() > images[0].amin():  # an image of one value shows nothing
+            _independent.add(model)
     modules = all_modules(model)
     before = _state(modules, images)
     output = read(model, images)
@@ -350,7 +362,8 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
 
 def _is_of_library(module: nn.Module) -> bool:
     """Whether a library has written what the module does; in `vars` is a forward that somebody has put there."""
-    return type(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(module)
+    kind = type(module).__base__ if type(module).__module__ == "torch.nn.utils.parametrize" else type(module)
+    return str(getattr(kind, "__module__", "")).startswith(_LIBRARIES) and "forward" not in vars(module)
 
 
 def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str | None]:
@@ -400,15 +413,16 @@ _UNSTEADY = (
 
 def _same(first: Tensor, others: Tensor) -> bool:
     """But for rounding, or where it is not a number."""
-    return not (others - first).abs().max() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
+    return not (others - first).abs().max() > min(1e3 * torch.finfo(first.dtype).eps, 0.05) * first.abs().max()
 
 
 def _state(modules: Iterable[nn.Module], images: Tensor) -> tuple:
     """What a pass changes if it draws random numbers or writes into buffers."""
-    generator = torch.cuda.get_rng_state(images.device) if images.is_cuda else torch.get_rng_state()
+    generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state(images.device)] if images.is_cuda else [])]
     drawn = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  (networks draw from it)
     versions = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in buffers_of(modules)]
-    return bytes(generator.numpy()), drawn["key"].tobytes(), drawn["pos"], random.getstate(), versions
+    states = [bytes(state.numpy()) for state in generators]
+    return states, drawn["key"].tobytes(), drawn["pos"], random.getstate(), versions
 
 
 def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
@@ -418,7 +432,7 @@ def _ending(model: nn.Module, image: Tensor, head: Head) -> str | None:
     """
     found = []
     for x in (image, image.flip(3), image / 2, 50 * image, -50 * image):  # one by one: it may take no other number
-        with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # nor such images
+        with suppress(RuntimeError, ValueError, TypeError, AssertionError, LookupError), turn(model):  # nor such images
             found.append(find_logits(model(x.requires_grad_().clone()), 1))
     if not found:
         return None

@@ -203,7 +203,10 @@ def features_and_gradients(
     place = resolve_layer(model, layer)
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        captured[:] = [_last(captured, views, module, output).detach().requires_grad_()]
+        output = for_autograd(_last(captured, views, module, output))
+        if output.is_leaf and (isinstance(output, nn.Parameter) or any(output is given for given in args)):
+            output = output.detach()  # not the layer's own
+        captured[:] = [output if output.requires_grad else output.requires_grad_()]  # itself: others may keep it
         with torch.enable_grad():  # the layer may be the last of what runs under no_grad
             return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
@@ -339,7 +342,7 @@ def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) 
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 undo.enter_context(hooked(module, partial(_attend, partial(named, name))))
-            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
+            elif (dropout := module._modules.get("attn_drop")) is not None and "fused_attn" in vars(module):
                 undo.enter_context(changed([(module, "fused_attn", False)]))
                 undo.enter_context(hooked(dropout, lambda dropout, args, output, name=name: named(name, output)))
         yield names
@@ -347,18 +350,21 @@ def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) 
 
 def _attend(
     show: Callable[[Tensor], Tensor | None], module: nn.MultiheadAttention, args: tuple, output: tuple
-) -> tuple[Tensor, None]:
-    query = args[0]
-    if not (module.batch_first and all(other is query for other in args[:3]) and module.in_proj_weight is not None):
-        raise ValueError("model: wanted self-attention over one batch-first sequence")
+) -> tuple[Tensor, Tensor | None]:
+    query = args[0] if len(args) > 2 else None
+    own = query is not None and all(other is query for other in args[:3])
+    if query is None or not (module.batch_first and own and module.in_proj_weight is not None):
+        raise ValueError("model: wanted self-attention over one batch-first sequence, given by place")
     projected = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
     q, k, v = projected.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     maps = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
     shown = show(maps)
-    mine = module.out_proj(((maps if shown is None else shown) @ v).transpose(1, 2).flatten(2))
+    maps = maps if shown is None else shown
+    mine = module.out_proj((maps @ v).transpose(1, 2).flatten(2))
     if (mine - output[0]).abs().max() > 1e-2 * output[0].abs().max():
         raise ValueError("model: wanted self-attention without masks or further keys")
-    return mine, None
+    weights = output[1]
+    return mine, weights if weights is None else maps.mean(1) if weights.ndim == 3 else maps
 
 
 def _check_attention(
@@ -476,11 +482,11 @@ def all_outputs(model: nn.Module, images: Tensor) -> list[tuple[str, Tensor | No
         logits = read(unwrapped(model), prepared(model, images).clone().requires_grad_()).logits
         target = logits.sum()
         if given and given[0].requires_grad:
-            (slope,) = torch.autograd.grad(target, given[0], retain_graph=True, allow_unused=True)
+            (slope,) = differentiate(model, target, given[0], retain_graph=True, allow_unused=True)
             if slope is not None and not slope.any():
                 target = (given[0] * torch.linspace(1, 2, given[0].shape[-1]).to(given[0])).sum()
         inside = {name: output for name, output in outputs.items() if output is not None and output.requires_grad}
-        gradients = torch.autograd.grad(target, list(inside.values()), allow_unused=True)
+        gradients = differentiate(model, target, list(inside.values()), allow_unused=True)
     slopes = dict(zip(inside, gradients, strict=True))
     return [(name, None if output is None else output.detach(), slopes.get(name)) for name, output in outputs.items()]
 
@@ -533,7 +539,7 @@ def _views(model: nn.Module, layer: nn.Module) -> Iterator[list[None]]:
 
 def _last(place: list[Tensor], views: list[None], module: nn.Module, output: Tensor) -> Tensor:
     """The output, which takes the place of an earlier one; said where that may be one of another view."""
-    if place and views and place[0].shape == _tensor(output).shape:
+    if place and views:
         text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
         warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
     return _tensor(output)

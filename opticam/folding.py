@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from opticam.classifier import as_output, turn
-from opticam.state import hooked_by_others
+from opticam.classifier import as_output, bare, turn
+from opticam.state import hooked_by_others, turns
 from opticam.tracing import Tracer
 
 Pair = tuple[str, str]
@@ -50,9 +50,13 @@ def folded(model: nn.Module, images: Tensor, logits: Tensor) -> nn.Module:
             _pairs[model] = _find_pairs(model)
         if pairs := _pairs[model]:
             twin = _fold(twin_of(model, {}), pairs)
+            if (lock := turns.get(bare(model))) is not None:
+                turns[bare(twin)] = lock  # what both keep is the same
             wanted = logits[:1]  # by `forward`: hooks count the passes of a method, and this is none
             tolerance = 2**13 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
-            found = as_output(twin, twin.forward(images[:1].clone()), 1).logits  # the network may work in place
+            with turn(twin):
+                returned = twin.forward(images[:1].clone())  # the network may work in place
+            found = as_output(twin, returned, 1).logits
             if (found - wanted).abs().max() <= tolerance:
                 return twin
     return model
@@ -81,9 +85,15 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
         pair = str(before.target), str(node.target)
         convolution, norm = (modules[name] for name in pair)
         once = all(calls.count(name) == 1 for name in pair)
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm) and once:
+        if _is_plain_part(convolution, nn.Conv2d) and _is_plain_part(norm, _BatchNorm) and once:
             pairs.append(pair)
     return pairs
+
+
+def _is_plain_part(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it does what its kind does: a subclass of one's own may do more."""
+    known = type(module).forward is kind.forward or type(module).__module__.startswith(("torch.nn.", "timm.layers."))
+    return isinstance(module, kind) and known and "forward" not in vars(module)
 
 
 def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -158,7 +168,7 @@ def _is_plain(kept: Any) -> bool:
 def _fold(twin: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     for pair in pairs:
         convolution, norm = (cast(Any, twin.get_submodule(name)) for name in pair)
-        if convolution._forward_hooks or convolution._forward_pre_hooks or norm._forward_hooks:
+        if any(getattr(part, hooks) for part in (convolution, norm) for hooks in _HOOKS):
             continue  # somebody reads or changes what would not be there
         after = [norm._modules.get(name) for name in ("drop", "act")]  # of timm's batch norms
         activation = nn.Sequential(*(module for module in after if module is not None))

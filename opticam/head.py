@@ -69,7 +69,6 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         twin = twin_of(model, twins)  # or a network that keeps things in attributes would keep proxies
         holders = {twins[m] for m in twins if m is not layer and any(inner is layer for inner in m.modules())}
         graph = Tracer(holders.__contains__).trace(twin)  # only the modules that contain the layer are cut
-        network = fx.GraphModule(model, graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         (place,) = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] is layer]
         after = _downstream(graph, [place]) - {place}
@@ -79,7 +78,7 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
         first.graph_copy(graph, copies)
         first.output(tuple(copies[node] for node in needed))
         x = prepared(model, images).clone()  # the network may work in place
-        values = dict(zip(needed, fx.Interpreter(fx.GraphModule(model, first)).run(x), strict=True))
+        values = dict(zip(needed, fx.Interpreter(model, graph=first).run(x), strict=True))
 
     def head(changed: Tensor, rows: Tensor) -> Tensor:
         known: dict[fx.Node, object] = dict.fromkeys(node for node in graph.nodes if node not in after)
@@ -88,6 +87,6 @@ def _cut(model: nn.Module, images: Tensor, layer: nn.Module) -> Head:
             known[node] = value[rows] if per_image else value
         known[place] = changed.clone()
         with frozen(model), torch.no_grad(), turn(model):
-            return as_output(model, fx.Interpreter(network).run(initial_env=known), len(rows)).logits
+            return as_output(model, fx.Interpreter(model, graph=graph).run(initial_env=known), len(rows)).logits
 
     return head

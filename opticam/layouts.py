@@ -338,10 +338,10 @@ def _layout_of_maps(path: list[tuple[str, nn.Module]], output: Tensor, size: Seq
         return {(0, 2, 3, 1): channels_last, (0, 3, 1, 2): channels_first}.get(tuple(layer.dims))  # type: ignore[arg-type]
     if _name(layer) in _BLOCKS:
         return channels_first
-    if isinstance(layer, nn.Sequential) and len(layer):
+    if _is_row(layer):
         name, child = list(layer.named_children())[-1]
         return _layout_of_maps([*path, (name, child)], output, size)
-    siblings = list(path[-2][1].named_children()) if len(path) > 1 and isinstance(path[-2][1], nn.Sequential) else []
+    siblings = list(path[-2][1].named_children()) if len(path) > 1 and _is_row(path[-2][1]) else []
     place = next((index for index, (_, module) in enumerate(siblings) if module is layer), 0)
     elementwise = isinstance(layer, nn.Identity) or _name(layer).startswith(_ELEMENTWISE)
     if place and (elementwise or _name(layer).endswith(".StochasticDepth")):
@@ -392,9 +392,16 @@ def is_attention(module: nn.Module) -> bool:
     return any(word in name for word in ("attention", "attn", "mhsa", "gpsa", "xca")) and not whole
 
 
+def _is_row(module: nn.Module) -> bool:
+    """Whether a module is its children one after the other, and no more."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 0
+
+
 def _is_convolutional(module: nn.Module) -> bool:
-    of_library = _name(module).startswith(("timm.layers.", "torchvision."))
-    return isinstance(module, _CONVOLUTIONAL) or (of_library and type(module).__name__.endswith("2d"))
+    if isinstance(module, _CONVOLUTIONAL) and any(type(module).forward is kind.forward for kind in _CONVOLUTIONAL):
+        return True
+    of_library = _name(module).startswith(("torch.nn.", "timm.layers.", "torchvision."))
+    return of_library and (isinstance(module, _CONVOLUTIONAL) or type(module).__name__.endswith("2d"))
 
 
 def _wants_channels_last(module: nn.Module) -> bool:

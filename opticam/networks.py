@@ -143,7 +143,8 @@ def _normalises(module: nn.Module, mean: Sequence[float], std: Sequence[float]) 
         return bool((module.mean != 0).any() or (module.std != 1).any())
     if type(module).__name__ == "Normalize" and vars(module).keys() >= {"mean", "std"}:  # torchvision's
         return True
-    wanted = torch.broadcast_tensors(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
+    constants = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (mean, std))
+    wanted = torch.broadcast_tensors(*constants)
     held = {name: value for name, value in (vars(module) | module._buffers).items() if isinstance(value, Tensor)}
     alike = {name: value for name, value in held.items() if value.numel() == wanted[0].numel() and not value.is_meta}
     rows = {name: value.detach().flatten().cpu().double() for name, value in alike.items()}

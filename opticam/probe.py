@@ -57,7 +57,7 @@ def default_layer(network: nn.Module, input_size: int = 224) -> str:
 
 
 def _all_outputs(network: nn.Module, channels: int, side: int) -> list[tuple[str, Tensor | None, Tensor | None]]:
-    images = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, channels, side, side, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     weights = weights_of(network)
     with hooked(bare(network), _twice):
         return all_outputs(network, images if weights is None else images.to(weights.device, weights.dtype))
@@ -112,18 +112,18 @@ def check_layout(
     (rows, columns), (height, width) = features.shape[2:], images.shape[2:]
     if min(rows, columns) < 3:
         raise ValueError(f"images: wanted larger ones; maps of {rows}x{columns} cells are too small to tell")
-    cells = torch.arange(rows * columns)
+    cells = torch.arange(rows * columns, device="cpu")
     i, j = cells // columns, cells % columns
-    at_row = torch.arange(height) * rows // height == i[:, None]
-    at_column = torch.arange(width) * columns // width == j[:, None]
+    at_row = torch.arange(height, device="cpu") * rows // height == i[:, None]
+    at_column = torch.arange(width, device="cpu") * columns // width == j[:, None]
     places = (at_row[:, None, :, None] & at_column[:, None, None, :]).to(images.device)  # (hw,1,H,W)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     low, high = images.aminmax()
-    changes = torch.zeros(len(cells), len(cells), dtype=torch.float64)
+    changes = torch.zeros(len(cells), len(cells), dtype=torch.float64, device="cpu")
     rounding = num_changes * (4 * torch.finfo(features.dtype).eps * features.double().norm(dim=(0, 1))).square().cpu()
     for image, own in zip(images, features, strict=True):
         for _ in range(num_changes):
-            bright = torch.rand(len(image), 1, 1, generator=generator).to(images.device) < 0.5
+            bright = torch.rand(len(image), 1, 1, generator=generator, device="cpu").to(images.device) < 0.5
             colour = torch.where(bright, high, low).expand_as(image)
             for part in cells.split(batch_size):
                 (maps,), _ = feature_maps(model, torch.where(places[part], colour, image), layer)

@@ -79,6 +79,9 @@ def _freezing(model: nn.Module, compiled: bool) -> Iterator[tuple[Any, str, Any]
             if tensor.is_inference():
                 copy = tensor.clone()
                 yield module, name, nn.Parameter(copy, False) if name in module._parameters else copy
+            elif name in module._parameters and not tensor.is_leaf:
+                told = f"model: {name} of {type(module).__name__} is computed from other tensors"
+                raise ValueError(f"{told}; wanted leaf parameters, as by detach()")
             elif (id(module), name) in _held:  # by another call, which made that copy
                 yield module, name, tensor
             elif name in module._parameters and (tensor.requires_grad or (id(tensor), "requires_grad") in _held):
@@ -113,13 +116,14 @@ def changed(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 entry = _held[id(thing), name]
                 entry[0] -= 1
                 if not entry[0]:
-                    setattr(thing, name, entry[1])
                     del _held[id(thing), name]
+                    if getattr(thing, name) is not entry[1]:
+                        setattr(thing, name, entry[1])
 
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    """A forward hook that hears the passes of this thread."""
+    """A forward hook that hears the passes of this thread, before those of others: they get what it hands on."""
     thread = threading.get_ident()
 
     def heard(*call: Any) -> Any:
@@ -129,7 +133,7 @@ def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
         heard = dynamo.disable(heard)  # a compiled network asks in vain in which thread it runs
     heard.ours = True  # type: ignore[attr-defined]
     with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
-        handle = module.register_forward_hook(heard)
+        handle = module.register_forward_hook(heard, prepend=True)
     try:
         yield
     finally:

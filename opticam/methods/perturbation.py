@@ -73,13 +73,13 @@ def rise(
 
 def _rise_masks(num_masks: int, cells: int, p: float, size: torch.Size, seed: int, at_once: int) -> Iterator[Tensor]:
     """Masks (n,1,H,W), `at_once` at a time, float64 on the CPU; the same for every `at_once`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     height, width = size
     steps = math.ceil(height / cells), math.ceil(width / cells)
     masks = []
     for i in range(num_masks):
-        grid = (torch.rand(1, 1, cells, cells, generator=generator, dtype=torch.float64) < p).double()
-        top, left = (int(torch.randint(step, (), generator=generator)) for step in steps)
+        grid = (torch.rand(1, 1, cells, cells, generator=generator, dtype=torch.float64, device="cpu") < p).double()
+        top, left = (int(torch.randint(step, (), generator=generator, device="cpu")) for step in steps)
         large = [(cells + 1) * step for step in steps]
         whole = F.interpolate(grid, large, mode="bilinear", align_corners=False)
         masks.append(whole[..., top : top + height, left : left + width])
