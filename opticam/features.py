@@ -45,7 +45,7 @@ from opticam.layouts import (
     token_grid,
     told_layout,
 )
-from opticam.state import all_modules, changed, frozen, hooked, in_a_line, parameters_of
+from opticam.state import all_modules, buffers_of, changed, frozen, hooked, in_a_line, parameters_of
 
 Layer = nn.Module | str | None
 
@@ -156,12 +156,24 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
     return outputs, logits
 
 
-def logits_with(model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1) -> Tensor:
-    """Logits (B,C) where `output` takes the place of the layer's at its `call`-th call of the pass. No gradients."""
+def logits_with(
+    model: nn.Module, images: Tensor, layer: nn.Module, output: Tensor, call: int = 1, kept: bool = False
+) -> Tensor:
+    """Logits (B,C) where `output` takes the place of the layer's at its `call`-th call of the pass. No gradients.
+
+    With `kept` it is written into the layer's own output, which the network may keep aside, if that is nobody else's.
+    """
     calls = itertools.count(1)
+    others = [*parameters_of(all_modules(model)), *buffers_of(all_modules(model))]
+    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
 
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
-        return output.clone() if next(calls) == call else own
+        if next(calls) != call:
+            return own
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        if not kept or own.is_inference() or own.untyped_storage().data_ptr() in given | taken:
+            return output.clone()
+        return own.copy_(output)
 
     with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace):
         return read(unwrapped(model), prepared(model, images)).logits

@@ -30,6 +30,9 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     Returns:
         (head, output, logits): the function from outputs (n, ...) in the layer's own layout, and the rows (n,) int64 of
         the images that they stand for, to logits (n,C), without gradients; the layer's output (B, ...); logits (B,C).
+
+    Raises:
+        ValueError: see `resolve_layer`; a layer whose output the network keeps in an attribute and reads later.
     """
     module = resolve_layer(model, layer)
     (output,), logits = layer_outputs(model, images, [module])
@@ -38,10 +41,10 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     def whole(changed: Tensor, rows: Tensor) -> Tensor:
         return logits_with(model, images[rows], module, changed, calls)
 
-    rows = torch.arange(len(images), device=images.device)
+    rows, tolerance = torch.arange(len(images), device=images.device), 100 * torch.finfo(logits.dtype).eps
     try:
         cut = _cut(model, images, module)
-        twice, tolerance = torch.cat([rows, rows.flip(0)]), 100 * torch.finfo(logits.dtype).eps
+        twice = torch.cat([rows, rows.flip(0)])
         own, changed = cut(output[twice], twice), cut(output / 2, rows)
         exact = (own, logits[twice]), (changed, whole(output / 2, rows))
         if all((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1) for a, b in exact):
@@ -51,6 +54,13 @@ def split_head(model: nn.Module, images: Tensor, layer: Layer = None) -> tuple[H
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NameError):
         pass  # whatever a tracer may choke on: the whole network is always right
     calls = count_calls(model, images[:1], module)  # the output is that of the last
+    half = output[:1] / 2
+    with_kept = logits_with(model, images[:1], module, half, calls, kept=True)
+    if (with_kept - whole(half, rows[:1])).abs().max() > tolerance * with_kept.abs().max().clamp(min=1):
+        raise ValueError(
+            f"layer: {type(module).__name__} keeps its output aside for a later part of the network, where nothing can "
+            "take its place; wanted another layer, or a method by gradients"
+        )
     return whole, output, logits
 
 

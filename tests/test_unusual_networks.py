@@ -17,6 +17,7 @@ from opticam.checks import examine
 from opticam.classifier import differentiate, turn
 from opticam.features import attention_maps, feature_maps, features_and_gradients
 from opticam.folding import folded
+from opticam.saliency import combine, saliency_map
 from opticam.state import frozen, hooked
 
 from torchvision.models import squeezenet1_1  # isort: skip  (after opticam)
@@ -47,8 +48,10 @@ class Collecting(nn.Module):
         kept = [self.first.out, y] if self.by == "attribute" else [self.kept[name] for name in ("first", "second")]
         return self.fc(torch.cat([part.mean((2, 3)) if part.ndim == 4 else part for part in kept], 1))
 
-    def by_hand(self, images):
-        z = self.first[1](self.first[0](images)).detach().requires_grad_()
+    def by_hand(self, images, without=None):
+        z = self.first[1](self.first[0](images)).detach()
+        z[:, [] if without is None else [without]] = 0
+        z.requires_grad_()
         y = self.second[1](self.second[0](z))
         return self.fc(torch.cat([z.mean((2, 3)), y.mean((2, 3))], 1)), {"first": z, "second": y}
 
@@ -65,6 +68,23 @@ def test_gradients_of_what_a_network_keeps_aside(images, class_idx, by, layer):
     torch.testing.assert_close(logits, expected.detach())
     torch.testing.assert_close(features, maps[layer].detach())
     torch.testing.assert_close(gradients, slope, rtol=0, atol=1e-15)
+
+
+def test_ablation_of_what_a_network_keeps_aside(images, class_idx):
+    torch.manual_seed(0)
+    network = Collecting("hooks").double().eval()
+    model = wrap(network, "first", layout=lambda maps: maps)
+    weights = []
+    for channel in range(8):
+        logits, _ = network.by_hand(images, without=channel)
+        whole, _ = network.by_hand(images)
+        y, y_k = (some.gather(1, class_idx[:, None])[:, 0] for some in (whole, logits))
+        weights.append((y - y_k) / y)
+    expected = saliency_map(combine(network.by_hand(images)[1]["first"], torch.stack(weights, 1)), images.shape[2:])
+    torch.testing.assert_close(METHODS["ablation_cam"](model, images, class_idx), expected.detach())
+    model = wrap(Collecting("attribute").double().eval(), "first", layout=lambda maps: maps)
+    with pytest.raises(ValueError, match=r"^layer: Keeping keeps its output aside"):
+        METHODS["ablation_cam"](model, images, class_idx)
 
 
 class Given(nn.Module):
