@@ -164,16 +164,16 @@ def logits_with(
     With `kept` it is written into the layer's own output, which the network may keep aside, if that is nobody else's.
     """
     calls = itertools.count(1)
-    others = [*parameters_of(all_modules(model)), *buffers_of(all_modules(model))]
-    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
+
+    def is_shared(own: Tensor, args: tuple) -> bool:
+        given, modules = (tensor for tensor in args if isinstance(tensor, Tensor)), all_modules(model)
+        others = (*given, *parameters_of(modules), *buffers_of(modules))
+        return own.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
         if next(calls) != call:
             return own
-        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
-        if not kept or own.is_inference() or own.untyped_storage().data_ptr() in given | taken:
-            return output.clone()
-        return own.copy_(output)
+        return own.copy_(output) if kept and not (own.is_inference() or is_shared(own, args)) else output.clone()
 
     with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace):
         return read(unwrapped(model), prepared(model, images)).logits
