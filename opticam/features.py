@@ -148,7 +148,7 @@ def layer_outputs(model: nn.Module, images: Tensor, layers: Sequence[Layer]) -> 
         for name, place in zip(layers, captured, strict=True):
             module = resolve_layer(model, name)
             views = hooks.enter_context(_views(model, module))
-            hooks.enter_context(hooked(module, partial(keep, place, views)))
+            hooks.enter_context(hooked(module, partial(keep, place, views), first=True))
         logits = examine(unwrapped(model), prepared(model, images)).logits
     outputs = [for_autograd(_reached(place, model, images)) for place in captured]
     for name, output in zip(layers, outputs, strict=True):
@@ -175,7 +175,7 @@ def logits_with(
             return own
         return own.copy_(output) if kept and not (own.is_inference() or is_shared(own, args)) else output.clone()
 
-    with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace):
+    with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace, first=True):
         return read(unwrapped(model), prepared(model, images)).logits
 
 
@@ -222,7 +222,7 @@ def features_and_gradients(
         with torch.enable_grad():  # the layer may be the last of what runs under no_grad
             return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
-    with frozen(model, compiled=False), _views(model, place) as views, hooked(place, restart_graph):
+    with frozen(model, compiled=False), _views(model, place) as views, hooked(place, restart_graph, first=True):
         logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))

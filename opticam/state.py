@@ -122,8 +122,8 @@ def changed(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    """A forward hook that hears the passes of this thread, before those of others: they get what it hands on."""
+def hooked(module: nn.Module, hook: Callable, *, first: bool = False) -> Iterator[None]:
+    """A forward hook that hears the passes of this thread; `first`: before all others, which get what it hands on."""
     thread = threading.get_ident()
 
     def heard(*call: Any) -> Any:
@@ -133,7 +133,7 @@ def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
         heard = dynamo.disable(heard)  # a compiled network asks in vain in which thread it runs
     heard.ours = True  # type: ignore[attr-defined]
     with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
-        handle = module.register_forward_hook(heard, prepend=True)
+        handle = module.register_forward_hook(heard, prepend=first)
     try:
         yield
     finally:

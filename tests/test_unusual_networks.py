@@ -418,6 +418,6 @@ def test_hooks_of_others_get_what_ours_hands_on(tiny, images):
     heard = []
     tiny.features.register_forward_hook(lambda module, given, output: heard.append(output))
     replaced = torch.zeros(5, 6, 6, 8, dtype=torch.float64)
-    with hooked(tiny.features, lambda module, given, output: replaced):
+    with hooked(tiny.features, lambda module, given, output: replaced, first=True):
         tiny(images)
     assert heard[0] is replaced
