@@ -267,7 +267,9 @@ _OF_OWN_HOOKS = re.compile("register a hook on a tensor|retain_grad")
 def differentiate(model: nn.Module, total: Tensor, inputs: Tensor | Sequence[Tensor], **options: Any) -> Any:
     """As `torch.autograd.grad`, of what the network gave. ValueError: something in it cannot be differentiated."""
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # hooks hear this thread, also what runs again in it
+        # outside of the caller's autocast: operations go backward in the precision in which they went forward
+        precision = torch.autocast(total.device.type, enabled=False)
+        with precision, torch.autograd.set_multithreading_enabled(False):  # hooks hear this thread alone
             return torch.autograd.grad(total, inputs, **options)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not _OF_GRADIENTS.search(str(error)):

@@ -216,6 +216,8 @@ def run(options: argparse.Namespace) -> int:
         if said and len(notebooks) != 1:
             raise ValueError(f"{name}: wanted exactly one notebook to go with {option}")
     outputs = {path: RESULTS / path.name for path in notebooks}
+    if len({*outputs.values()}) < len(outputs):
+        raise ValueError("notebooks: two of one name would write one file; wanted them one by one, each with -o")
     if options.output is not None:
         outputs = {notebooks[0]: _writable(options.output, (".ipynb",))}
     if given or options.output is not None:  # the committed figures stay those of the demo
@@ -330,7 +332,8 @@ def render(options: argparse.Namespace) -> int:
 
 
 def _notebooks(names: Sequence[str]) -> list[Path]:
-    return [find_notebook(name) for name in names] or list_notebooks()
+    found = {path.resolve(): path for path in map(find_notebook, names)}  # each once, however it was named
+    return [*found.values()] or list_notebooks()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, cast
@@ -121,7 +121,8 @@ def feature_maps(
 
     Returns:
         Features (B,K,h,w) of each layer, copies that in-place operations after the layer do not reach; and logits
-        (B,C). Tokens come as a grid, without class and register tokens, and channels-last maps as (B,K,h,w).
+        (B,C). Tokens come as a grid, without class and register tokens, and channels-last maps as (B,K,h,w). Where a
+        hook of the network changes the output of the layer, they are what it was before.
 
     Raises:
         TypeError: a network of a wrong kind.
@@ -166,14 +167,15 @@ def logits_with(
     calls = itertools.count(1)
 
     def is_shared(own: Tensor, args: tuple) -> bool:
-        given, modules = (tensor for tensor in args if isinstance(tensor, Tensor)), all_modules(model)
+        given, modules = (tensor for tensor in _given(args) if isinstance(tensor, Tensor)), all_modules(model)
         others = (*given, *parameters_of(modules), *buffers_of(modules))
         return own.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
     def replace(module: nn.Module, args: tuple, own: Tensor) -> Tensor:
         if next(calls) != call:
             return own
-        return own.copy_(output) if kept and not (own.is_inference() or is_shared(own, args)) else output.clone()
+        spread = own.shape != output.shape or 0 in own.stride()  # which nothing can be written into
+        return output.clone() if not kept or spread or own.is_inference() or is_shared(own, args) else own.copy_(output)
 
     with frozen(model, compiled=False), torch.no_grad(), hooked(layer, replace, first=True):
         return read(unwrapped(model), prepared(model, images)).logits
@@ -216,13 +218,16 @@ def features_and_gradients(
 
     def restart_graph(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         output = for_autograd(_last(captured, views, module, output))
-        if output.is_leaf and (isinstance(output, nn.Parameter) or any(output is given for given in args)):
+        if output.is_leaf and (isinstance(output, nn.Parameter) or any(output is given for given in _given(args))):
             output = output.detach()  # not the layer's own
-        captured[:] = [output if output.requires_grad else output.requires_grad_()]  # itself: others may keep it
+        if not output.requires_grad:
+            undo.enter_context(changed([(output, "requires_grad", True)]))  # a layer may keep it for its next call
+        captured[:] = [output]  # itself: others may keep it
         with torch.enable_grad():  # the layer may be the last of what runs under no_grad
             return captured[0].clone()  # in-place operations that follow may not touch a leaf
 
-    with frozen(model, compiled=False), _views(model, place) as views, hooked(place, restart_graph, first=True):
+    with ExitStack() as undo, frozen(model, compiled=False), _views(model, place) as views:
+        undo.enter_context(hooked(place, restart_graph, first=True))
         logits, head = examine(unwrapped(model), prepared(model, images), class_idx)
         features = _reached(captured, model, images)
         scores = score(*as_softmax(logits, for_autograd(class_idx), head))
@@ -366,7 +371,7 @@ def _attend(
     query = args[0] if len(args) > 2 else None
     own = query is not None and all(other is query for other in args[:3])
     if query is None or not (module.batch_first and own and module.in_proj_weight is not None):
-        raise ValueError("model: wanted self-attention over one batch-first sequence, given by place")
+        raise ValueError("model: wanted self-attention over one batch-first sequence")
     projected = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
     q, k, v = projected.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     maps = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
@@ -555,6 +560,15 @@ def _last(place: list[Tensor], views: list[None], module: nn.Module, output: Ten
         text = f"layer: {type(module).__name__} runs several times in a pass, as on several views of an image"
         warnings.warn(f"{text}; its maps are those of the last time", stacklevel=2)
     return _tensor(output)
+
+
+def _given(args: Iterable[object]) -> Iterator[object]:
+    """What a layer was given, also in lists and tables."""
+    for one in args:
+        if isinstance(one, tuple | list | dict):
+            yield from _given(one.values() if isinstance(one, dict) else one)
+        else:
+            yield one
 
 
 def _tensor(output: object) -> Tensor:

@@ -126,14 +126,16 @@ def hooked(module: nn.Module, hook: Callable, *, first: bool = False) -> Iterato
     """A forward hook that hears the passes of this thread; `first`: before all others, which get what it hands on."""
     thread = threading.get_ident()
 
-    def heard(*call: Any) -> Any:
-        return hook(*call) if threading.get_ident() == thread and not getattr(_thread, "aside", False) else None
+    def heard(module: nn.Module, args: tuple, by_name: dict, output: Any) -> Any:
+        if threading.get_ident() != thread or getattr(_thread, "aside", False):
+            return None
+        return hook(module, (*args, *by_name.values()), output)
 
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         heard = dynamo.disable(heard)  # a compiled network asks in vain in which thread it runs
     heard.ours = True  # type: ignore[attr-defined]
     with _lock:  # torch numbers hooks one after the other, and two of the same number would be one
-        handle = module.register_forward_hook(heard, prepend=first)
+        handle = module.register_forward_hook(heard, prepend=first, with_kwargs=True)
     try:
         yield
     finally:

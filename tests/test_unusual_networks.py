@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from opticam import METHODS, Tokens, check_layout, default_layer, grad_cam, wrap
+from opticam import METHODS, Tokens, check_layout, default_layer, find_method, grad_cam, metrics, wrap
 from opticam import state as held
 from opticam.checks import examine
 from opticam.classifier import differentiate, turn
@@ -107,6 +107,78 @@ def test_a_layer_that_hands_on_what_it_was_given(images, class_idx):
     assert torch.equal(images, before)
 
 
+class Fixed(nn.Module):
+    """A layer that gives a buffer, times what comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", torch.rand(5, 3, 8, 8))
+
+    def forward(self, images):
+        return self.grid
+
+
+def test_what_a_layer_keeps_is_left_as_found(images, class_idx):
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fixed, self.inner = Fixed(), TinyCNN()
+
+        def forward(self, images):
+            return self.inner(images + self.fixed(images).mean())
+
+    network = Adding().double().eval()
+    grad_cam(wrap(network, "fixed", layout=lambda maps: maps), images, class_idx)
+    assert not network.fixed.grid.requires_grad
+
+
+@pytest.mark.parametrize("call", [lambda keep, y: keep(images=y), lambda keep, y: keep([y])], ids=["by name", "a list"])
+def test_a_layer_that_hands_on_what_it_was_given_otherwise(images, class_idx, call):
+    class Handing(nn.Module):
+        def forward(self, images):
+            return images[0] if isinstance(images, list) else images
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.keep, self.last = nn.Conv2d(3, 6, 3, 2), Handing(), nn.Conv2d(6, 6, 3, 1, 1)
+            self.fc, self.call = nn.Linear(6, 5), lambda keep, y: keep(y)
+
+        def forward(self, images):
+            y = self.first(images)
+            return self.fc((y + self.last(self.call(self.keep, y)).tanh()).mean((2, 3)))
+
+    model = wrap(Residual().double().eval(), "keep", layout=lambda maps: maps)
+    expected = features_and_gradients(model, images, class_idx)
+    model.network.call = call
+    for one, other in zip(features_and_gradients(model, images, class_idx), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "opti_cam", "opti_cam:fast", "rise"])
+def test_autocast_around_the_call_does_not_reach_sums_and_slopes(images, class_idx, name):
+    """Of a network that computes in single precision whatever is said around it."""
+
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = TinyCNN()
+
+        def forward(self, images):
+            with torch.autocast("cpu", enabled=False):
+                return self.inner(images)
+
+    network, method = Single().eval(), find_method(name)
+    options = {"num_masks": 8} if name == "rise" else {"layer": "inner.features"}
+    options |= {"num_steps": 6} if name.startswith("opti_cam") else {}
+    expected = method(network, images.float(), class_idx, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method(network, images.float(), class_idx, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 class LastConv(nn.Conv2d):
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -127,6 +199,13 @@ class ChannelsLast(nn.Module):
         return self.fc(F.relu(self.conv(self.stem(images))).mean((1, 2)))
 
 
+def test_a_parametrized_subclass_is_not_taken_for_what_it_inherits():
+    network = ChannelsLast().eval()
+    weight_norm(network.conv)
+    with pytest.raises(ValueError, match=r"^layer: "):
+        feature_maps(network, torch.rand(2, 3, 32, 32), "conv")
+
+
 @pytest.mark.parametrize("layer", ["stem", "conv"])
 def test_subclasses_that_move_the_channels_are_not_taken_for_what_they_inherit(layer):
     network = ChannelsLast().eval()
@@ -143,15 +222,23 @@ class ByFunction(nn.Module):
         return self.inner(self.change(images))
 
 
+def dropping():
+    """A network that draws anew what it sees, by more than the rounding of half precision."""
+    torch.manual_seed(0)
+    network = ByFunction(lambda x: F.dropout(x, 0.9)).eval()
+    network.inner.fc.bias.data.zero_()
+    return network
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dropout_by_function_is_seen_in_every_precision(dtype):
-    network, images = ByFunction(lambda x: F.dropout(x, 0.5)).to(dtype).eval(), torch.rand(3, 3, 24, 32).to(dtype)
+    network, images = dropping().to(dtype), torch.rand(3, 3, 24, 32).to(dtype)
     with pytest.raises(ValueError, match="two passes of ByFunction over one image differ"):
         grad_cam(network, images, torch.tensor([0, 1, 2]), layer="inner.features")
 
 
 def test_dropout_by_function_is_seen_under_autocast():
-    network, images = ByFunction(lambda x: F.dropout(x, 0.5)).eval(), torch.rand(3, 3, 24, 32)
+    network, images = dropping(), torch.rand(3, 3, 24, 32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="two passes of ByFunction"):
         grad_cam(network, images, torch.tensor([0, 1, 2]), layer="inner.features")
 
@@ -260,10 +347,14 @@ def test_attention_whose_weights_the_network_uses(images, class_idx):
     torch.testing.assert_close(slopes, slope)
 
 
-def test_attention_given_by_name_is_refused(images, class_idx):
+def test_attention_given_by_name_is_that_given_by_place(images, class_idx):
     network = SelfAttention(lambda attention, t: attention(query=t, key=t, value=t)[0]).double().eval()
-    with pytest.raises(ValueError, match="wanted self-attention over one batch-first sequence, given by place"):
-        METHODS["raw_attention"](wrap(network, "patches", layout=Tokens(3, 4, 1)), images, class_idx)
+    model = wrap(network, "patches", layout=Tokens(3, 4, 1))
+    found = attention_maps(model, images, class_idx)
+    network.call = lambda attention, t: attention(t, t, t)[0]
+    expected = attention_maps(model, images, class_idx)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 class Delegating(nn.Module):
@@ -333,8 +424,17 @@ def test_another_default_device_changes_nothing(images, class_idx):
 
     network, x = Shifted().double().eval(), images[:2]
 
+    S, boxes = (
+        torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(2)),
+        [torch.tensor([[2.0, 3, 20, 18]])] * 2,
+    )
+
     def found():
-        return METHODS["rise"](network, x, class_idx[:2], num_masks=4), check_layout(network, x, layer="inner.features")
+        maps = METHODS["rise"](network, x, class_idx[:2], num_masks=4)
+        places = [getattr(metrics, name)(S, boxes) for name in ("soft_f1", "pointing_game", "box_hits")]
+        places += [metrics.localization_error(S, boxes), metrics.energy_pointing_game(S, boxes)]
+        road = metrics.road(network, x, class_idx[:2], S.double())
+        return maps, check_layout(network, x, layer="inner.features"), *places, road
 
     expected = found()
     torch.set_default_device("meta")

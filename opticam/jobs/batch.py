@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from opticam.jobs.runner import PATHS, cast, find_notebook, notebook_parameters, read_cells
+from opticam.jobs.runner import PATHS, Cell, cast, find_notebook, notebook_parameters, read_cells
 from opticam.lab.files import EVIDENCE, PROVENANCE, REPOSITORY, code_digest, replacing
 
 if TYPE_CHECKING:
@@ -337,12 +337,12 @@ def _shards(tables: Mapping[Path, Run]) -> int:
 
 
 def _made_by(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any] | None:
-    """What makes rows what they are, of a provenance: parameters, code, versions, device and split."""
+    """What makes rows what they are, of a provenance: parameters, code, versions, device and split; None if unknown."""
     if not metadata or PROVENANCE not in metadata:
         return None
     provenance = json.loads(metadata[PROVENANCE])
     names = ("parameters", "package", "code", "torch", "device", "shards")
-    return {name: provenance.get(name) for name in names}
+    return {name: provenance[name] for name in names} if provenance.keys() >= {*names} else None
 
 
 def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -> "pa.Table":
@@ -357,7 +357,7 @@ def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -
 
 
 def _shared(tables: Mapping[Path, Run], **more: Any) -> dict[bytes, bytes]:
-    """The provenance of tables, with the parameters that no run varies, and more; nothing where one has none.
+    """The provenance that tables share, with the parameters that no run varies, and more; nothing where one has none.
 
     Parameters that say which part of the images a table holds are left out, also of a single table.
     """
@@ -371,7 +371,8 @@ def _shared(tables: Mapping[Path, Run], **more: Any) -> dict[bytes, bytes]:
     shared = {name: value for name, value in first["parameters"].items() if name not in varied}
     for other in others:
         shared = {name: value for name, value in shared.items() if other["parameters"].get(name) == value}
-    return {PROVENANCE: json.dumps({**first, "parameters": shared, **more}).encode()}
+    alike = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {PROVENANCE: json.dumps({**alike, "parameters": shared, **more}).encode()}
 
 
 def _with_varied(table: "pa.Table", run: Run) -> "pa.Table":
@@ -487,7 +488,7 @@ def _batch(path: Path, content: Any, others: Sequence[Batch], faults: _Faults) -
 
 def _notebook(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     inside = path.parent / name
-    notebook = find_notebook(inside if inside.is_file() else name)
+    notebook = find_notebook(inside if inside.is_file() else name).absolute()  # a worker may stand elsewhere
     return notebook, notebook_parameters(notebook)
 
 
@@ -542,9 +543,14 @@ def _combined(
         if parameters.get("dataset") == "imagenet" and os.environ.get("OPTICAM_IMAGENET"):
             # a worker elsewhere does not have this environment, and other images give another result
             parameters.setdefault("root", str(Path(os.environ["OPTICAM_IMAGENET"]).expanduser().absolute()))
-        depends = json.dumps([cells, version("opticam"), code, parameters], sort_keys=True)
-        key = hashlib.sha256(depends.encode()).hexdigest()
+        key = run_key(cells, code, parameters)
         yield Run(_name(varied, notebook.stem), notebook, parameters, varied, folder, gpus, code, key)
+
+
+def run_key(cells: Sequence[Cell], code: str, parameters: Mapping[str, Any]) -> str:
+    """Digest of all that the result of a run depends on."""
+    depends = json.dumps([cells, version("opticam"), code, parameters], sort_keys=True)
+    return hashlib.sha256(depends.encode()).hexdigest()
 
 
 def _name(varied: Mapping[str, Any], default: str) -> str:

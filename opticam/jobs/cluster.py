@@ -27,8 +27,16 @@ import psutil
 from distributed import Client, Future, Nanny, Scheduler, SpecCluster, Worker, get_worker
 from tqdm import tqdm
 
-from opticam.jobs.batch import Run, read_record, write_record
-from opticam.jobs.runner import NotebookError, check_writable, latest, notebook_parameters, places_beside, run_notebook
+from opticam.jobs.batch import Run, read_record, run_key, write_record
+from opticam.jobs.runner import (
+    NotebookError,
+    check_writable,
+    latest,
+    notebook_parameters,
+    places_beside,
+    read_cells,
+    run_notebook,
+)
 from opticam.jobs.side_by_side import THREADS, Screen
 from opticam.lab.files import code_digest
 
@@ -108,9 +116,13 @@ def _taken(lock: TextIO) -> bool:
 def _execute(run: Run, progress: Path, gone: threading.Event) -> dict[str, Any]:
     for left in run.folder.glob(f".{glob.escape(run.name)}.*.ipynb"):  # by a worker that was killed
         left.unlink(missing_ok=True)
-    run.table.unlink(missing_ok=True)  # or an older run's rows might pass for this one's
+    # or the rows of an older run might pass for those of this one, or the other way round
+    for left in (run.folder / f"{run.name}.json", *run.table.parent.glob("*.parquet")):
+        left.unlink(missing_ok=True)
     if code_digest() != run.code:
         return write_record(run, "failed", 0, "the worker runs another version of the package than the batch wants")
+    if run_key(read_cells(run.notebook), run.code, run.parameters) != run.key:
+        return write_record(run, "failed", 0, f"{run.notebook.name} has changed since the batch began; start it again")
     threads = os.environ.get("OPTICAM_THREADS") or str(len(os.sched_getaffinity(0)))
     os.environ |= dict.fromkeys(THREADS, threads)  # Dask's workers set 1
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # Dask's is for workers that hold data, and slows the kernel down
@@ -221,6 +233,7 @@ def _local_cluster(runs: Sequence[Run], jobs: int | None) -> SpecCluster:
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[i * gpus : (i + 1) * gpus])
         options = {"nthreads": 1, "memory_limit": 0, "env": env, "resources": {"GPU": gpus}, "dashboard": False}
+        options |= {"host": "127.0.0.1"}  # else a worker, which runs whatever it is sent, listens to the whole network
         workers[i] = {"cls": Nanny, "options": options}
     options = {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"}
     return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL)

@@ -621,7 +621,7 @@ def imagenet(
         except (OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
             why = getattr(error, "strerror", None) or error  # without the path of this machine
             fault = f"annotation: cannot read that of {path.stem} ({why})"
-        photos.append(Photo(path, path.relative_to(images).as_posix(), index.get(wnid, -1), boxes, fault))
+        photos.append(Photo(path, _name(path, images), index.get(wnid, -1), boxes, fault))
     return Photos(photos, imagenet_classes(), input_size, resize, upright=False)
 
 
@@ -682,7 +682,7 @@ def imagefolder(
             boxes = _boxes(rows.get(path, []), fractions)
         except ValueError as error:
             fault = f"annotation: cannot read that of {path.name} ({error})"
-        photos.append(Photo(path, path.relative_to(root).as_posix(), labels[folder], boxes, fault))
+        photos.append(Photo(path, _name(path, root), labels[folder], boxes, fault))
     return Photos(photos, class_names, input_size, resize, window=window)
 
 
@@ -737,6 +737,11 @@ def _check_frame(input_size: int, resize: int) -> None:
             raise TypeError(f"{name}: wanted a whole number, got {in_a_line(side)}")
     if not 0 < input_size <= resize:
         raise ValueError(f"resize: wanted at least input_size ({input_size}) and positive, got {resize}")
+
+
+def _name(path: Path, root: Path) -> str:
+    """The path in the folder as text that every table holds; bytes that are not UTF-8 are written as \\xe9."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace")
 
 
 def _pair(argument: str, pair: Any, wanted: str) -> tuple[int, int]:

@@ -624,6 +624,9 @@ def _files(dataset: Photos, indices: range) -> str:
     photos = [dataset.records[i] for i in indices]
     contents = []
     for photo in photos:
-        with photo.path.open("rb") if photo.path.is_file() else io.BytesIO() as file:
-            contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+        try:
+            with photo.path.open("rb") if photo.path.is_file() else io.BytesIO() as file:
+                contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:  # a photo that cannot be read is skipped, and looked at again once it can be
+            contents.append(f"errno {error.errno}")
     return digest_of(*contents, *(photo[1:] for photo in photos))

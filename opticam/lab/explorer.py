@@ -137,7 +137,7 @@ def explanation_of(
     masked_prob = probs_of_class(masked_logits, target, head)
     if followed:
         objective, masked_prob = map(torch.stack, zip(*followed, strict=True))
-    step = int(objective.argmax())
+    step = int(objective.nan_to_num(-torch.inf).argmax())
     maps = dict(sorted({**maps, step: saliency[0]}.items()))
     return Explanation(
         method, class_idx, image, logits[0], masked_logits[0], head, saliency[0], step, maps, objective, masked_prob

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ def key_of(value: Any, model: nn.Module, name: str = "model", key: str = "") -> 
     if isinstance(value, nn.Module):
         layer = None if value is model else layer_name(model, value)
         return {"network": _network(value, name, key)} if layer is None else {"layer": layer}
+    if isinstance(value, MethodType):  # its repr would not tell the weights
+        return {"method": [inner(value.__func__), "model" if value.__self__ is model else inner(value.__self__)]}
     if type(value).__module__.startswith("opticam.") and hasattr(value, "function"):  # a record: what computes, counts
         return inner(value.function)
     homes = [home for home in (getattr(value, "__module__", None), type(value).__module__) if home]
@@ -62,7 +65,8 @@ def key_of(value: Any, model: nn.Module, name: str = "model", key: str = "") -> 
         if isinstance(value, set | frozenset):
             return {"set": sorted(json.dumps(inner(item)) for item in value)}
         if not isinstance(value, np.ndarray) and " at 0x" not in (text := repr(value)):  # a dtype, a device, a record
-            return {homes[-1]: text}
+            told = getattr(value, "__dict__", None)  # the text may hide what counts, as Lambda() does
+            return {homes[-1]: [text, inner(told)] if told else text}
     what = getattr(value, "__qualname__", type(value).__qualname__)
     if key:
         return {"key": key, "of": what}

@@ -86,13 +86,19 @@ def _project(point: Point, features: Maps) -> None:
     found = []
     for maps, z, w in zip(features, _maps(point, features), _by_layer(point[1], features), strict=True):
         z = z.relu()
-        wanted = torch.einsum("bkhw,bhw->bk", maps, z)
+        wanted = _products(maps, z)
         for _ in range(PROJECTION_STEPS):
-            made = torch.einsum("bkhw,bhw->bk", maps, combine(maps, w)[:, 0])
+            made = _products(maps, combine(maps, w)[:, 0])
             w = torch.where((made > 0) & (z.amax((1, 2)) > 0)[:, None], w * wanted / made, w)
         found.append(w)
     for old, new in zip(point, _scaled(torch.cat(found, 1), features), strict=True):
         old.copy_(new)
+
+
+def _products(maps: Tensor, z: Tensor) -> Tensor:
+    """Of each map (B,K,h,w) with z (B,h,w), (B,K)."""
+    with torch.autocast(maps.device.type, enabled=False):  # the caller's would make the sum coarse
+        return torch.einsum("bkhw,bhw->bk", maps, z)
 
 
 map_space = Space(

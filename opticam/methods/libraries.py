@@ -232,7 +232,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers from a seed, torch's and numpy's; on exit their states are as before."""
     before = np.random.get_state()  # noqa: NPY002  (grad-cam draws from it)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         try:
             yield

@@ -67,7 +67,8 @@ def rise(
                 logits, head = read(network, masked)
                 probs = class_logit(probabilities(logits.to(dtype), head), c_some.repeat_interleave(len(masks)))
                 scores = probs.view(len(some), len(masks))
-                total_some[:, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])  # a view of the total
+                with torch.autocast(x.device.type, enabled=False):  # the caller's would make the sum coarse
+                    total_some[:, 0] += torch.einsum("bm,mhw->bhw", scores, masks[:, 0])  # a view of the total
     return saliency_map(total / (num_masks * p), size)
 
 

@@ -282,8 +282,8 @@ def road(
             f"fractions: wanted at least one, each between 0 and 1 and of a pixel or more, got {fractions}"
         )
     x = prepared(model, images)
-    generator = torch.Generator().manual_seed(seed)
-    noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64).to(x)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = 0.01 * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(x)
     orders = [_rank(saliency, descending) for descending in (False, True)]
     removed = torch.stack([rank < count for count in counts for rank in orders], 1)
     steps = removed.shape[1], lambda rows, columns: impute(x[rows], removed[rows, columns], noise)

@@ -23,7 +23,7 @@ from opticam.features import prepared
 from opticam.saliency import check_saliency
 from opticam.state import frozen, in_a_line
 
-BOTH_ENDS = torch.tensor([0, 0, 1, 1])  # turns a box whose last pixel counts into a half-open one
+BOTH_ENDS = torch.tensor([0, 0, 1, 1], device="cpu")  # turns a box whose last pixel counts into a half-open one
 TINY = torch.finfo(torch.float64).tiny
 FARTHEST = 2**29  # borders beyond are taken to lie here, far outside any image, so that no area exceeds an integer
 
@@ -78,7 +78,7 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     _check(saliency, boxes)
     predicted = predicted_box(saliency).cpu() + BOTH_ENDS
     found = [(_ious(box[None], _pixels(truth)) > 0.5).any() for box, truth in zip(predicted, boxes, strict=True)]
-    return _where_defined(1 - torch.tensor(found).double(), saliency, boxes)
+    return _where_defined(1 - torch.tensor(found, device="cpu").double(), saliency, boxes)
 
 
 def official_metric(saliency: Tensor, boxes: Sequence[Tensor], correct: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
     check_saliency(images, saliency)
     height, width = images.shape[-2:]
     ends = predicted_box(saliency).cpu() + BOTH_ENDS
-    crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height]))
+    crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height], device="cpu"))
     resized = [
         F.interpolate(image[None, :, y0:y1, x0:x1], (height, width), mode="bilinear", align_corners=False)
         for image, (x0, y0, x1, y1) in zip(for_autograd(images).detach(), crops.tolist(), strict=True)
@@ -202,8 +202,8 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
     if not tolerance >= 0:
         raise ValueError(f"tolerance: wanted a distance in pixels from 0 on, got {tolerance}")
     height, width = saliency.shape[-2:]
-    rows, columns = torch.arange(height), torch.arange(width)
-    near = torch.zeros(len(saliency), 1, height, width, dtype=torch.bool)
+    rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
+    near = torch.zeros(len(saliency), 1, height, width, dtype=torch.bool, device="cpu")
     for i, truth in enumerate(boxes):
         inside = _clipped(truth, (height, width))
         x0, y0, x1, y1 = inside[_areas(inside) > 0, :, None].unbind(1)
@@ -240,7 +240,7 @@ def box_hits(saliency: Tensor, boxes: Sequence[Tensor], num_thresholds: int = 10
     """
     _check(saliency, boxes)
     check_whole(1, num_thresholds=num_thresholds)
-    hits = torch.zeros(len(saliency), 4, num_thresholds, dtype=torch.bool)
+    hits = torch.zeros(len(saliency), 4, num_thresholds, dtype=torch.bool, device="cpu")
     whole = torch.promote_types(saliency.dtype, torch.float32)  # half precision would round up what is truncated here
     gray = (saliency[:, 0].to(whole) * 255).nan_to_num().to(torch.uint8).cpu().numpy()
     for i in (~_undefined(saliency, boxes)).nonzero()[:, 0].tolist():
@@ -346,9 +346,9 @@ def _contour_hits(kept: np.ndarray, truth: Tensor) -> Tensor:
 
     contours, _ = cv2.findContours(kept.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
-        return torch.zeros(4, dtype=torch.bool)
+        return torch.zeros(4, dtype=torch.bool, device="cpu")
     height, width = kept.shape
-    x, y, w, h = torch.tensor([cv2.boundingRect(contour) for contour in contours]).T
+    x, y, w, h = torch.tensor([cv2.boundingRect(contour) for contour in contours], device="cpu").T
     predicted = torch.stack([x, y, (x + w).clamp(max=width - 1), (y + h).clamp(max=height - 1)], 1)
     best = _ious(predicted + BOTH_ENDS, truth + BOTH_ENDS).amax(1)
     largest = best[int(np.argmax([cv2.contourArea(contour) for contour in contours]))]
@@ -362,7 +362,8 @@ def _pixels(boxes: Tensor) -> Tensor:
 
 def _clipped(boxes: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     height, width = size
-    return _pixels(boxes).clamp(min=torch.tensor(0), max=torch.tensor([width, height, width, height]))
+    ends = torch.tensor([width, height, width, height], device="cpu")
+    return _pixels(boxes).clamp(min=torch.zeros_like(ends), max=ends)
 
 
 def _areas(boxes: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def _copy_own(source: nn.Module, target: nn.Module) -> None:
 
 
 def _per_pair(similarity: Callable[[np.ndarray, np.ndarray], float], a: Tensor, b: Tensor) -> Tensor:
-    values = torch.zeros(len(a), dtype=torch.float64)
+    values = torch.zeros(len(a), dtype=torch.float64, device="cpu")
     for i, pair in enumerate(zip(a[:, 0].double().cpu().numpy(), b[:, 0].double().cpu().numpy(), strict=True)):
         if np.isnan(pair).any():
             values[i] = np.nan

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from distributed import Client
 from nbformat.v4 import new_code_cell, new_notebook
 
 from opticam import cli
@@ -206,6 +207,44 @@ def test_a_scheduler_and_workers_started_by_hand(folder, capfd, monkeypatch):
     assert "4 done, 0 failed" in printed
     assert len({line[3] for line in log_of(folder)[-8:]}) == 2, "both workers worked"
     check_never_twice_at_once(folder)
+
+
+def test_workers_of_this_machine_listen_to_it_alone(folder):
+    """They run whatever they are sent."""
+    (made,) = read_batches(write(folder, [0]))
+    with cluster._local_cluster(made.runs, 1) as own, Client(own) as client:
+        client.wait_for_workers(1, timeout=60)
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = {at.laddr.ip for process in processes for at in process.net_connections() if at.status == "LISTEN"}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1"}
+
+
+def test_a_killed_run_leaves_no_record_or_rows_of_an_older_one(folder, monkeypatch):
+    (made,) = read_batches(write(folder, [0]))
+    (run,) = made.runs
+    run.table.parent.mkdir(parents=True)
+    old = run.table, run.table.with_name("10_other.parquet"), folder / "out" / f"{run.name}.json"
+    for path in old:
+        path.write_text("{}")
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "run_notebook", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._execute(run, folder / "progress", threading.Event())
+    assert not any(path.exists() for path in old)
+
+
+def test_a_notebook_that_changes_while_its_batch_runs_is_not_run(folder):
+    (made,) = read_batches(write(folder, [0]))
+    (run,) = made.runs
+    page = folder / "10_tiny.ipynb"
+    page.write_text(page.read_text().replace("too large", "much too large"))
+    record = cluster._execute(run, folder / "progress", threading.Event())
+    assert record["status"] == "failed"
+    assert "10_tiny.ipynb has changed since the batch began" in record["error"]
 
 
 def test_nobody_answers(folder, capsys, monkeypatch):

@@ -1,3 +1,4 @@
+import os
 import re
 import struct
 import unicodedata
@@ -306,6 +307,14 @@ def test_numbers_and_letters_in_class_names_say_no_folder(tmp_path, folders, nam
     for folder in folders:
         write(tmp_path / folder / "a.png", Image.new("RGB", (8, 8)))
     assert imagefolder(tmp_path, class_names=names).labels == [0, 1]
+
+
+def test_names_of_files_that_are_not_utf8(tmp_path):
+    """As in archives from Windows. A table could not hold them as Python writes them."""
+    write(tmp_path / "cat" / "one.png")
+    os.rename(tmp_path / "cat" / "one.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    photos = imagefolder(tmp_path)
+    assert photos.names == [photos[0].name] == ["cat/caf\\xe9.png"]
 
 
 @pytest.mark.parametrize("options", [{"draw": 2}, {}])

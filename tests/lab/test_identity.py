@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision import transforms
 from torchvision.models import resnet18
 
 from opticam import METHODS, SCHEDULES, find_method, wrap
@@ -192,6 +193,24 @@ def test_what_has_no_name_is_refused_without_a_key(value):
     with pytest.raises(ValueError, match=r"keys: .* of mine cannot be recognised .*; wanted keys=\{'mine': ...\}"):
         key(value, name="mine")
     assert key(value, key="v1") == key(value, key="v1") != key(value, key="v2")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(3, 3).forward,
+        lambda: partial(nn.Linear(3, 3).forward),
+        lambda: torch.distributions.Normal(torch.rand(2), torch.ones(2)),
+    ],
+    ids=["a method of a network", "a part of it", "a distribution"],
+)
+def test_what_its_text_does_not_show_counts(make, tiny):
+    assert key_of(make(), model=tiny, name="it") != key_of(make(), model=tiny, name="it")
+
+
+def test_a_function_inside_an_object_is_refused_without_a_key(tiny):
+    with pytest.raises(ValueError, match="lambda> of it cannot be recognised"):
+        key_of(transforms.Lambda(lambda image: image), model=tiny, name="it")
 
 
 def test_layers_are_known_by_the_name_that_finds_them(tiny):
