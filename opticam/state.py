@@ -126,9 +126,10 @@ def hooked(module: nn.Module, hook: Callable, *, first: bool = False) -> Iterato
     """A forward hook that hears the passes of this thread; `first`: before all others, which get what it hands on."""
     thread = threading.get_ident()
 
-    def heard(module: nn.Module, args: tuple, by_name: dict, output: Any) -> Any:
+    def heard(module: nn.Module, args: tuple, *more: Any) -> Any:
         if threading.get_ident() != thread or getattr(_thread, "aside", False):
-            return None
+            return None  # another thread may call before torch has noted that this hook wants what is given by name
+        by_name, output = more
         return hook(module, (*args, *by_name.values()), output)
 
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
