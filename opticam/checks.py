@@ -35,6 +35,7 @@ from opticam.state import (
     all_modules,
     aside,
     buffers_of,
+    class_of,
     hooked_by_others,
     in_a_line,
     of_others,
@@ -362,8 +363,7 @@ def _check_independence(model: nn.Module, image: Tensor) -> None:
 
 def _is_of_library(module: nn.Module) -> bool:
     """Whether a library has written what the module does; in `vars` is a forward that somebody has put there."""
-    kind = type(module).__base__ if type(module).__module__ == "torch.nn.utils.parametrize" else type(module)
-    return str(getattr(kind, "__module__", "")).startswith(_LIBRARIES) and "forward" not in vars(module)
+    return class_of(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(module)
 
 
 def _look_at(network: nn.Module, image: Tensor) -> tuple[str | None, Head, str | None]:

@@ -368,10 +368,10 @@ def _attention_shown(model: nn.Module, show: Callable[[Tensor], Tensor | None]) 
 def _attend(
     show: Callable[[Tensor], Tensor | None], module: nn.MultiheadAttention, args: tuple, output: tuple
 ) -> tuple[Tensor, Tensor | None]:
-    query = args[0] if len(args) > 2 else None
-    own = query is not None and all(other is query for other in args[:3])
-    if query is None or not (module.batch_first and own and module.in_proj_weight is not None):
+    own = len(args) > 2 and args[0] is args[1] is args[2]
+    if not (module.batch_first and own and module.in_proj_weight is not None):
         raise ValueError("model: wanted self-attention over one batch-first sequence")
+    query = args[0]
     projected = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
     q, k, v = projected.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     maps = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)

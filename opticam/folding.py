@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from opticam.classifier import as_output, bare, turn
-from opticam.state import hooked_by_others, turns
+from opticam.state import class_of, hooked_by_others, turns
 from opticam.tracing import Tracer
 
 Pair = tuple[str, str]
@@ -92,8 +92,9 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
 
 def _is_plain_part(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it does what its kind does: a subclass of one's own may do more."""
-    known = type(module).forward is kind.forward or type(module).__module__.startswith(("torch.nn.", "timm.layers."))
-    return isinstance(module, kind) and known and "forward" not in vars(module)
+    of_library = class_of(module).__module__.startswith(("torch.nn.", "timm.layers."))
+    plain = of_library or type(module).forward is kind.forward
+    return isinstance(module, kind) and plain and "forward" not in vars(module)
 
 
 def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:

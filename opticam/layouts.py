@@ -7,11 +7,12 @@ configuration of a network of the package transformers.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from opticam.classifier import as_classifier, bare
+from opticam.state import class_of
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -400,8 +401,7 @@ def _is_row(module: nn.Module) -> bool:
 def _is_convolutional(module: nn.Module) -> bool:
     if isinstance(module, _CONVOLUTIONAL) and any(type(module).forward is kind.forward for kind in _CONVOLUTIONAL):
         return True
-    parametrized = type(module).__module__ == "torch.nn.utils.parametrize"  # whose class is made of another's
-    kind = cast(type, type(module).__base__) if parametrized else type(module)
+    kind = class_of(module)
     of_library = kind.__module__.startswith(("torch.nn.", "timm.layers.", "torchvision."))
     return of_library and (isinstance(module, _CONVOLUTIONAL) or kind.__name__.endswith("2d"))
 

@@ -37,7 +37,8 @@ def frozen(model: nn.Module, *, compiled: bool = True) -> Iterator[None]:
 
     Raises:
         ValueError: a module in training mode whose `train` or `eval` does more than set flags, such as fold weights or
-            empty a cache. That cannot be undone module by module, so the mode is for the caller to change.
+            empty a cache. That cannot be undone module by module, so the mode is for the caller to change. Parameters
+            that are computed from other tensors.
     """
     with torch.inference_mode(False), torch.enable_grad(), changed(_freezing(model, compiled)):
         yield
@@ -53,6 +54,12 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
             found[module] = None
             ahead += [part for part in module._modules.values() if part is not None]
     return list(found)
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of a module; of a parametrized one, whose class torch makes for it, the class that was parametrized."""
+    kind = type(module)
+    return kind.__mro__[1] if kind.__module__ == "torch.nn.utils.parametrize" else kind
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -208,6 +208,17 @@ def test_an_interrupt_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == "opticam: interrupted\n"
 
 
+def test_a_notebook_that_is_named_twice_runs_once_and_two_of_one_name_are_refused(monkeypatch, folder, capsys):
+    runs = []
+    monkeypatch.setattr(cli, "run_notebooks", lambda outputs, given, jobs: runs.append(list(outputs)))
+    page = cli.find_notebook("03")
+    assert cli.main(["run", "03", str(page)]) == 0
+    assert runs == [[page]]
+    (folder / page.name).write_text(page.read_text())
+    assert cli.main(["run", "03", str(folder / page.name)]) == 2
+    assert "notebooks: two of one name would write one file" in capsys.readouterr().err
+
+
 def test_a_run_with_parameters_keeps_its_figures_and_tables_beside_it(monkeypatch, folder):
     runs = []
     monkeypatch.setattr(cli, "run_notebooks", lambda outputs, given, jobs: runs.append((*outputs.values(), given)))

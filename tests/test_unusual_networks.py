@@ -87,19 +87,15 @@ def test_ablation_of_what_a_network_keeps_aside(images, class_idx):
         METHODS["ablation_cam"](model, images, class_idx)
 
 
-class Given(nn.Module):
-    """A layer that hands on what it is given, or one of its weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(1, 3, 8, 8))
+class Handing(nn.Module):
+    """Hands on what it is given."""
 
     def forward(self, images):
-        return self.weight if images is None else images
+        return images[0] if isinstance(images, list) else images
 
 
-def test_a_layer_that_hands_on_what_it_was_given(images, class_idx):
-    network = nn.Sequential(Given(), nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+def test_a_layer_that_hands_on_the_images(images, class_idx):
+    network = nn.Sequential(Handing(), nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
     before = images.clone()
     _, gradients, _ = features_and_gradients(wrap(network, "0", layout=lambda maps: maps), images, class_idx)
     assert gradients.any()
@@ -108,7 +104,7 @@ def test_a_layer_that_hands_on_what_it_was_given(images, class_idx):
 
 
 class Fixed(nn.Module):
-    """A layer that gives a buffer, times what comes."""
+    """A layer that gives a buffer, whatever comes."""
 
     def __init__(self):
         super().__init__()
@@ -134,10 +130,6 @@ def test_what_a_layer_keeps_is_left_as_found(images, class_idx):
 
 @pytest.mark.parametrize("call", [lambda keep, y: keep(images=y), lambda keep, y: keep([y])], ids=["by name", "a list"])
 def test_a_layer_that_hands_on_what_it_was_given_otherwise(images, class_idx, call):
-    class Handing(nn.Module):
-        def forward(self, images):
-            return images[0] if isinstance(images, list) else images
-
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -422,12 +414,8 @@ def test_another_default_device_changes_nothing(images, class_idx):
             super().__init__(torch.abs)
             self.register_buffer("shift", torch.zeros(3))
 
-    network, x = Shifted().double().eval(), images[:2]
-
-    S, boxes = (
-        torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(2)),
-        [torch.tensor([[2.0, 3, 20, 18]])] * 2,
-    )
+    network, x, S = Shifted().double().eval(), images[:2], torch.rand(2, 1, 24, 32)
+    boxes = [torch.tensor([[2.0, 3, 20, 18]])] * 2
 
     def found():
         maps = METHODS["rise"](network, x, class_idx[:2], num_masks=4)

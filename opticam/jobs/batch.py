@@ -299,7 +299,7 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
                 shipped.append(_lacking(there, shipped, ["image", *varied]))
                 told += f" and {len(shipped[-1])} rows that were there"
             else:
-                told += f", in place of {len(there)} rows by other code or parameters"
+                told += f", in place of {len(there)} rows made otherwise"
         rows = pa.concat_tables(shipped, promote_options="permissive")
         names = rows["image"].to_numpy(zero_copy_only=False)
         images = len({*names})

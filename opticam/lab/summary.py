@@ -539,19 +539,22 @@ def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataF
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
     kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
+
+    def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
+        values, statistic = _best_share(_hits(group)[:, kinds[column]])
+        return clipped(estimate(values, statistic=statistic), 0, 1), None
+
     if reference is None:
-        return tabulate(
-            with_box,
-            dict.fromkeys(kinds, 100),
-            lambda group, column: (clipped(_best_share(_hits(group)[:, kinds[column]])[0], 0, 1), None),
-        )
+        return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)
     _check_method(with_box, reference=reference)
     base = with_box[with_box["method"] == reference]
+    its_hits = _hits(base)
 
     def apart(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
         if group["image"].tolist() != base["image"].tolist():
             raise ValueError(f"rows: {group['method'].iloc[0]} has boxes for other images than {reference}")
-        found, p = _best_share(*(_hits(of)[:, kinds[column]] for of in (group, base)))
+        values, statistic = _best_share(*(hits[:, kinds[column]] for hits in (_hits(group), its_hits)))
+        found, p = estimate_and_p(values, statistic=statistic)
         return clipped(found, -1, 1), p
 
     order = [method for method in rows["method"].unique() if method in set(with_box["method"]) - {reference}]
@@ -606,16 +609,17 @@ def _hits(group: pd.DataFrame) -> np.ndarray:
         raise ValueError("rows: wanted box_hits as bytes, as many for each image, got others") from error
 
 
-def _best_share(*hits: np.ndarray) -> tuple[Estimate, float]:
-    """The share of hits (n,K,T) at the best of T thresholds, the mean of K shares, each with its own best, and its p.
+def _best_share(*hits: np.ndarray) -> tuple[np.ndarray, Callable[..., np.ndarray]]:
+    """The share of hits (n,K,T) at the best of T thresholds, the mean of K shares, each with its own best.
 
-    Of two methods the difference: that of the first minus that of the second.
+    Of two methods the difference: that of the first minus that of the second. As values (n,) and their statistic, as
+    `estimate` takes them.
     """
     number = len(hits[0])
     if number > MANY:
         best = [one.sum(0, dtype=int).argmax(-1)[None, :, None] for one in hits]
         values = [np.take_along_axis(*pair, 2).mean((1, 2)) for pair in zip(hits, best, strict=True)]
-        return estimate_and_p(values[0] - values[1] if values[1:] else values[0])
+        return values[0] - values[1] if values[1:] else values[0], np.mean
     # most thresholds hit the same images: maps have 256 levels
     kept = [[np.unique(kind, axis=1).astype(np.float32) for kind in one.swapaxes(0, 1)] for one in hits]
 
@@ -627,4 +631,4 @@ def _best_share(*hits: np.ndarray) -> tuple[Estimate, float]:
         best = [np.mean([(counts @ some).max(1) for some in one], axis=0, dtype=float) for one in kept]
         return (best[0] - best[1] if best[1:] else best[0]).reshape(drawn.shape[:-1]) / drawn.shape[-1]
 
-    return estimate_and_p(np.arange(number), statistic=share)
+    return np.arange(number), share

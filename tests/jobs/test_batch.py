@@ -180,6 +180,9 @@ def test_names_of_runs_cannot_leave_the_folder(folder):
 def test_paths_are_relative_to_the_file(folder, monkeypatch):
     (run,) = read(folder, "parameters: {root: images}").runs
     assert run.parameters["root"] == str(folder / "images")
+    monkeypatch.chdir(folder)
+    (batch,) = read_batches("some.yaml")  # a worker may stand elsewhere
+    assert batch.runs[0].notebook == folder / "10_tiny.ipynb"
 
 
 def test_only_what_changed_is_stale(folder, monkeypatch):
@@ -309,11 +312,22 @@ def test_evidence_grows_by_the_parts_that_another_machine_ran(folder):
     assert "2 of 4 runs and 2 rows that were there" in told
     assert (rows, images) == ([("a", "x", 2), ("b", "x", 5), ("b", "y", 3), ("c", "y", 6)], 3)
     told, rows, images = ship("elsewhere", [(3, "a", 7)], count=4)
-    assert "1 of 4 runs, in place of 4 rows by other code or parameters" in told
+    assert "1 of 4 runs, in place of 4 rows made otherwise" in told
     assert (rows, images) == ([("a", "y", 7)], 1)
     told, rows, images = ship("otherwise", [(5, "b", 8)], count=4, shards=3)
     assert "in place of 1 rows" in told
     assert rows == [("b", "y", 8)]
+
+
+def test_a_summary_says_of_its_runs_what_holds_for_all(folder, monkeypatch):
+    made = read(folder, "grid: {count: [1, 2]}\noutput: out")
+    for run, device in zip(made.runs, ("cpu", "cuda:0"), strict=True):
+        finish(run, rows={"image": ["a"]})
+        rows, _ = results.read_rows(run.table)
+        results.write_rows(rows, run.table, run.parameters, device)
+    _, provenance = results.read_rows(write_summary(made))
+    assert "device" not in provenance
+    assert provenance["package"]
 
 
 def test_the_tables_of_the_paper_are_written_for_each_model(folder):

@@ -1,6 +1,7 @@
 import io
 import time
 from datetime import UTC, datetime
+from functools import partial
 
 import matplotlib as mpl
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image
 pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
 
 from opticam import METHODS, opti_cam, wrap
+from opticam.classifier import class_logit
+from opticam.lab import explorer
 from opticam.lab.datasets import demo, to_input
 from opticam.lab.explorer import KEPT, Explanation, Explorer, Stopped, describe, explanation_of, read_upload
 from opticam.lab.plotting import to_picture
+from opticam.methods.opti_cam import opti_cam_map
 
 mpl.use("agg")
 
@@ -84,6 +88,20 @@ def test_a_stop_ends_the_work_at_once_and_leaves_the_model_as_found(model, image
         explanation_of(model, images[0], 2, method, num_steps=50, stopped=stopped)
     assert len(questions) == asked
     assert state(model) == before
+
+
+def test_a_step_without_a_number_is_not_the_best(model, images, monkeypatch):
+    """The best step is named, as `opti_cam` finds it."""
+    calls = []
+
+    def broken(masked_logits, logits, class_idx):
+        calls.append(1)
+        return class_logit(masked_logits, class_idx) + (torch.nan if len(calls) == 2 else 0)
+
+    monkeypatch.setattr(explorer, "find_method", lambda name: partial(opti_cam_map, objective=broken))
+    found = explanation_of(model, images[0], 2, num_steps=5)
+    assert found.objective.isnan().tolist() == [False, True, False, False, False, False]
+    assert found.step == found.objective.nan_to_num(-torch.inf).argmax() != 1
 
 
 def test_progress_counts_the_images_that_pass(model, images):

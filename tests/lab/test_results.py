@@ -30,6 +30,14 @@ def test_evidence_in_single_precision_comes_in_double(tmp_path, monkeypatch):
     assert np.isnan(read["log_odds"][1])  # p is 1
 
 
+def test_grad_cam_under_another_name_is_read_once_also_where_an_image_was_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "EVIDENCE", tmp_path)
+    names = [name for name in ("grad_cam", "hires_cam") for _ in range(2)]
+    rows = pd.DataFrame({"method": names, "prob": [0.5, np.nan] * 2, "masked_prob": [0.25, np.nan] * 2})
+    results.write_rows(rows, tmp_path / "tiny.parquet", {})
+    assert set(results.read_evidence("tiny")[0].method) == {"grad_cam"}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     rows = pd.DataFrame({"image": ["a"]})
     path = results.write_rows(rows, tmp_path / "rows.parquet", {})
