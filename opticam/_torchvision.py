@@ -1,9 +1,9 @@
-"""Lets torchvision be imported where it was built for CUDA and torch was not, and says how to install the two properly.
+"""Lets torchvision be imported beside a torch of another build, and says how to install the two properly.
 
-The package index's Linux wheels of torchvision are built for CUDA. Beside a CPU build of torch their compiled operators
-do not load, and torchvision's import fails while it describes two of them (nms and its quantised twin), which no
-classifier uses. Declaring the two lets the import go on; calling them fails as it should. Where the builds belong
-together nothing is done. The file can go once the package index has a CPU build of torchvision.
+The package index's Linux wheels of torchvision are built for one version of CUDA. Beside a torch for the CPU, or for
+another CUDA, their compiled operators do not load, and torchvision's import fails while it describes two of them (nms
+and its quantised twin), which no classifier uses. Declaring the two lets the import go on; calling them fails as it
+should. Where the builds belong together nothing is done. The file can go once no such pair can be installed.
 """
 
 import os
@@ -11,8 +11,9 @@ import sys
 import warnings
 
 _WARNING = (
-    "torchvision was built for CUDA and torch was not: its compiled operators do not load, which no classifier needs. "
-    "A pair that belongs together comes from one source, both for the CPU or both for CUDA; this message then goes."
+    "torchvision's compiled operators, which no classifier needs, do not load beside this torch: they were built for "
+    "different devices. A pair that belongs together comes from one source, both for the CPU or both for CUDA; this "
+    "message then goes."
 )
 
 

@@ -151,7 +151,7 @@ def extremal_perturbation(
                 else:
                     logits = read(network, seen.flip(3) if step % 2 else seen).logits
                 reward = class_logit(logits, c).to(dtype)
-                penalty = (mask.flatten(1).sort(1).values - wanted).square().mean(1)
+                penalty = (mask.flatten(1).sort(dim=1, stable=True).values - wanted).square().mean(1)
                 (coarse.grad,) = differentiate(model, (reward - 300 * 1.0035**step * penalty).sum(), coarse)
                 ascent.step()
                 with torch.no_grad():
