@@ -109,6 +109,9 @@ def extremal_perturbation(
     Deviations from the authors' code: borders of the pyramid are replicated; the mean over pixels in the area term and
     the sum over the batch make an image's mask independent of its neighbours.
 
+    All pixels of the first mask are equal, so rounding orders them: other devices and processors find somewhat other
+    masks, also in double precision.
+
     Arguments and errors as `grad_cam`; `layer` is not used.
 
     Args:
