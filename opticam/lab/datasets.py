@@ -4,6 +4,7 @@ A dataset is a list of `Photo` records, made without opening an image: a photo i
 whatever process asks, and what is wrong with one photo stays with that photo (`Photos.get`).
 """
 
+import errno
 import itertools
 import math
 import operator
@@ -169,11 +170,14 @@ class Photos(Dataset):
 
         Raises:
             IndexError: no such photo.
+            MemoryError, OSError: no memory or no open files are left, which says nothing of the photo.
             TypeError: not a whole number.
         """
         try:
             return self[index]
         except (OSError, ValueError) as error:
+            if of_the_machine(error):
+                raise
             path, name, label, *_ = self.records[index]
             return Skipped(name, label, str(error).replace(str(path), name))
 
@@ -253,6 +257,11 @@ def select(
     return chosen
 
 
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error is no fault of the file that was to be read: too many files are open, or memory is short."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, float] | None = None) -> Image.Image:
     """An image file as a person sees it: upright, 8-bit RGB.
 
@@ -310,7 +319,11 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         most = f"{Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
+    except MemoryError:  # says nothing of the photo
+        raise
     except Exception as error:  # decoders raise whatever they stumble over
+        if of_the_machine(error):
+            raise
         raise OSError(f"image: {path} is damaged or cannot be decoded ({error})") from error
     if refused:
         raise ValueError(f"image: {path} {refused}")

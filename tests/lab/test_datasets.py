@@ -1,8 +1,10 @@
+import errno
 import os
 import re
 import struct
 import unicodedata
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -974,6 +976,17 @@ def test_boxes_follow_the_pixels_whatever_the_exif_orientation(tmp_path, size):
         rows, columns = (torch.nonzero(image[0].amax(dim) > 0.5).flatten() for dim in (1, 0))
         bright = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         np.testing.assert_allclose(boxes[0], bright, atol=1)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many open files"), MemoryError("no room")])
+def test_what_the_machine_lacks_is_no_fault_of_a_photo(folders, monkeypatch, error):
+    def short(*_, **__):
+        raise error
+
+    photos = imagenet(folders, 64, 64)
+    monkeypatch.setattr(Path, "open", short)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        photos.get(0)
 
 
 def test_damaged_photos_are_skipped_and_the_rest_goes_on_in_worker_processes(folders):
