@@ -1,0 +1,84 @@
+"""Why `robust` is behind Grad-CAM in the boxes and over another photo: can a sharper or a broader map mend both?
+
+The maps of Grad-CAM and of `robust`, each to several powers, and two mixtures of them. A power keeps the order of the
+pixels, so insertion, deletion, ROAD and rank correlations stay as they are; it makes a map sharper above 1, broader
+below. Judged are AG over black and gray, the log-odds over another photo's pixels and by EfficientNet-Lite1, and EP.
+
+`python benchmarks/trade_offs.py ROOT`, ROOT an ImageNet folder in the Kaggle layout; the images that chose the schedule
+are left out. Rows of finished images are kept in `results/trade_offs.parquet`: started again, it resumes.
+"""
+
+import argparse
+import json
+
+import pandas as pd
+import torch
+from common import RESULTS, report
+from robust import Views, summary
+
+from opticam import METHODS, SCHEDULES, score
+from opticam.lab import maps_to_input
+from opticam.lab.files import replacing
+from opticam.metrics import energy_pointing_game
+from opticam.saliency import BASELINES, min_max
+
+ROWS = RESULTS / "trade_offs.parquet"
+EXPONENTS = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 2.0)
+BATCH = 5
+
+
+def maps_of(model: torch.nn.Module, images: torch.Tensor, class_idx: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All maps (B,1,H,W) by name."""
+    base = {
+        "Grad-CAM": METHODS["grad_cam"](model, images, class_idx),
+        "robust": METHODS["opti_cam"](model, images, class_idx, **SCHEDULES["robust"]),
+    }
+    maps = {f"{name}^{p:g}": S**p for name, S in base.items() for p in EXPONENTS}
+    both = tuple(base.values())
+    return maps | {"the larger of both": torch.maximum(*both), "the product of both": min_max(both[0] * both[1])}
+
+
+def rows(views: Views, part: list[int]) -> pd.DataFrame:
+    """One row per image and map."""
+    x, c = views.images[part], views.class_idx[part]
+    fills = {"black": None, "gray": BASELINES["gray"](x), "photo": views.other_photo[part]}
+    with torch.no_grad():
+        logits, judged = views.model(x), views.judge(views.seen_by_judge[part])
+    tables = []
+    for name, S in maps_of(views.model, x, c).items():
+        scored = {f"own {fill}": score(views.model, x, c, S, logits, baseline=b) for fill, b in fills.items()}
+        moved = maps_to_input(S, [views.sizes[i] for i in part], *views.frames)
+        scored["lite1 black"] = score(views.judge, views.seen_by_judge[part], c, moved, judged)
+        columns = {f"AG {judge}": table.average_gain for judge, table in scored.items()}
+        columns |= {f"log-odds {judge}": table.log_odds for judge, table in scored.items()}
+        columns["energy_pointing_game"] = energy_pointing_game(S, [views.boxes[i] for i in part]).numpy()
+        columns["area"] = S.mean((1, 2, 3)).numpy()
+        tables.append(pd.DataFrame(columns).assign(variant=name, passes=0, image=[views.names[i] for i in part]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def main() -> None:
+    """Judge the images that are not done yet, then print and write the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", help="ImageNet folder in the Kaggle layout")
+    parser.add_argument("--limit", type=int, help="at most so many images")
+    options = parser.parse_args()
+    views = Views("imagenet", options.root, None, options.limit)
+    chose = json.loads((RESULTS / "robust.json").read_text())["images"]
+    table = pd.read_parquet(ROWS) if ROWS.exists() else pd.DataFrame({"variant": [], "image": []})
+    missing = [i for i, name in enumerate(views.names) if name not in {*chose, *table.image}]
+    for first in range(0, len(missing), BATCH):
+        table = pd.concat([table, rows(views, missing[first : first + BATCH])], ignore_index=True)
+        with replacing(ROWS) as temporary:
+            table.to_parquet(temporary)
+        print(f"{table.image.nunique()} images", flush=True)  # a sign of life
+    table["variant"] = table.variant.replace("Grad-CAM^1", "Grad-CAM")  # what the others are compared with
+    found = []
+    for name in table.variant.unique():
+        base, _, exponent = name.partition("^")
+        found.append({"map": base, "exponent": float(exponent or 1), **summary(table, name)})
+    report("trade_offs", found, images=table.image.nunique())
+
+
+if __name__ == "__main__":
+    main()
