@@ -51,6 +51,8 @@ def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
         ImportError: a file of safetensors, without that package.
         ValueError: the file is damaged, would run code, or holds no tensor.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"checkpoint: wanted the path of a file, got {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file at {path}; {WANTED}")
@@ -162,7 +164,7 @@ def _found(
                     continue
                 weights = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
                 faults = _faults(weights, own)
-                if not key:
+                if where.rstrip(".") != key:  # else the person has said which
                     told = f"lies beside those under {where.rstrip('.')!r}; wanted checkpoint_key to say which"
                     said = (constants or {}) if prefix == "network." else {}
                     beside = [name for name in named if not name.startswith(prefix) and name != _COUNTER]

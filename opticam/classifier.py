@@ -42,8 +42,8 @@ class Classifier(nn.Module):
         window: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        heads: dict[Any, Head] = {logits_of_softmax: "softmax", logits_of_sigmoid: "sigmoid"}
-        said = heads.get(to_logits)
+        heads: list[tuple[Any, Head]] = [(logits_of_softmax, "softmax"), (logits_of_sigmoid, "sigmoid")]
+        said = next((name for function, name in heads if function is to_logits), None)
         if head is not None:
             check_head(head)
         if said and head not in (None, said):
@@ -376,7 +376,7 @@ def logits_of_softmax(probs: Tensor) -> Tensor:
     _check_probabilities(probs)
     if ((probs.sum(1) - 1).abs() > 1e-2).any():
         raise ValueError("to_logits: wanted probabilities with rows of sum 1 from the network")
-    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+    return _widened(probs).clamp(min=_least(probs)).log().to(probs.dtype)
 
 
 def logits_of_sigmoid(probs: Tensor) -> Tensor:
@@ -392,9 +392,18 @@ def logits_of_sigmoid(probs: Tensor) -> Tensor:
         ValueError: values outside [0,1].
     """
     _check_probabilities(probs)
+    p = _widened(probs).clamp(_least(probs), 1 - torch.finfo(probs.dtype).eps / 2)
+    return (p.log() - (-p).log1p()).to(probs.dtype)
+
+
+def _widened(probs: Tensor) -> Tensor:
+    return probs.to(torch.promote_types(probs.dtype, torch.float32))
+
+
+def _least(probs: Tensor) -> float:
+    """What stands for 0. In half precision numbers below the normal ones are probabilities as others are."""
     number = torch.finfo(probs.dtype)
-    p = probs.clamp(number.tiny, 1 - number.eps / 2)
-    return p.log() - (-p).log1p()
+    return number.tiny * (number.eps if probs.dtype == torch.float16 else 1)
 
 
 def _check_probabilities(probs: Tensor) -> None:

@@ -264,8 +264,8 @@ def _from_here(path: str) -> str:
 
 def _writable(output: str, suffixes: tuple[str, ...]) -> Path:
     path = Path(output)
-    if len(os.fsencode(path.name)) > 255:
-        raise ValueError(f"output: wanted a shorter name for the file, of at most 255 bytes, got {path.name!r}")
+    if len(os.fsencode(path.name)) > 230:  # 255, less what the name has while the file is being written
+        raise ValueError(f"output: wanted a shorter name for the file, of at most 230 bytes, got {path.name!r}")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"output: wanted a name ending in {' or '.join(suffixes)}, got {output!r}")
     check_writable(path.parent)
@@ -284,14 +284,17 @@ def batch(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"batch: needs the extra batch: pip install '.[batch]' in a clone ({error})") from error
     parts = read_batches(options.file)
+    if options.ship is not None and options.dry_run:
+        raise ValueError("ship: wanted without --dry-run; what is done is what `opticam batch FILE --dry-run` says")
+    chosen = select_runs([item for part in parts for item in part.runs], options.filter)
     if options.ship is not None:
-        written = [item for part in parts for item in write_evidence(part, Path(options.ship)).items()]
+        some = [part._replace(runs=[item for item in part.runs if item in chosen]) for part in parts]
+        written = [item for part in some if part.runs for item in write_evidence(part, Path(options.ship)).items()]
         for path, text in written:
             print(f"wrote {path}: {text}")
         if not written:
             raise ValueError(f"ship: no run with evidence is done; first: opticam batch {options.file}")
         return 0
-    chosen = select_runs([item for part in parts for item in part.runs], options.filter)
     all_done = True
     for part in parts:
         runs = [item for item in chosen if item.folder == part.folder]
@@ -316,7 +319,7 @@ def _run_part(part: "Batch", runs: "Sequence[Run]", options: argparse.Namespace)
             print(f"wrote {write_index(part)}")
     summary = write_summary(part)
     print(f"wrote {summary} and summary.csv" if summary else "no run wrote rows for a summary")
-    if summary and (tables := write_tables(summary)):
+    if summary and (tables := write_tables(summary, part.runs[0].varied)):
         print(f"wrote {tables}")
     failed = [(item, record) for item, record in zip(runs, records, strict=True) if record["status"] != "done"]
     for item, record in failed:

@@ -17,7 +17,7 @@ from torchvision import models as tv
 from opticam.checkpoints import count_classes, find_weights, read_checkpoint
 from opticam.checks import as_names, as_numbers, check_at_least, check_whole, check_window
 from opticam.classifier import Classifier, Head
-from opticam.features import resolve_layer
+from opticam.features import layer_name, resolve_layer
 from opticam.layouts import Layout
 from opticam.probe import default_layer
 from opticam.state import in_a_line
@@ -56,7 +56,7 @@ class ModelSpec:
 
 def wrap(
     network: nn.Module,
-    layer: str,
+    layer: str | nn.Module,
     *,
     head: Head | None = None,
     to_logits: Callable[[Any], Any] | None = None,
@@ -75,7 +75,7 @@ def wrap(
         network: takes images (B,C,H,W) and returns logits, alone or in a record, dict or tuple, see
             `classifier.as_output`. One logit, (B,1) or (B,), is a sigmoid by itself: class 0 is what it stands for,
             class 1 the absence of that.
-        layer: dotted name of the target layer inside the network.
+        layer: the target layer inside the network, or its dotted name.
         head: "softmax", one class per image, or "sigmoid", each class for itself; by default that of `to_logits`, else
             "softmax".
         to_logits: from what the network returns to its logits, where that is not clear. For a network that ends in a
@@ -119,10 +119,15 @@ def wrap(
                 raise ValueError(f"{told}; wanted neither mean nor std here")
     if len(class_names) == 1:
         class_names = [*class_names, f"not {class_names[0]}"]
+    dotted = layer_name(network, layer) if isinstance(layer, nn.Module) else layer
+    if dotted is None:
+        raise ValueError(
+            f"layer: wanted a module inside {type(network).__name__}, got a {type(layer).__name__} of another"
+        )
     classifier = Classifier(
         network,
         name or type(network).__name__,
-        layer,
+        dotted,
         head=head,
         to_logits=to_logits,
         mean=mean,
@@ -160,9 +165,11 @@ def class_index(name: str | int, class_names: list[str]) -> int:
         class_names: one name per class.
 
     Raises:
-        ValueError: an index out of range, an unknown name, or a name that two classes share.
+        ValueError: an index out of range, an unknown name, a name that two classes share, or that is another's index.
     """
     text = str(name).strip()
+    if isinstance(name, str) and text.isdecimal() and text in class_names and class_names.index(text) != int(text):
+        raise ValueError(f"class: {text!r} is the name of class {class_names.index(text)} and the index of another")
     if re.fullmatch(r"-?\d+", text):
         if not 0 <= int(text) < len(class_names):
             raise ValueError(f"class: wanted an index in 0..{len(class_names) - 1}, got {text}")
@@ -227,7 +234,11 @@ def load_model(
     if checkpoint and Path(checkpoint).suffix == ".toml":
         given: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names, "head": head, "window": window}
         given["checkpoint_key"] = checkpoint_key
-        told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value not in (None, "")}
+        told = _read_toml(Path(checkpoint)) | {
+            word: value
+            for word, value in given.items()
+            if value is not None and not (isinstance(value, str) and not value)
+        }
         return load_model(name, pretrained=pretrained, device=device, **told)
     if checkpoint_key and not checkpoint:
         raise ValueError(f"checkpoint_key: wanted a checkpoint with it, got {in_a_line(checkpoint_key)} alone")

@@ -94,7 +94,11 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
         (B,3,H,W) of the dtype of the images.
     """
     saliency = saliency.to(images.dtype)
-    return images * saliency if baseline is None else torch.lerp(baseline.expand_as(images), images, saliency)
+    return (
+        images * saliency
+        if baseline is None
+        else torch.lerp(baseline.to(images.dtype).expand_as(images), images, saliency)
+    )
 
 
 def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:

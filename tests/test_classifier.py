@@ -202,6 +202,20 @@ def test_probabilities_turn_back_into_logits():
         logits_of_softmax(Y.sigmoid())
 
 
+def test_small_probabilities_of_half_precision_stay_what_they_are():
+    """Below 6.1e-5 they are not normal numbers; a softmax of many classes is full of them."""
+    probs = torch.tensor([[0.9999, 3e-5, 1e-5, 0]]).half().requires_grad_()
+    for logits, back in (
+        (logits_of_softmax(probs), torch.softmax),
+        (logits_of_sigmoid(probs), lambda y, _: y.sigmoid()),
+    ):
+        assert logits.dtype == torch.float16
+        assert logits.isfinite().all()
+        torch.testing.assert_close(back(logits.float(), 1)[0, 1:3], probs[0, 1:3].float(), rtol=0.02, atol=0)
+        (slopes,) = torch.autograd.grad(logits[0, 1], probs)
+        assert slopes[0, 1] > 1e4
+
+
 def test_images_are_not_changed_by_a_network_in_place(tiny, images):
     class InPlace(nn.Module):
         def forward(self, x):

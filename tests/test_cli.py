@@ -162,7 +162,7 @@ def test_explain_any_kind_of_photo(mode, suffix, capsys, folder):
         ([PHOTO, "--output", "text.jpg/out.png"], "output: cannot write in 'text.jpg'"),
         ([PHOTO, "--output", "folder.png"], "output: 'folder.png' is a folder"),
         ([PHOTO, "--output", ""], "output: wanted a name ending in"),
-        ([PHOTO, "--output", 252 * "x" + ".png"], "output: wanted a shorter name for the file, of at most 255 bytes"),
+        ([PHOTO, "--output", 252 * "x" + ".png"], "output: wanted a shorter name for the file, of at most 230 bytes"),
         ([PHOTO, "--schedule", "slow"], "schedule: wanted one of paper, fast, robust, got 'slow'"),
         ([PHOTO, "--schedule", "fast", "--method", "rise"], "schedule: only the method opti_cam has one, got rise"),
         (["photo.png", "--output", "photo.png"], "output: photo.png is the photo itself"),

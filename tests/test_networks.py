@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import TinyCNN
 from torch import nn
 from torchvision import models as tv
 from torchvision.transforms import Normalize
@@ -291,6 +293,46 @@ def test_tensors_beside_the_weights_are_left_out_only_where_the_caller_says_so(o
         load_model("small", checkpoint=path, num_classes=3)
     model = load_model("small", checkpoint=path, checkpoint_key="state_dict.model")
     assert torch.equal(model.network[0].weight, network[0].weight)
+
+
+def test_weights_inside_of_those_that_the_caller_names_are_not_taken_for_them(own):
+    network, path = own
+    teacher = under("model.teacher.", {name: value + 1 for name, value in network.state_dict().items()})
+    torch.save({"state_dict": under("model.", network.state_dict()) | teacher}, path)
+    for key in ("", "state_dict", "state_dict.model"):
+        with pytest.raises(ValueError, match="does not fit small"):
+            load_model("small", checkpoint=path, num_classes=3, checkpoint_key=key)
+    model = load_model("small", checkpoint=path, num_classes=3, checkpoint_key="state_dict.model.teacher")
+    assert torch.equal(model.network[0].weight, network[0].weight + 1)
+
+
+def test_any_function_turns_outputs_into_logits():
+    """Also one that cannot be a key of a table."""
+
+    @dataclass
+    class Twice:
+        factor: float = 2.0
+
+        def __call__(self, logits):
+            return self.factor * logits
+
+    network, images = TinyCNN(), torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(wrap(network, "features", to_logits=Twice())(images), 2 * network(images))
+
+
+def test_a_layer_may_be_given_as_a_module(own):
+    network, _ = own
+    model = wrap(network, network[0])
+    assert model.layer == "0"
+    assert model.state_dict().keys() == wrap(network, "0").state_dict().keys()
+    with pytest.raises(ValueError, match="layer: wanted a module inside Sequential, got a Linear of another"):
+        wrap(network, torch.nn.Linear(2, 2))
+
+
+def test_a_number_that_is_the_name_of_another_class_is_refused():
+    assert class_index("2", ["0", "1", "2"]) == class_index(2, ["0", "1", "10", "2"]) == 2
+    with pytest.raises(ValueError, match="class: '2' is the name of class 3 and the index of another"):
+        class_index("2", ["0", "1", "10", "2"])
 
 
 def test_the_mean_of_a_classifier_has_to_be_that_of_the_network_by_its_name(own):

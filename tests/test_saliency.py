@@ -156,3 +156,9 @@ def test_a_baseline_of_another_range_is_refused(images):
     assert torch.equal(baseline_of(images, noise > 0), (noise > 0).double())
     with pytest.raises(ValueError, match=r"^baseline: wanted a shape that broadcasts to"):
         baseline_of(images, torch.zeros(0))
+
+
+def test_a_baseline_of_another_precision_gives_images_of_their_own():
+    images, S = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4)
+    masked = apply_mask(images, S, torch.zeros(1, 3, 1, 1, dtype=torch.float64))
+    torch.testing.assert_close(masked, images * S)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,8 +243,12 @@ def write_summary(batch: Batch) -> Path | None:
     return path
 
 
-def write_tables(summary: Path) -> Path | None:
-    """Write the tables that the paper has, of the rows of a batch of notebook 03, to `tables.md`: those of each model.
+def write_tables(summary: Path, varied: Collection[str] = ("model",)) -> Path | None:
+    """Write the tables that the paper has, of the rows of a batch of notebook 03, to `tables.md`.
+
+    Args:
+        summary: of `write_summary`.
+        varied: the parameters that the batch varies: there are tables for all that they are together.
 
     Returns:
         The path written; None where the rows of the summary have no metrics of boxes, so that they are of another
@@ -258,8 +262,11 @@ def write_tables(summary: Path) -> Path | None:
     if "official_metric" not in rows:
         return None
     blocks = []
-    for model, part in rows.groupby("model", sort=False) if "model" in rows else [("one network", rows)]:
-        blocks.append(f"# {model}: means over {part['image'].nunique()} images")
+    keys = [name for name in varied if name != "shard" and name in rows]
+    for values, part in rows.groupby(keys, sort=False, dropna=False) if keys else [((), rows)]:
+        told = [str(value) if name == "model" else f"{name} {value}" for name, value in zip(keys, values, strict=True)]
+        seen = part[part["status"] != "skipped"] if "status" in part else part
+        blocks.append(f"# {', '.join(told) or 'one network'}: means over {seen['image'].nunique()} images")
         for title, table in paper_tables(part).items():
             blocks += [f"## {title}", table.to_markdown(floatfmt=".1f")]
     path = summary.with_name("tables.md")
@@ -284,6 +291,10 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    varied = [name for name in batch.runs[0].varied if name != "shard"]
+    kept = {*varied, *_OF_A_PART, "root"}  # what stands for all runs in place of what follows from what is varied
+    given = {name: value for name, value in batch.runs[0].parameters.items() if name not in kept}
+    asked = {"asked": given} if varied else {}
     written = {}
     for name, stem in batch.evidence.items():
         tables = _tables(batch, stem)
@@ -292,11 +303,12 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         path = folder / f"{name}.parquet"
         shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
         told = f"{len(tables)} of {len(batch.runs)} runs"
+        provenance = _shared(tables, **asked, shards=_shards(tables))
         if path.is_file():
-            there, made_by = pq.read_table(path), _made_by(_shared(tables, shards=_shards(tables)))
+            there, made_by = pq.read_table(path), _made_by(provenance)
             if made_by and made_by == _made_by(there.schema.metadata):
-                varied = [field for field in batch.runs[0].varied if field != "shard"]
                 shipped.append(_lacking(there, shipped, ["image", *varied]))
+                provenance = _common(provenance, there.schema.metadata)
                 told += f" and {len(shipped[-1])} rows that were there"
             else:
                 told += f", in place of {len(there)} rows made otherwise"
@@ -304,7 +316,10 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         names = rows["image"].to_numpy(zero_copy_only=False)
         images = len({*names})
         rows = rows.take(pa.array(names.argsort(kind="stable")))
-        rows = rows.replace_schema_metadata(_shared(tables, shards=_shards(tables), images=images))
+        told_by = json.loads(provenance.get(PROVENANCE, b"{}"))
+        rows = rows.replace_schema_metadata(
+            {PROVENANCE: json.dumps({**told_by, "images": images}).encode()} if told_by else {}
+        )
         with replacing(path) as whole:
             pq.write_table(rows, whole, compression="zstd")
         written[path] = f"{len(rows)} rows of {images} images, {told}, {path.stat().st_size / 1000:.0f} kB"
@@ -341,8 +356,15 @@ def _made_by(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any] | None:
     if not metadata or PROVENANCE not in metadata:
         return None
     provenance = json.loads(metadata[PROVENANCE])
-    names = ("parameters", "package", "code", "torch", "device", "shards")
+    names = ("asked" if "asked" in provenance else "parameters", "package", "code", "torch", "device", "shards")
     return {name: provenance[name] for name in names} if provenance.keys() >= {*names} else None
+
+
+def _common(provenance: dict[bytes, bytes], other: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """A provenance with the parameters alone that another has too."""
+    own, its = (json.loads(entry[PROVENANCE]) for entry in (provenance, other))
+    same = {name: value for name, value in own["parameters"].items() if its["parameters"].get(name) == value}
+    return {PROVENANCE: json.dumps({**own, "parameters": same}).encode()}
 
 
 def _lacking(table: "pa.Table", others: Iterable["pa.Table"], keys: list[str]) -> "pa.Table":
@@ -556,5 +578,9 @@ def run_key(cells: Sequence[Cell], code: str, parameters: Mapping[str, Any]) -> 
 def _name(varied: Mapping[str, Any], default: str) -> str:
     """A file name for a run: no separator of folders, no hidden file, not too long."""
     words = {name: _word(value).replace("/", "-") for name, value in varied.items()}
-    name = ",".join(f"{name}={re.sub('[^A-Za-z0-9.+-]', '_', word)}" for name, word in words.items()) or default
-    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    unclear = re.compile(r"[^\w.+-]")
+    name = ",".join(f"{name}={unclear.sub('_', word)}" for name, word in words.items()) or default
+    encoded = name.encode()
+    if len(encoded) <= 120:
+        return name
+    return f"{encoded[:100].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:12]}"

@@ -115,6 +115,20 @@ def score(
     return pd.DataFrame({name: values.detach().double().cpu().numpy() for name, values in columns.items()})
 
 
+def in_order(name: str, values: Iterable[Any], number: int) -> list[Any]:
+    """Values by their place, as a list: pandas would put those of a column where its index says.
+
+    Raises:
+        TypeError, ValueError: a text, or another number than wanted.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: wanted a list of {number}, got {in_a_line(values)}")
+    values = list(values)
+    if len(values) != number:
+        raise ValueError(f"{name}: wanted {number}, got {len(values)}")
+    return values
+
+
 def score_maps(
     model: nn.Module,
     images: Tensor,
@@ -133,10 +147,10 @@ def score_maps(
     _check_maps(saliency)
     if not saliency:
         raise ValueError("saliency: wanted the maps of at least one method")
+    image = [*range(len(class_idx))] if names is None else in_order("names", names, len(class_idx))
     tables = []
     for method, S in saliency.items():
-        table = score(model, images, class_idx, S)
-        tables.append(table.assign(image=range(len(table)) if names is None else names, method=method))
+        tables.append(score(model, images, class_idx, S).assign(image=image, method=method))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -147,7 +161,7 @@ def saliency_maps(
     check_inputs(model, images, class_idx)
     _check_methods(methods)
     check_whole(1, batch_size=batch_size)
-    batches = list(zip(images.split(batch_size), class_idx.split(batch_size), strict=True))
+    batches = list(zip(images.split(int(batch_size)), class_idx.split(int(batch_size)), strict=True))
     return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
 
 
@@ -237,6 +251,8 @@ def stored_saliency(rows: pd.DataFrame, size: tuple[int, int]) -> Tensor:
     """
     if not isinstance(rows, pd.DataFrame) or not {"image", "saliency"} <= set(rows.columns):
         raise ValueError("rows: wanted a table with the columns image and saliency, as the score 'saliency' makes it")
+    if not len(rows):
+        raise ValueError("rows: wanted at least one map")
     for name, data in zip(rows["image"], rows["saliency"], strict=True):
         if not isinstance(data, bytes) or len(data) != math.prod(size):
             raise ValueError(f"rows: wanted a map of {size[0]}x{size[1]} for every image; {name} has none")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from opticam.checks import check_network, examine
+from opticam.checks import check_network, check_whole, examine
 from opticam.classifier import Head, probabilities, probs_of_class, read
 from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
@@ -110,7 +110,8 @@ def explanation_of(
         ValueError: unknown method, one that does not apply to the model, or an argument out of range.
     """
     check_network(model)
-    images, target = image[None], torch.tensor([class_idx], device=image.device)
+    check_whole(0, class_idx=class_idx, num_steps=num_steps)
+    images, target = image[None], torch.tensor([int(class_idx)], device=image.device)
     every = max(1, -(-num_steps // KEPT))
     maps: dict[int, Tensor] = {}
     followed: list[tuple[Tensor, Tensor]] = []

@@ -50,7 +50,7 @@ def finding(
     """
     if above == -math.inf and below == math.inf:
         raise ValueError("above, below: wanted at least one bound")
-    value = estimate if isinstance(estimate, Estimate) else Estimate(*[float(estimate)] * 3)
+    value = Estimate(*map(float, estimate if isinstance(estimate, Estimate) else [estimate] * 3))
     return Finding(statement, value, above, below)
 
 

@@ -22,7 +22,17 @@ from opticam.checks import check_images, check_inputs, check_whole, examine
 from opticam.classifier import Classifier, as_classifier, class_logit, for_autograd, probabilities, read
 from opticam.features import prepared
 from opticam.folding import folded
-from opticam.lab.summary import NOTHING, Estimate, estimate_and_p, ratio_of_means, tabulate
+from opticam.lab.evaluation import in_order
+from opticam.lab.summary import (
+    NOTHING,
+    Estimate,
+    by_method,
+    check_table,
+    estimate_and_p,
+    ratio_of_means,
+    tabulate,
+    within_span,
+)
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
@@ -271,12 +281,11 @@ def paste_object(
         ValueError: no box shows a pixel inside the frame.
     """
     height, width = host.shape[1:]
-    frame = torch.tensor([source.shape[2], source.shape[1]] * 2)
-    inside = torch.minimum(boxes.cpu().round().clamp(min=0), frame).long()
-    areas = (inside[:, 2:] - inside[:, :2]).prod(1)
-    if len(areas) == 0 or areas.max() == 0:
+    if not 0 < share <= 1:
+        raise ValueError(f"share: wanted a number above 0, of at most 1, got {share}")
+    x0, y0, x1, y1 = _largest_inside(boxes, source.shape[1:])
+    if x1 == x0:
         raise ValueError("boxes: wanted one that shows part of the source")
-    x0, y0, x1, y1 = inside[areas.argmax()].tolist()
     scale = share * min(height, width) / max(y1 - y0, x1 - x0)
     h, w = (max(1, round(scale * length)) for length in (y1 - y0, x1 - x0))
     patch = F.interpolate(source[None, :, y0:y1, x0:x1], (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
@@ -286,6 +295,13 @@ def paste_object(
     pasted[:, top : top + h, left : left + w] = patch
     scrambled[:, top : top + h, left : left + w] = phase_scrambled(patch, seed).clamp(0, 1)
     return pasted, scrambled, torch.tensor([[left, top, left + w, top + h]], dtype=torch.float32)
+
+
+def _largest_inside(boxes: Tensor, size: torch.Size) -> list[int]:
+    """Of boxes (n,4) the one that shows most inside of a frame (H,W), in whole pixels; zeros where none does."""
+    inside = torch.minimum(boxes.cpu().round().clamp(min=0), torch.tensor([size[1], size[0]] * 2)).long()
+    areas = (inside[:, 2:] - inside[:, :2]).clamp(min=0).prod(1)
+    return inside[areas.argmax()].tolist() if areas.any() else [0, 0, 0, 0]
 
 
 def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequence[Tensor]) -> Pastes:
@@ -303,10 +319,9 @@ def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequ
     """
     check_inputs(model, images, class_idx)
     right = (all_probabilities(model, images).argmax(1) == class_idx).cpu()
-    low, high = torch.zeros(2), torch.tensor([images.shape[3], images.shape[2]])
     for i, some in enumerate(boxes):
-        sides = torch.minimum(some[:, 2:], high) - torch.maximum(some[:, :2], low)
-        right[i] &= bool((sides >= _SMALLEST).all(1).any())
+        x0, y0, x1, y1 = _largest_inside(some, images.shape[2:])
+        right[i] &= min(x1 - x0, y1 - y0) >= _SMALLEST
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     waiting: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -467,7 +482,21 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFra
     Returns:
         As `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
     """
-    return tabulate(rows, columns, lambda group, column: _over_groups(group[column], group["group"]))
+    _check_groups(rows, columns)
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
+        found, p = _over_groups(group[column], group["group"])
+        return within_span(found, column, 1, difference=False), p
+
+    return tabulate(rows, columns, mean_of)
+
+
+def _check_groups(rows: pd.DataFrame, columns: Collection[str]) -> None:
+    if isinstance(columns, str):
+        raise TypeError(f"columns: wanted a list of names, got {columns!r}")
+    check_table("rows", rows, ["method", "group", *columns])
+    if rows["group"].isna().any():
+        raise ValueError("rows: wanted a group for every row")
 
 
 def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
@@ -475,17 +504,22 @@ def difference_over_groups(rows: pd.DataFrame, column: str, method: str, referen
 
     Rows and column as `summarize_groups` takes them; each image has one row of both methods.
     """
-    wide = rows.pivot(index=["group", "image"], columns="method", values=column).reset_index("group")
-    more = factors([column])[column] * (wide[method] - wide[reference])
-    return _over_groups(more, wide["group"])[0]
+    _check_groups(rows, [column])
+    wide = by_method(rows, ["group", "image"], column).reset_index("group")
+    if other := [name for name in (method, reference) if name not in wide]:
+        raise ValueError(f"rows: no row of {other[0]}; wanted one of {', '.join(map(str, wide.columns[1:]))}")
+    factor = factors([column])[column]
+    found, _ = _over_groups(factor * (wide[method] - wide[reference]), wide["group"])
+    return within_span(found, column, factor, difference=True)
 
 
 def _over_groups(values: pd.Series, groups: pd.Series) -> tuple[Estimate, float]:
     """The mean over all values, NaN left out, with its interval over groups, and its p value."""
-    by_group = values.dropna().groupby(groups)
-    if not len(by_group):
+    by_group = values.astype(float).reset_index(drop=True).groupby(groups.to_numpy())
+    counts = by_group.count().to_numpy(float)  # without NaN
+    if not counts.any():
         return NOTHING, math.nan
-    sums, counts = by_group.sum().to_numpy(float), by_group.count().to_numpy(float)
+    sums, counts = by_group.sum().to_numpy()[counts > 0], counts[counts > 0]
     return estimate_and_p(sums, counts, statistic=ratio_of_means)
 
 
@@ -501,7 +535,8 @@ def evidence_rows(
     Arguments as there, but maps and rivals by method. `columns` are further ones of B values each, such as names.
     """
     of_method = {name: evidence_scores(S, boxes, grid, (rivals or {}).get(name, ())) for name, S in saliency.items()}
-    tables = [table.assign(method=name, **(columns or {})) for name, table in of_method.items()]
+    more = {name: in_order(name, values, len(boxes)) for name, values in (columns or {}).items()}
+    tables = [table.assign(method=name, **more) for name, table in of_method.items()]
     return pd.concat(tables, ignore_index=True)
 
 

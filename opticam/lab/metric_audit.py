@@ -30,7 +30,16 @@ from opticam.lab.known_evidence import (
     pixel_auroc,
     uniform,
 )
-from opticam.lab.summary import Estimate, clipped, entries, estimate, estimate_and_p, ratio_of_means, spearman
+from opticam.lab.summary import (
+    Estimate,
+    check_table,
+    clipped,
+    entries,
+    estimate,
+    estimate_and_p,
+    ratio_of_means,
+    spearman,
+)
 from opticam.methods import fake_cam
 from opticam.metrics import COLUMNS, adcc, arcc, coherency, complexity, insertion_deletion, road
 from opticam.saliency import BASELINES, apply_mask, min_max
@@ -305,6 +314,9 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
         positive where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`,
         the p value of `maps` being 0.
     """
+    check_table("rows", rows, ["target", "method", "truth", *metrics])
+    if BASE not in methods:
+        raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
     found = {}
     wide = rows.pivot(index="target", columns="method")
     controls = [name for name in (*CONTROLS, "other") if name in wide["truth"]]
@@ -322,7 +334,8 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
         for change in CHANGES:
             if change in values:
                 gained = values[change].to_numpy(float) - base
-                cells[change] = estimate(gained, spread, statistic=ratio_of_means)
+                there = ~np.isnan(gained)
+                cells[change] = estimate(gained[there], spread[there], statistic=ratio_of_means)
         found[metric] = {"n": len(values), "maps_p": p}
         for name, cell in cells.items():
             found[metric] |= entries(name, clipped(cell, *ENDS.get(name, (-np.inf, np.inf))))

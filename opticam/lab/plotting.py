@@ -156,7 +156,9 @@ def image_grid(
         printed: text of 7 points, for a page of a journal; else of 10, for a screen.
         parse_math: set what stands between dollars in the titles above as mathematics; False for names of classes.
     """
-    columns = max(len(row) for row in rows)
+    columns = max((len(row) for row in rows), default=0)
+    if columns == 0:
+        raise ValueError("rows: wanted at least one picture")
     dpi, font = (_DPI, 7) if printed else (100, 10)
     extra = 0.025 * font if captions else 0.0
     figsize = (size * columns, (size + extra) * len(rows))
@@ -178,7 +180,8 @@ def image_grid(
             ax.text(0.5, -0.04, text, transform=ax.transAxes, **below)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.text(-0.06, 0.5, title, transform=ax.transAxes, ha="right", va="center", rotation=90, fontsize=font)
-    for some, ax in zip(boxes, axes.flat, strict=False):
+    filled = (ax for line, row in zip(axes, rows, strict=True) for ax in line[: len(row)])
+    for some, ax in zip(boxes, filled, strict=False):
         show_boxes(ax, some, lw=0.8 if printed else 1.5)
     return figure
 
@@ -214,7 +217,7 @@ def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.invert_yaxis()
     ax.set(xlim=(0, 115), xticks=range(0, 101, 25), xlabel="probability, %")
-    _legend(figure, ax, 2)
+    _legend(figure, 2)
     return figure
 
 
@@ -235,7 +238,7 @@ def objective_curve(objective: Tensor, reference: float, step: int) -> Figure:
     ax.plot(step, objective[step].item(), "o", color=_RED, ms=5, label=f"step {step}")
     ax.set(xlabel="step", ylabel="logit of the class")
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    _legend(figure, ax, 3)
+    _legend(figure, 3)
     return figure
 
 
@@ -355,19 +358,23 @@ def _mean_and_error(summary: "pd.DataFrame", column: str) -> tuple[np.ndarray, n
     return mean, np.stack([mean - summary[f"{column}_low"], summary[f"{column}_high"] - mean]).clip(min=0)
 
 
-def _legend(figure: Figure, ax: Axes, columns: int) -> None:
-    """What `ax` shows, in words."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+def _legend(figure: Figure, columns: int) -> None:
+    """What the panels show, in words, each once."""
+    shown = dict(pair[::-1] for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images: int) -> Figure:
     """Bars of means with their intervals, one panel per metric, one bar per method.
 
     Args:
-        summary: from `summary.summarize`, in percent.
+        summary: from `summary.summarize`, in percent; ValueError where a mean is below 0 or above 100.
         columns: column -> title of its panel.
         num_images: over how many images, for the note below.
     """
+    means = summary[[*columns]].to_numpy()
+    if (means < 0).any() or (means > 100.001).any():
+        raise ValueError("summary: wanted percentages from 0 to 100; for others see `metric_scatter`")
     size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     names = [method_label(method) for method in summary.index]
@@ -419,7 +426,7 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         panel.spines[:].set(visible=True, edgecolor="0.5")
         panel.locator_params(nbins=3)
         ax.indicate_inset_zoom(panel, edgecolor="0.5", lw=0.5)
-    _legend(figure, ax, 3)
+    _legend(figure, 3)
     return figure
 
 
@@ -445,7 +452,7 @@ def condition_panels(panels: Mapping[str, Mapping[str, "pd.DataFrame"]], column:
             ax.errorbar(places, mean, yerr=error, fmt="o", ms=3.5, capsize=1.5, lw=0.8, **_named(method))
         ax.set(title=title, xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5), ylabel=label)
         ax.set_xticklabels(conditions)
-    _legend(figure, axes[0, 0], 4)
+    _legend(figure, 4)
     return figure
 
 
@@ -472,7 +479,7 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
         ax.set_title(headings([metric_name], unit=False)[metric_name])
     axes[0, 0].set_ylabel("$o$, masked photo")
     figure.supxlabel("shade: the value of the metric, from white for 0 to dark for 1", fontsize=7)
-    _legend(figure, axes[0, 0], 4)
+    _legend(figure, 4)
     return figure
 
 
@@ -492,6 +499,8 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     clear = clear_after_holm(differences)
     group_of, variants = (list(differences.index.get_level_values(level)) for level in (0, 1))
     groups = list(dict.fromkeys(group_of))
+    if sorted(group_of, key=groups.index) != group_of:
+        raise ValueError("differences: wanted the rows of a group together")
     places = [row + 1 + 1.3 * groups.index(group) for row, group in enumerate(group_of)]
     end = len(places) + 1.3 * len(groups)
     size = (_WIDTH, 0.14 * end + 0.7)
@@ -541,6 +550,8 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
         ax.axhline(0, color="0.6", lw=0.7)
         stages = list(dict.fromkeys(panel.index.get_level_values("stage")))
         for marker, method in zip(itertools.cycle(_MARKERS), methods, strict=False):
+            if method not in panel.index.get_level_values("method"):
+                continue
             curve = panel.xs(method, level="method")
             places = np.array([stages.index(stage) for stage in curve.index.get_level_values("stage")])
             ax.plot(places, curve[column].to_numpy(), f"{marker}-", ms=3, lw=0.9, **_named(method))
@@ -552,7 +563,7 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             ax.set_title(orders[order], fontsize=7.5)
         if j == 0:
             ax.set_ylabel(columns[column])
-    _legend(figure, axes[0, 0], 3)
+    _legend(figure, 3)
     return figure
 
 
@@ -640,7 +651,9 @@ def save_figure(figure: Figure, path: str | Path, note: str = "") -> Path:
         "svg": {"Date": None, "Creator": None},
     }
     with replacing(path) as temporary:
-        options = {"metadata": stamps[kind]} if kind in stamps else {"pil_kwargs": {"quality": 85}}
+        options: dict[str, Any] = {"metadata": stamps[kind]} if kind in stamps else {}
+        if kind in ("jpg", "jpeg", "webp"):
+            options["pil_kwargs"] = {"quality": 85}
         figure.savefig(temporary, format=kind, dpi=2 * figure.dpi, bbox_inches="tight", pad_inches=0.02, **options)
         if kind == "png" and not _has_pictures(figure):
             temporary.write_bytes(_with_palette(temporary.read_bytes()))

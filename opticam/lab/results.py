@@ -27,18 +27,19 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     """Write a table with its provenance; a file of that name is replaced in one step.
 
     Args:
-        rows: the table.
+        rows: the table; an index that has a name, such as that of a summary, becomes a column.
         path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
         parameters: what the rows were computed with; JSON.
         device: where they were computed.
 
     Raises:
-        TypeError: rows that are not a table.
+        TypeError: rows that are not a table; parameters that are no JSON.
     """
     if not isinstance(rows, pd.DataFrame):
         raise TypeError(f"rows: wanted a table of pandas, got {in_a_line(rows)}")
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    provenance = json.dumps(_provenance(parameters, device)).encode()
+    named = any(name is not None for name in rows.index.names)
+    table = pa.Table.from_pandas(rows.reset_index() if named else rows, preserve_index=False)
+    provenance = _provenance(parameters, device).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: provenance})
     with replacing(Path(path)) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
@@ -103,13 +104,13 @@ def write_arrays(
     for name, array in arrays.items():
         if not isinstance(name, str):
             raise TypeError(f"arrays: wanted text as names, got {in_a_line(name)}")
-        if name in _TAKEN:
-            raise ValueError(f"arrays: wanted another name than {', '.join(_TAKEN)}, got {name}")
+        if name in _TAKEN or name.endswith(".npy"):
+            raise ValueError(f"arrays: wanted another name than {', '.join(_TAKEN)} or .npy at its end, got {name}")
         if not isinstance(getattr(array, "dtype", None), np.dtype):
             raise TypeError(f"arrays: wanted arrays of numpy, {name} is a {type(array).__name__}")
         if array.dtype.hasobject:
             raise ValueError(f"arrays: wanted numbers or text, {name} holds objects")
-    provenance = np.array(json.dumps(_provenance(parameters, device)))
+    provenance = np.array(_provenance(parameters, device))
     contents: dict[str, Any] = {**arrays, PROVENANCE.decode(): provenance}
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **contents)
@@ -198,8 +199,8 @@ def _read_provenance(text: str | bytes | None, path: Path) -> dict[str, Any]:
     return provenance
 
 
-def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:
-    return {
+def _provenance(parameters: Mapping[str, Any], device: str) -> str:
+    provenance = {
         "parameters": dict(parameters),
         "package": version("opticam"),
         "code": code_digest(),
@@ -207,6 +208,10 @@ def _provenance(parameters: Mapping[str, Any], device: str) -> dict[str, Any]:
         "device": device,
         "torch": torch.__version__,
     }
+    try:
+        return json.dumps(provenance)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"parameters: wanted what JSON can hold ({error})") from error
 
 
 def _commit() -> str:

@@ -169,12 +169,16 @@ def estimate_and_p(
 
     Returns:
         The estimate; and p in [0,1], by resampling at least 2 / num_resamples, since so many samples cannot show a
-        smaller one. NaN, which is not a test, for a single image, for values that are all the same but not 0, and where
-        one of them is NaN.
+        smaller one. Of means of values that are all the same but not 0 it is that of the sign test. NaN, which is not a
+        test, for a single image, for another statistic of such values, and where one of them is NaN.
     """
-    found, p = _inferred(_as_arrays(values), statistic, num_resamples)
-    untested = np.isnan(found).any() or (found.low == found.high != 0)
-    return found, np.nan if untested else p()
+    arrays = _as_arrays(values)
+    found, p = _inferred(arrays, statistic, num_resamples)
+    if np.isnan(found).any():
+        return found, np.nan
+    if found.low == found.high != 0:
+        return found, max(2.0 ** (1 - len(arrays[0])), 2 / num_resamples) if statistic is np.mean else np.nan
+    return found, p()
 
 
 def holm(p_values: Collection[float]) -> np.ndarray:
@@ -223,7 +227,7 @@ def estimate(
 def estimate_of(summary: pd.DataFrame, method: Any, column: str) -> Estimate:
     """The entry of a table from `summarize` or `summarize_differences`; a ValueError where there is none."""
     names = [column, f"{column}_low", f"{column}_high"]
-    _check_table("summary", summary, names)
+    check_table("summary", summary, names)
     if [*summary.index].count(method) != 1:
         raise ValueError(f"method: wanted one of {', '.join(map(str, summary.index))}, got {in_a_line(method)}")
     return Estimate(*(float(summary.loc[method, name]) for name in names))
@@ -244,15 +248,27 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
     """
     _check_rows(rows, [column], "image", "method")
     _check_method(rows, method=method, reference=reference)
-    wide = rows.pivot(index="image", columns="method", values=column)
-    return (wide[method] - wide[reference]).dropna().to_numpy(float)
+    wide = by_method(rows, "image", column)
+    return (wide[method] - wide[reference]).dropna().to_numpy()
+
+
+def by_method(rows: pd.DataFrame, keys: str | list[str], column: str) -> pd.DataFrame:
+    """A column with a method's values beside another's, as floats: differences of small integers would wrap around."""
+    return rows.pivot(index=keys, columns="method", values=column).astype(float)
 
 
 def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
     """Mean of `paired` with its 95 % interval, times the column's factor: for a fraction, percentage points."""
-    gained = paired(rows, column, method, reference)
+    gained = _gained(rows, column, method, reference)
     factor = factors([column])[column]
-    return _within(estimate(factor * gained), column, factor, difference=True)
+    return within_span(estimate(factor * gained), column, factor, difference=True)
+
+
+def _gained(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.ndarray:
+    gained = paired(rows, column, method, reference)
+    if not len(gained):
+        raise ValueError(f"rows: {method} and {reference} have no image in common with a value of {column}")
+    return gained
 
 
 def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str, *references: str) -> None:
@@ -262,16 +278,16 @@ def print_differences(rows: pd.DataFrame, columns: Collection[str], method: str,
     """
     _check_rows(rows, columns, "image", "method")
     pairs = [(column, reference) for column in columns for reference in references]
-    gains = [paired(rows, column, method, reference) for column, reference in pairs]
+    gains = [_gained(rows, column, method, reference) for column, reference in pairs]
     found = [estimate_and_p(factors([column])[column] * gain) for (column, _), gain in zip(pairs, gains, strict=True)]
     corrected = holm([p for _, p in found])
     for (column, reference), gained, (shown, _), p in zip(pairs, gains, found, corrected, strict=True):
         title = f"{headings([column])[column]}: {method_label(method)} minus {method_label(reference)}"
-        shown = _within(shown, column, factors([column])[column], difference=True)
+        shown = within_span(shown, column, factors([column])[column], difference=True)
         print(f"{title} {shown:.1f}; higher on {(gained > 0).sum()} of {len(gained)}; p {p:.2g}")
 
 
-def _within(found: Estimate, column: str, factor: float, difference: bool) -> Estimate:
+def within_span(found: Estimate, column: str, factor: float, difference: bool) -> Estimate:
     """The interval, which by t may go beyond, cut off where the values of the metric, or their differences, end."""
     least, most = COLUMNS[column].span if column in COLUMNS else (-np.inf, np.inf)
     if difference:
@@ -345,7 +361,7 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
         proportion = column in COLUMNS and COLUMNS[column].proportion and repeats is None
         exact = proportion and np.isin(values, (0, 1)).all()
         found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
-        return _within(found, column, 1, difference=False), None
+        return within_span(found, column, 1, difference=False), None
 
     return tabulate(rows[rows["status"] != "skipped"] if "status" in rows else rows, columns, mean_of)
 
@@ -386,7 +402,7 @@ def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray
     return values.to_numpy(float)
 
 
-def _check_table(name: str, table: pd.DataFrame, columns: Iterable[Any]) -> None:
+def check_table(name: str, table: pd.DataFrame, columns: Iterable[Any]) -> None:
     """Refuse what is not a table that has each of the columns once."""
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"{name}: wanted a table of pandas, got {in_a_line(table)}")
@@ -410,7 +426,7 @@ def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repe
         raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
     if repeats in ("image", "method"):
         raise ValueError(f"repeats: wanted a column beside image and method, got {repeats!r}")
-    _check_table("rows", rows, [*needed, *columns, *([] if repeats is None else ["image", repeats])])
+    check_table("rows", rows, [*needed, *columns, *([] if repeats is None else ["image", repeats])])
     for column in columns:
         if not pd.api.types.is_numeric_dtype(rows[column]):
             _as_array(f"column {column}", rows[column].dropna())
@@ -465,13 +481,13 @@ def summarize_differences(
     keys = ["image"] if repeats is None else ["image", repeats]
     differences = {}
     for column in columns:
-        wide = rows.pivot(index=keys, columns="method", values=column)
+        wide = by_method(rows, keys, column)
         differences[column] = wide.sub(wide[reference], axis=0)[order].stack(future_stack=True)
 
     def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
         values = _values(group, column, repeats)
         found, p = estimate_and_p(values) if len(values) else (NOTHING, np.nan)
-        return _within(found, column, 1, difference=True), p
+        return within_span(found, column, 1, difference=True), p
 
     return tabulate(pd.DataFrame(differences).reset_index(), columns, mean_of)
 
@@ -485,10 +501,11 @@ def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Index as given; a column of booleans for each that has p values. False where there is no value.
     """
-    _check_table("differences", differences, [])
-    columns = [str(column) for column in differences if str(column).endswith("_p")]
-    corrected = holm(differences[columns].to_numpy(float).ravel()).reshape(len(differences), len(columns))
-    return pd.DataFrame(corrected < 0.05, differences.index, [column.removesuffix("_p") for column in columns])
+    check_table("differences", differences, [])
+    columns = [column for column in map(str, differences) if {f"{column}_low", f"{column}_p"} <= {*differences}]
+    p_values = differences[[f"{column}_p" for column in columns]].to_numpy(float)
+    corrected = holm(p_values.ravel()).reshape(p_values.shape)
+    return pd.DataFrame(corrected < 0.05, differences.index, columns)
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -542,7 +559,10 @@ def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataF
 
     def accuracy(group: pd.DataFrame, column: str) -> tuple[Estimate, None]:
         values, statistic = _best_share(_hits(group)[:, kinds[column]])
-        return clipped(estimate(values, statistic=statistic), 0, 1), None
+        found = estimate(values, statistic=statistic)
+        if found.value in (0, 1):  # all images alike: no resample differs, which says nothing of others
+            return Estimate(found.value, *proportion_interval(np.full(len(group), found.value))), None
+        return clipped(found, 0, 1), None
 
     if reference is None:
         return tabulate(with_box, dict.fromkeys(kinds, 100), accuracy)

@@ -14,7 +14,7 @@ from opticam.folding import folded
 from opticam.head import split_head
 from opticam.methods.opti_cam import opti_cam
 from opticam.methods.record import Method
-from opticam.saliency import apply_mask, combine, min_max, saliency_map, upsample
+from opticam.saliency import apply_mask, check_saliency, combine, min_max, saliency_map, upsample
 from opticam.state import frozen, in_a_line
 
 
@@ -151,7 +151,7 @@ def score_cam(
     """
     check_inputs(model, images, class_idx)
     x, c = prepared(model, images), for_autograd(class_idx)
-    (features,), logits = feature_maps(model, x, layer)
+    (features,), logits = feature_maps(model, x, [_single(layer)])
     check_class_range(class_idx, logits.shape[1])
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     with frozen(model), torch.no_grad():
@@ -176,7 +176,7 @@ def eigen_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Lay
         Muhammad, Yeasin, Eigen-CAM: Class activation map using principal components, IJCNN 2020, arXiv 2008.00299.
     """
     check_inputs(model, images, class_idx)
-    (features,), logits = feature_maps(model, images, layer)
+    (features,), logits = feature_maps(model, images, [_single(layer)])
     check_class_range(class_idx, logits.shape[1])
     places = features.flatten(2).mT.double()  # (B,hw,K)
     finite = places.isfinite().all(2).all(1)
@@ -262,6 +262,8 @@ def refine_cam(
     if not callable(base):
         raise TypeError(f"base: wanted a function, such as grad_cam, got {in_a_line(base)}")
     maps = [base(model, images, class_idx, layer=one) for one in as_layers(layer)]
+    for S in maps:
+        check_saliency(images, S, "base")
     return min_max(torch.stack(maps).prod(0))
 
 
@@ -292,11 +294,18 @@ def fake_cam(model: nn.Module, images: Tensor, class_idx: Tensor, *, layer: Laye
     return saliency.detach()
 
 
+def _single(layer: Layer) -> Layer:
+    """Refuse several layers."""
+    if isinstance(layer, list | tuple):
+        raise ValueError(f"layer: wanted a module or a dotted name, got {in_a_line(layer)}")
+    return layer
+
+
 def _pairs(wanted: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and columns (n,) of the wanted places of a (B,K) table, at most `batch_size` at a time."""
     check_whole(1, batch_size=batch_size)
     rows, columns = wanted.nonzero(as_tuple=True)
-    yield from zip(rows.split(batch_size), columns.split(batch_size), strict=True)
+    yield from zip(rows.split(int(batch_size)), columns.split(int(batch_size)), strict=True)
 
 
 RECORDS = {

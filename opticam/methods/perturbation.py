@@ -62,7 +62,7 @@ def rise(
         network = folded(model, x, logits)
         for masks in _rise_masks(num_masks, cells, p, size, seed, per_image):
             masks = masks.to(x.device, dtype)
-            for some, c_some, total_some in zip(*(t.split(batch_size) for t in (x, c, total)), strict=True):
+            for some, c_some, total_some in zip(*(t.split(int(batch_size)) for t in (x, c, total)), strict=True):
                 masked = apply_mask(some.repeat_interleave(len(masks), 0), masks.repeat(len(some), 1, 1, 1))
                 logits, head = read(network, masked)
                 probs = class_logit(probabilities(logits.to(dtype), head), c_some.repeat_interleave(len(masks)))
@@ -136,13 +136,13 @@ def extremal_perturbation(
     masks = []
     with frozen(model):
         given = for_autograd(images).detach().contiguous(), for_autograd(class_idx)
-        for x, c in zip(*(tensor.split(batch_size or len(images)) for tensor in given), strict=True):
+        for x, c in zip(*(tensor.split(int(batch_size or len(images))) for tensor in given), strict=True):
             pyramid = blur_pyramid(x.to(dtype))  # half precision convolves at a crawl on some processors
             coarse = torch.ones(len(x), 1, *(math.ceil(side / STEP) for side in size), device=x.device, dtype=dtype)
             coarse.requires_grad_()
             kernel = smooth_kernel(coarse)
             wanted = torch.zeros(size.numel(), device=x.device, dtype=dtype)
-            wanted[wanted.numel() - round(area * wanted.numel()) :] = 1
+            wanted[wanted.numel() - round(float(area) * wanted.numel()) :] = 1
             ascent = torch.optim.SGD([coarse], lr=0.01, momentum=0.9, dampening=0.9, maximize=True)
             network = model
             for step in range(num_steps):

@@ -84,7 +84,7 @@ def average_drop(probs: Tensor, masked_probs: Tensor) -> Tensor:
         Chattopadhyay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, section 4.1, where it is given in percent.
     """
     p, o = _checked(probs, masked_probs)
-    return (p - o).clamp(min=0) / p.clamp(min=torch.finfo(p.dtype).tiny)
+    return (p - o).clamp(min=0) / p.where(p > 0, 1)
 
 
 def average_increase(probs: Tensor, masked_probs: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def road(
     """
     _check(model, images, class_idx, saliency, batch_size)
     seed = as_seed(seed)
-    if not isinstance(fractions, Iterable) or (isinstance(fractions, Tensor) and fractions.ndim == 0):
+    if not isinstance(fractions, Iterable) or getattr(fractions, "ndim", 1) == 0:
         raise TypeError(f"fractions: wanted several numbers between 0 and 1, got {in_a_line(fractions)}")
     fractions = list(fractions)
     for fraction in fractions:
@@ -344,7 +344,7 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | float = 0.0) -> Tens
                 options={"SymmetricMode": True},
             )
             x[:, gone] = factors.solve(weights[gone][:, ~gone] @ x[:, ~gone].T).T
-    return torch.where(removed, pixels.to(images) + noise, images)
+    return torch.where(removed, (pixels.to(images) + noise).to(images), images)
 
 
 def coherency(saliency: Tensor, saliency_of_masked: Tensor) -> Tensor:
@@ -463,13 +463,20 @@ def _curves(
     classifier = as_classifier(model)
     mean = classifier.mean if mean is None and classifier is not None else mean
     if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
-        got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"{mean} and the model has none of its own"
+        got = (
+            f"shape {tuple(mean.shape)}"
+            if isinstance(mean, Tensor)
+            else in_a_line(mean)
+            if mean is not None
+            else "None, and the model has none of its own"
+        )
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
     check_tensors(mean=mean)
     low, high = images.aminmax()
     if not mean.isfinite().all() or (low >= 0 and high <= 1 and not 0 <= mean.min() <= mean.max() <= 1):
         raise ValueError(f"mean: wanted a colour of the images, which are in [0,1], got {in_a_line(mean.tolist())}")
     x = prepared(model, images)
+    step = min(step, height * width)
     counts = step * torch.arange(math.ceil(height * width / step) + 1, device=x.device)
     given = x, mean.detach().to(x).reshape(1, -1, 1, 1).expand_as(x), _rank(saliency), counts
     return _probabilities(model, class_idx, saliency, batch_size, *(one(*given) for one in series))
@@ -513,7 +520,7 @@ def _probabilities(
         for number, show in series:
             first, rest = torch.arange(len(class_idx) * number, device=saliency.device).tensor_split([1])
             probs: list[Tensor] = []
-            for flat in filter(len, (first, *rest.split(batch_size))):
+            for flat in filter(len, (first, *rest.split(int(batch_size)))):
                 rows = flat // number
                 masked = prepared(model, show(rows, flat % number))
                 if head is None:  # of one image alone, before the network is folded

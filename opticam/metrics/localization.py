@@ -201,6 +201,7 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
     check_numbers(tolerance=tolerance)
     if not tolerance >= 0:
         raise ValueError(f"tolerance: wanted a distance in pixels from 0 on, got {tolerance}")
+    tolerance = float(tolerance)
     height, width = saliency.shape[-2:]
     rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
     near = torch.zeros(len(saliency), 1, height, width, dtype=torch.bool, device="cpu")

@@ -44,7 +44,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Raises:
         TypeError: not a module.
-        ValueError: a function or hook in it keeps a module or its weights, which a copy would share.
+        ValueError: a function or hook in it keeps a module or its weights, which a copy would share; a spectral norm.
 
     Reference:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852 (the distribution).
@@ -72,7 +72,8 @@ def cascading(model: nn.Module, seed: int = 0, stages: Sequence[str] | None = No
         model: any network. Not touched; nor is the global random state.
         seed: of the random weights; a stage gets the same ones in `cascading` and `independent`.
         stages: dotted names (for a `Classifier`: as the wrapped network names them), each a module that is randomised
-            with all it contains, in any order; by default every module that has parameters of its own.
+            with all it contains, in any order; by default every module that has parameters or running statistics of its
+            own.
 
     Returns:
         Iterator of the name of the stage last randomised and a network of its own, in the modes of the model. Own
@@ -161,6 +162,12 @@ def _randomized_by_stage(
 
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy, also where the network keeps results of a pass, which `deepcopy` refuses."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    if any("SpectralNorm" in type(part).__name__ for part in [*model.modules(), *hooks]):
+        raise ValueError(
+            "model: has a spectral norm, whose vectors belong to the trained weights; wanted it removed by "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_spectral_norm"
+        )
     held = [value for module in model.modules() for value in vars(module).values()]
     if any(map(_keeps_weights, held)):  # hooks among them
         raise ValueError(
@@ -206,7 +213,7 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
         return [
             (name or type(network).__name__, [place[id(module)]])
             for name, module in network.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
+            if _keeps_statistics(module) or any(True for _ in module.parameters(recurse=False))
         ]
     if isinstance(stages, str) or not isinstance(stages, Iterable):
         raise ValueError(f"stages: wanted a sequence of dotted names, got {in_a_line(stages)}")
@@ -219,8 +226,15 @@ def _groups(model: nn.Module, stages: Sequence[str] | None) -> list[tuple[str, l
     return sorted(groups, key=lambda group: group[1][0])
 
 
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether it is a batch norm, also one without scale and shift."""
+    return hasattr(module, "reset_running_stats") and getattr(module, "running_mean", None) is not None
+
+
 def _reinitialize(module: nn.Module) -> None:
     own = list(module.parameters(recurse=False))
+    if not own and _keeps_statistics(module):
+        module.reset_running_stats()  # type: ignore[operator]
     if own and hasattr(module, "reset_parameters") and all(parameter.ndim < 2 for parameter in own):
         module.reset_parameters()  # type: ignore[operator]
         return
@@ -240,7 +254,7 @@ def _copy_own(source: nn.Module, target: nn.Module) -> None:
 
 def _per_pair(similarity: Callable[[np.ndarray, np.ndarray], float], a: Tensor, b: Tensor) -> Tensor:
     values = torch.zeros(len(a), dtype=torch.float64, device="cpu")
-    for i, pair in enumerate(zip(a[:, 0].double().cpu().numpy(), b[:, 0].double().cpu().numpy(), strict=True)):
+    for i, pair in enumerate(zip(*(maps[:, 0].detach().double().cpu().numpy() for maps in (a, b)), strict=True)):
         if np.isnan(pair).any():
             values[i] = np.nan
         elif all(grid.min() != grid.max() for grid in pair):

@@ -4,6 +4,7 @@ import json
 import re
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -319,6 +320,38 @@ def test_evidence_grows_by_the_parts_that_another_machine_ran(folder):
     assert rows == [("b", "y", 8)]
 
 
+def test_evidence_grows_over_a_grid_whose_rows_say_what_follows_from_it(folder):
+    """The weights differ with the network; rows of other counts would be others."""
+    for machine, number, count in (("here", 0, 2), ("there", 1, 2), ("again", 0, 2), ("elsewhere", 1, 3)):
+        text = f"parameters: {{count: {count}}}\ngrid: {{name: [x, y]}}\noutput: {machine}\nevidence: {{tiny: 10_tiny}}"
+        made = read(folder, text)
+        finish(made.runs[number], rows={"image": ["a"], "gain": [number]}, weights=f"those of {number}", same=1)
+        write_evidence(made, folder / "evidence")
+        rows, provenance = results.read_rows(folder / "evidence" / "tiny.parquet")
+        expected = {"here": ["x"], "elsewhere": ["y"]}.get(machine, ["x", "y"])
+        assert sorted(rows["name"]) == expected
+        assert provenance["parameters"] == {"count": count, "same": 1} | (
+            {"weights": f"those of {number}"} if len(rows) == 1 else {}
+        )
+
+
+def test_a_part_of_the_evidence_is_shipped(folder, capsys):
+    made = read(folder, "grid: {name: [x, y]}\noutput: out\nevidence: {tiny: 10_tiny}")
+    for run in made.runs:
+        finish(run, rows={"image": ["a"]})
+    command = ["batch", str(folder / "some.yaml"), "--ship", str(folder / "evidence"), "--filter", "name=y"]
+    assert cli.main(command) == 0
+    assert results.read_rows(folder / "evidence" / "tiny.parquet")[0]["name"].tolist() == ["y"]
+    assert cli.main([*command, "--dry-run"]) == 2
+    assert "ship: wanted without --dry-run" in capsys.readouterr().err
+
+
+def test_files_of_runs_keep_letters_of_any_alphabet(folder):
+    made = read(folder, "grid: {name: [é, ü/ß, " + 70 * "ж" + "]}\noutput: out")
+    assert [run.name for run in made.runs[:2]] == ["name=é", "name=ü-ß"]
+    assert len(made.runs[2].name.encode()) <= 120
+
+
 def test_a_summary_says_of_its_runs_what_holds_for_all(folder, monkeypatch):
     made = read(folder, "grid: {count: [1, 2]}\noutput: out")
     for run, device in zip(made.runs, ("cpu", "cuda:0"), strict=True):
@@ -349,6 +382,16 @@ def test_the_tables_of_the_paper_are_written_for_each_model(folder):
     finish(made.runs[0], rows={"image": ["i"], "method": "grad_cam"})
     finish(made.runs[1], rows={"image": ["i"], "method": "grad_cam"})
     assert write_tables(write_summary(made)) is None
+
+
+def test_the_tables_of_the_paper_are_apart_for_all_that_is_varied(folder):
+    made = read(folder, "grid: {count: [10, 20]}\noutput: out")
+    for run, gain in zip(made.runs, (0.25, 0.5), strict=True):
+        rows = {"image": ["i", "j"], "method": "grad_cam", "model": "small", "average_gain": [gain, np.nan]}
+        finish(run, rows=rows | {"official_metric": [0, np.nan], "status": ["ok", "skipped"]})
+    text = write_tables(write_summary(made), made.runs[0].varied).read_text()
+    assert re.findall("# (count .*)", text) == ["count 10: means over 1 images", "count 20: means over 1 images"]
+    assert re.findall(r"Grad-CAM +\| +(\d+\.\d)", text) == ["25.0", "0.0", "50.0", "0.0"]
 
 
 def test_no_rows_no_summary(folder):

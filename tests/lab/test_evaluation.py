@@ -45,6 +45,16 @@ def test_score_by_hand(tiny, images, class_idx):
     assert list(table.columns[4:]) == [*METRICS, "gain_minus_drop", "log_odds"]
 
 
+def test_names_of_maps_go_by_their_place(tiny, images, class_idx):
+    maps = {"a": torch.rand(5, 1, 24, 32, dtype=torch.float64)}
+    names = pd.Series(list("vwxyz"), index=[4, 3, 2, 1, 0])
+    assert score_maps(tiny, images, class_idx, maps, names).image.tolist() == list("vwxyz")
+    with pytest.raises(TypeError, match=r"^names: wanted a list of 5, got 'vwxyz'$"):
+        score_maps(tiny, images, class_idx, maps, "vwxyz")
+    with pytest.raises(ValueError, match=r"^names: wanted 5, got 2$"):
+        score_maps(tiny, images, class_idx, maps, ["v", "w"])
+
+
 def test_score_over_a_baseline(tiny, images, class_idx):
     saliency = torch.rand(5, 1, 24, 32, dtype=torch.float64)
     color = images.mean((2, 3), keepdim=True)

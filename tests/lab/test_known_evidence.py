@@ -387,6 +387,50 @@ def test_rows_of_methods_and_what_hangs_together():
     assert summarize_groups(rows.assign(energy=np.nan), ["energy"]).isna().all().all()
 
 
+def test_groups_of_any_table_are_summarized():
+    values = [1, 1, 1, 1, 0.6]
+    rows = pd.DataFrame({"method": "a", "group": range(5), "energy_pointing_game": values})
+    found = summarize_groups(rows, ["energy_pointing_game"]).loc["a"]
+    assert found.energy_pointing_game_high == 100
+    again = pd.concat([rows[:3], rows[3:].reset_index(drop=True)])  # an index with the same numbers twice
+    again.loc[[0], "energy_pointing_game"] = [np.nan, 1]
+    assert summarize_groups(again, ["energy_pointing_game"]).loc["a"].energy_pointing_game == pytest.approx(90)
+    whole = pd.concat([rows, rows.assign(method="b")]).assign(n=5, image=[*"vwxyz"] * 2).astype({"n": "uint8"})
+    whole.loc[whole.method == "a", "n"] = 3
+    assert difference_over_groups(whole, "n", "a", "b").value == -2
+    for call, told in (
+        (
+            lambda: summarize_groups(rows.assign(group=[np.nan, 1, 2, 3, 4]), ["energy_pointing_game"]),
+            "a group for every",
+        ),
+        (lambda: summarize_groups(rows, ["nope"]), "nope"),
+        (lambda: difference_over_groups(whole, "n", "a", "c"), "no row of c"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+    with pytest.raises(TypeError, match="columns: wanted a list of names"):
+        summarize_groups(rows, "energy")
+
+
+def test_names_go_by_their_place():
+    names = pd.Series(list("abcdwxyz"))[4:]
+    rows = evidence_rows({"a": random_maps()}, REGIONS, (3, 4), columns={"image": names})
+    assert rows.image.tolist() == list("wxyz")
+    with pytest.raises(ValueError, match=r"^image: wanted 4, got 5$"):
+        evidence_rows({"a": random_maps()}, REGIONS, (3, 4), columns={"image": [*"abcde"]})
+
+
+def test_the_object_that_is_pasted_is_the_one_that_is_large_enough():
+    """A long thin one has the larger area."""
+    boxes = [torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([[0.0, 0, 33, 33], [5, 50, 195, 58]])]
+    images = torch.stack([colored(color, 200)[0] for color in (0, 1)])
+    assert find_pastes(Colors(), images, torch.tensor([0, 1]), boxes).tried == 0
+    assert find_pastes(Colors(), images, torch.tensor([0, 1]), [boxes[0], boxes[1][:1]]).tried == 2
+    for share in (0, 1.6):
+        with pytest.raises(ValueError, match=r"^share: "):
+            paste_object(*images, boxes[0], share=share)
+
+
 def test_maps_of_controls_and_cells(network):
     images, class_idx = cells(2), torch.tensor([0, 1])
     assert (uniform(network, images, class_idx) == 0.5).all()

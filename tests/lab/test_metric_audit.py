@@ -104,6 +104,26 @@ def test_a_target_without_the_metric_does_not_count():
     assert audit(rows.assign(random=np.nan), {"random": True}, METHODS_OF_ROWS).empty
 
 
+def test_a_target_without_a_changed_map_does_not_count_for_the_change():
+    values = np.random.default_rng(0).random((25, 3))
+    rows = pd.DataFrame(
+        [
+            (i, method, value, value)
+            for i, line in enumerate(values)
+            for method, value in zip(("grad_cam", "b", "sharper"), line, strict=True)
+        ]
+    ).set_axis(["target", "method", "truth", "q"], axis=1)
+    without = rows.assign(q=rows.q.where((rows.target != 3) | (rows.method != "sharper")))
+    found = audit(without, {"q": True}, ["grad_cam", "b"]).loc["q"]
+    spread = values[:, :2].std(1, ddof=1)
+    kept = np.arange(25) != 3
+    assert found.sharper == pytest.approx((values[:, 2] - values[:, 0])[kept].mean() / spread[kept].mean())
+    with pytest.raises(ValueError, match="methods: wanted grad_cam among them"):
+        audit(rows, {"q": True}, ["b", "sharper"])
+    with pytest.raises(ValueError, match="zz"):
+        audit(rows, {"zz": True}, ["grad_cam", "b"])
+
+
 def test_the_audit_counts_wins_of_uninformative_maps_and_spreads_by_hand():
     """Two targets. Base 1 and 3, control 2 and 3: wins 1 and 1/2. Methods (1, 3) and (3, 3): spread sqrt 2 and 0.
 

@@ -287,6 +287,52 @@ def test_latex_table():
     ]
 
 
+def legend_of(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_legend_names_what_any_panel_shows():
+    summaries = {
+        title: pd.DataFrame({"v": 0.5, "v_low": 0.4, "v_high": 0.6}, pd.Index(methods, name="method"))
+        for title, methods in (("A", ["grad_cam"]), ("B", ["grad_cam", "opti_cam"]))
+    }
+    assert legend_of(condition_panels({title: {"c": one} for title, one in summaries.items()}, "v", "x")) == [
+        "Grad-CAM",
+        "Opti-CAM",
+    ]
+    keys = [("o", 1, "s", "grad_cam"), ("o", 1, "s", "layer_cam"), ("p", 1, "s", "grad_cam")]
+    curves = pd.DataFrame(
+        {"v": [0.1, 0.2, 0.3]}, pd.MultiIndex.from_tuples(keys, names=["order", "position", "stage", "method"])
+    )
+    figure = similarity_curves(curves, {"v": "v"}, {"o": "O", "p": "P"})
+    assert legend_of(figure) == ["Grad-CAM", "Layer-CAM"]
+    assert [len(ax.lines) for ax in figure.axes] == [3, 2]  # with the line at 0
+
+
+def test_what_bars_or_places_cannot_show_is_refused():
+    summary = pd.DataFrame({"v": [-56.0, 54], "v_low": [-60.0, 50], "v_high": [-50.0, 60]}, ["grad_cam", "opti_cam"])
+    with pytest.raises(ValueError, match="summary: wanted percentages from 0 to 100"):
+        metric_bars(summary, {"v": "V"}, 3)
+    index = pd.MultiIndex.from_tuples([("A", "a"), ("B", "b"), ("A", "c")])
+    with pytest.raises(ValueError, match="differences: wanted the rows of a group together"):
+        difference_dots(pd.DataFrame({"v": 0.0, "v_low": 0.0, "v_high": 0.0, "v_p": 1.0}, index), {"v": "V"})
+    with pytest.raises(ValueError, match="rows: wanted at least one picture"):
+        image_grid([])
+
+
+def test_boxes_go_with_their_pictures_where_rows_differ_in_length():
+    picture = torch.rand(3, 8, 8)
+    figure = image_grid([[picture], [picture, picture]], boxes=[torch.tensor([[1.0, 1, 5, 5]])] * 3)
+    assert [len(ax.patches) for ax in figure.axes] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", ["eps", "svgz", "webp", "jpg", "pdf"])
+def test_figures_of_any_kind_are_written(tmp_path, suffix):
+    figure, ax = mpl.pyplot.subplots()
+    ax.plot([0, 1])
+    assert save_figure(figure, tmp_path / f"f.{suffix}").stat().st_size > 500
+
+
 @pytest.mark.slow
 def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
     """Of two tests, 0.02 counts as 0.04 and 0.06 as itself."""

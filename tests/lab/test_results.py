@@ -17,6 +17,16 @@ def test_rows_come_back_with_their_provenance(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["rows.parquet"]
 
 
+def test_an_index_with_a_name_is_a_column_and_parameters_are_json(tmp_path):
+    summary = pd.DataFrame({"v": [1.0, 2.0]}, pd.Index(["a", "b"], name="method"))
+    rows, _ = results.read_rows(results.write_rows(summary, tmp_path / "rows.parquet", {}))
+    assert rows.to_dict("list") == {"method": ["a", "b"], "v": [1.0, 2.0]}
+    with pytest.raises(TypeError, match="parameters: wanted what JSON can hold"):
+        results.write_rows(summary, tmp_path / "rows.parquet", {"root": tmp_path})
+    with pytest.raises(ValueError, match=r"at its end, got x\.npy"):
+        results.write_arrays({"x.npy": np.zeros(2)}, tmp_path / "a.npz", {})
+
+
 def test_evidence_in_single_precision_comes_in_double(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "EVIDENCE", tmp_path)
     columns = {"method": "rise", "prob": [0.25, 1.0], "masked_prob": [0.5, 0.5]}

@@ -156,7 +156,7 @@ def test_values_that_are_all_the_same_have_no_spread_by_rounding():
     same = np.full(30, 100 * 0.037)
     found, p = estimate_and_p(same)
     assert found.low == found.value == found.high
-    assert math.isnan(p)
+    assert p == 2 / 10_000
     assert interval(np.full((30, 3), 0.1))[0] == pytest.approx(0.1)
 
 
@@ -470,9 +470,45 @@ def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
     assert {title: [*table] for title, table in paper_tables(without).items()} == {"Classification": ["AG % ↑"]}
 
 
-def test_values_that_are_all_the_same_are_no_test():
-    assert np.isnan(p_value(np.array([0.76, 0.76])))
-    assert np.isnan(p_value(np.full(30, 0.5)))
+def test_values_that_are_all_the_same_are_tested_by_their_sign():
+    assert p_value(np.array([0.76, 0.76])) == 0.5
+    assert p_value(np.full(8, -0.5)) == stats.binomtest(8, 8).pvalue
+    assert p_value(np.full(30, 0.5)) == 2 / 10_000
+    assert np.isnan(estimate_and_p(np.full(30, 0.5), np.full(30, 1.0), statistic=ratio_of_means)[1])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64", "bool", "object"])
+def test_differences_of_any_numbers_are_differences(dtype):
+    values = [0, 1] if dtype == "bool" else [100, 28]
+    rows = pd.DataFrame([(f"i{i}", m, v) for i in range(4) for m, v in zip("ab", values, strict=True)])
+    rows = rows.set_axis(["image", "method", "n"], axis=1).astype({"n": dtype})
+    assert paired(rows, "n", "b", "a").tolist() == [float(values[1]) - values[0]] * 4
+    assert summarize_differences(rows, {"n": 1}, "a").loc["b", "n"] == float(values[1]) - values[0]
+
+
+def test_box_accuracies_of_images_that_are_all_alike_are_proportions():
+    for right, expected in ((1, (100, 100 * 0.05 ** (1 / 4) / 2 ** (1 / 4), 100)), (0, (0, 0, 60.24))):
+        found = box_accuracies(box_rows(np.full((4, 4, 2), bool(right)))).loc["m"]
+        for kind in ("max_box_acc", "max_box_acc_v2"):
+            assert tuple(found[[kind, f"{kind}_low", f"{kind}_high"]]) == pytest.approx(expected, abs=0.01)
+
+
+def test_only_what_has_an_interval_beside_it_has_p_values():
+    rows = pd.DataFrame({"image": [0, 1, 2] * 2, "method": ["a"] * 3 + ["b"] * 3, "top_p": [1.0, 2, 3, 7, 8, 9.5]})
+    found = summarize_differences(rows, {"top_p": 1}, "a")
+    assert clear_after_holm(found).columns.tolist() == ["top_p"]
+    assert clear_after_holm(summarize(rows, {"top_p": 1})).columns.tolist() == []
+
+
+def test_methods_without_a_common_image_are_refused(capsys):
+    rows = pd.DataFrame({"image": [0, 1], "method": ["a", "b"], "average_gain": [0.5, 0.25]})
+    told = "^rows: a and b have no image in common with a value of average_gain$"
+    for call in (
+        lambda: difference(rows, "average_gain", "a", "b"),
+        lambda: print_differences(rows, ["average_gain"], "a", "b"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
 
 
 def test_p_of_what_is_not_defined_is_no_test():

@@ -6,7 +6,7 @@ import references
 import torch
 from torch import nn
 
-from opticam import METHODS, fake_cam, grad_cam, load_model, wrap
+from opticam import METHODS, fake_cam, grad_cam, load_model, opti_cam, wrap
 from opticam.features import feature_maps, resolve_layer
 from opticam.lab.datasets import demo
 from opticam.methods import find_methods, one_per_map
@@ -370,3 +370,21 @@ def test_methods_by_name_take_their_own_options(tiny, images, class_idx):
     for names, options in ((["gradcam"], {}), (["grad_cam"], {"opticam": {"num_steps": 1}})):
         with pytest.raises(ValueError, match="method: wanted one of"):
             find_methods(names, **options)
+
+
+@pytest.mark.parametrize("name", ["score_cam", "eigen_cam", "grad_cam"])
+def test_several_layers_are_refused_where_one_is_wanted(tiny, images, class_idx, name):
+    with pytest.raises(ValueError, match=r"layer: wanted a module or a dotted name, got \["):
+        METHODS[name](tiny, images, class_idx, layer=["features.0", "features"])
+
+
+def test_the_base_of_refine_cam_returns_maps(tiny, images, class_idx):
+    with pytest.raises(TypeError, match="base: "):
+        refine_cam(tiny, images, class_idx, layer=["features"], base=opti_cam)
+
+
+@pytest.mark.parametrize("name", ["score_cam", "ablation_cam", "rise", "extremal_perturbation"])
+def test_batches_may_be_counted_by_numpy(tiny, images, class_idx, name):
+    few = {"rise": {"num_masks": 8}, "extremal_perturbation": {"num_steps": 1, "area": torch.tensor(0.5)}}.get(name, {})
+    found = METHODS[name](tiny, images, class_idx, layer="features", batch_size=np.int64(2), **few)
+    torch.testing.assert_close(found, METHODS[name](tiny, images, class_idx, layer="features", batch_size=2, **few))

@@ -576,3 +576,27 @@ def test_arcc_equals_the_library_grad_cam(saliency):
     theirs.base_method = lambda **arguments: again[:, 0].numpy()
     found = theirs(torch.rand(5, 3, *saliency.shape[2:]), saliency[:, 0].numpy(), [], None)
     np.testing.assert_allclose(arcc(saliency, again, combined).numpy(), found, atol=1e-6)
+
+
+def test_the_smallest_probabilities_drop_by_all_of_them():
+    p = torch.tensor([1e-310, 5e-324, 0.0], dtype=torch.float64)
+    assert average_drop(p, torch.zeros(3, dtype=torch.float64)).tolist() == [1, 1, 0]
+
+
+def test_numbers_of_numpy_are_numbers(tiny, images, class_idx):
+    S, one = torch.rand(5, 1, 24, 32, dtype=torch.float64), np.int64(3)
+    mean = torch.full((3,), 0.5)
+    expected = insertion(tiny, images, class_idx, S, mean=mean, pixels_per_step=100)[0]
+    found = insertion(tiny, images, class_idx, S, mean=mean, pixels_per_step=np.int64(100), batch_size=one)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(road(tiny, images, class_idx, S, batch_size=one), road(tiny, images, class_idx, S))
+    with pytest.raises(TypeError, match="fractions: wanted several"):
+        road(tiny, images, class_idx, S, fractions=np.array(0.2))
+    one_step = insertion(tiny, images, class_idx, S, mean=mean, pixels_per_step=24 * 32)[0]
+    assert torch.equal(insertion(tiny, images, class_idx, S, mean=mean, pixels_per_step=10**20)[0], one_step)
+
+
+def test_imputed_images_keep_their_dtype(images):
+    removed = torch.rand(5, 1, 24, 32) < 0.3
+    for dtype in (torch.float16, torch.float32):
+        assert impute(images.to(dtype), removed, torch.zeros(1, dtype=torch.float64)).dtype == dtype

@@ -510,3 +510,8 @@ def test_half_precision_maps_are_truncated_as_they_are():
     boxes = [torch.tensor([[4.0, 4.0, 20.0, 16.0]])] * 4
     assert ((maps * 255).byte() != (maps.double() * 255).byte()).float().mean() > 0.01  # or nothing is tested
     assert torch.equal(box_hits(maps, boxes), box_hits(maps.double(), boxes))
+
+
+def test_any_tolerance_is_a_distance():
+    S, boxes = torch.rand(1, 1, 8, 8), [torch.tensor([[2.0, 2, 3, 3]])]
+    assert pointing_game(S, boxes, tolerance=10**10).tolist() == [1]

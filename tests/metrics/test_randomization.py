@@ -120,6 +120,27 @@ def test_batch_norm_goes_back_to_its_start():
     assert top.bn2.running_mean.tolist() == [0] * 4
 
 
+def test_batch_norm_without_scale_and_shift_forgets_its_statistics_too():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.LazyLinear(4)).eval()
+    network(torch.rand(1, 3, 8, 8))
+    network[1].running_mean.fill_(100.0)
+    network[1].running_var.fill_(1e4)
+    random = randomized(network)[1]
+    assert (random.running_mean.unique().item(), random.running_var.unique().item()) == (0, 1)
+    stages = dict(cascading(network))
+    assert list(stages) == ["3", "1", "0"]
+    assert stages["3"][1].running_var.unique().item() == 1e4
+
+
+@pytest.mark.parametrize("of", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_spectral_norm_is_refused(of):
+    network = nn.Sequential(of(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    for call in (randomized, cascading, independent):
+        with pytest.raises(ValueError, match="model: has a spectral norm"):
+            call(network)
+
+
 @pytest.mark.slow
 def test_randomised_network_still_sees_the_image():
     # wholly randomised, its last features neither vanish nor are the same for every image, as with other rules
@@ -297,6 +318,12 @@ def test_a_network_that_keeps_results_of_a_pass(tiny, images):
         assert torch.equal(network.last, kept)
         assert not network.last.requires_grad
     assert model.last is kept
+
+
+def test_maps_that_require_gradients_are_compared():
+    a, b = torch.rand(2, 2, 1, 16, 16)
+    for similarity in (rank_correlation, structural_similarity):
+        torch.testing.assert_close(similarity(a.clone().requires_grad_(), b), similarity(a, b))
 
 
 def test_similarity_of_maps_in_another_range_is_refused():
