@@ -233,12 +233,8 @@ def load_model(
     class_names = None if class_names is None else as_names(class_names)
     if checkpoint and Path(checkpoint).suffix == ".toml":
         given: dict[str, Any] = {"num_classes": num_classes, "class_names": class_names, "head": head, "window": window}
-        given["checkpoint_key"] = checkpoint_key
-        told = _read_toml(Path(checkpoint)) | {
-            word: value
-            for word, value in given.items()
-            if value is not None and not (isinstance(value, str) and not value)
-        }
+        given["checkpoint_key"] = checkpoint_key or None
+        told = _read_toml(Path(checkpoint)) | {word: value for word, value in given.items() if value is not None}
         return load_model(name, pretrained=pretrained, device=device, **told)
     if checkpoint_key and not checkpoint:
         raise ValueError(f"checkpoint_key: wanted a checkpoint with it, got {in_a_line(checkpoint_key)} alone")

@@ -94,11 +94,9 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
         (B,3,H,W) of the dtype of the images.
     """
     saliency = saliency.to(images.dtype)
-    return (
-        images * saliency
-        if baseline is None
-        else torch.lerp(baseline.to(images.dtype).expand_as(images), images, saliency)
-    )
+    if baseline is None:
+        return images * saliency
+    return torch.lerp(baseline.to(images.dtype).expand_as(images), images, saliency)
 
 
 def check_saliency(images: Tensor | None, saliency: Tensor, name: str = "saliency") -> None:

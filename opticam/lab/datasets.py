@@ -259,7 +259,8 @@ def select(
 
 def of_the_machine(error: BaseException) -> bool:
     """Whether an error is no fault of the file that was to be read: too many files are open, or memory is short."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, float] | None = None) -> Image.Image:
@@ -319,8 +320,6 @@ def read_image(path: str | Path, *, upright: bool = True, window: tuple[float, f
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         most = f"{Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
         raise ValueError(f"image: {path} is too large; wanted a smaller copy, or a higher limit than {most}") from error
-    except MemoryError:  # says nothing of the photo
-        raise
     except Exception as error:  # decoders raise whatever they stumble over
         if of_the_machine(error):
             raise

@@ -463,13 +463,8 @@ def _curves(
     classifier = as_classifier(model)
     mean = classifier.mean if mean is None and classifier is not None else mean
     if not isinstance(mean, Tensor) or mean.numel() not in (1, channels):
-        got = (
-            f"shape {tuple(mean.shape)}"
-            if isinstance(mean, Tensor)
-            else in_a_line(mean)
-            if mean is not None
-            else "None, and the model has none of its own"
-        )
+        got = "None, and the model has none of its own" if mean is None else in_a_line(mean)
+        got = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else got
         raise ValueError(f"mean: wanted a tensor of {channels} values, the colour that mean/std makes zero, got {got}")
     check_tensors(mean=mean)
     low, high = images.aminmax()
