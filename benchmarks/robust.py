@@ -194,7 +194,9 @@ def main() -> None:
 def summary(table: pd.DataFrame, name: str) -> dict[str, object]:
     """Means of a variant, and its differences from Grad-CAM on the same images, [mean, low, high]."""
     own, reference = (table[table.variant == of].set_index("image") for of in (name, "Grad-CAM"))
-    found: dict[str, object] = {"variant": name, "images": len(own), "passes": own.passes.mean()}
+    found: dict[str, object] = {"variant": name, "images": len(own)}
+    if "passes" in own:
+        found["passes"] = own.passes.mean()
     for column in [column for column in SCORES if column in own]:
         found[column] = float(own[column].mean())
         apart = (own[column] - reference[column]).dropna().to_numpy()

@@ -53,7 +53,7 @@ def rows(views: Views, part: list[int]) -> pd.DataFrame:
         columns |= {f"log-odds {judge}": table.log_odds for judge, table in scored.items()}
         columns["energy_pointing_game"] = energy_pointing_game(S, [views.boxes[i] for i in part]).numpy()
         columns["area"] = S.mean((1, 2, 3)).numpy()
-        tables.append(pd.DataFrame(columns).assign(variant=name, passes=0, image=[views.names[i] for i in part]))
+        tables.append(pd.DataFrame(columns).assign(variant=name, image=[views.names[i] for i in part]))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -61,9 +61,8 @@ def main() -> None:
     """Judge the images that are not done yet, then print and write the table of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", help="ImageNet folder in the Kaggle layout")
-    parser.add_argument("--limit", type=int, help="at most so many images")
     options = parser.parse_args()
-    views = Views("imagenet", options.root, None, options.limit)
+    views = Views("imagenet", options.root, None, None)
     chose = json.loads((RESULTS / "robust.json").read_text())["images"]
     table = pd.read_parquet(ROWS) if ROWS.exists() else pd.DataFrame({"variant": [], "image": []})
     missing = [i for i, name in enumerate(views.names) if name not in {*chose, *table.image}]

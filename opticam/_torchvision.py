@@ -11,9 +11,9 @@ import sys
 import warnings
 
 _WARNING = (
-    "torchvision's compiled operators, which no classifier needs, do not load beside this torch: they were built for "
-    "different devices. A pair that belongs together comes from one source, both for the CPU or both for CUDA; this "
-    "message then goes."
+    "torchvision's compiled operators, which no classifier needs, do not load beside this torch: the two are of "
+    "different builds. A pair that belongs together comes from one source, both for the CPU or both for one version of "
+    "CUDA; this message then goes."
 )
 
 

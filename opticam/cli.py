@@ -285,10 +285,10 @@ def batch(options: argparse.Namespace) -> int:
         raise ValueError(f"batch: needs the extra batch: pip install '.[batch]' in a clone ({error})") from error
     parts = read_batches(options.file)
     if options.ship is not None and options.dry_run:
-        raise ValueError("ship: wanted without --dry-run; what is done is what `opticam batch FILE --dry-run` says")
+        raise ValueError("ship: wanted without --dry-run, which alone says what is done")
     chosen = select_runs([item for part in parts for item in part.runs], options.filter)
     if options.ship is not None:
-        some = [part._replace(runs=[item for item in part.runs if item in chosen]) for part in parts]
+        some = [part._replace(runs=[item for item in chosen if item.folder == part.folder]) for part in parts]
         written = [item for part in some if part.runs for item in write_evidence(part, Path(options.ship)).items()]
         for path, text in written:
             print(f"wrote {path}: {text}")

@@ -169,7 +169,8 @@ def class_index(name: str | int, class_names: list[str]) -> int:
     """
     text = str(name).strip()
     if isinstance(name, str) and text.isdecimal() and text in class_names and class_names.index(text) != int(text):
-        raise ValueError(f"class: {text!r} is the name of class {class_names.index(text)} and the index of another")
+        told = f"{text!r} is the name of class {class_names.index(text)} and the index of another"
+        raise ValueError(f"class: {told}; wanted class names that are no numbers")
     if re.fullmatch(r"-?\d+", text):
         if not 0 <= int(text) < len(class_names):
             raise ValueError(f"class: wanted an index in 0..{len(class_names) - 1}, got {text}")

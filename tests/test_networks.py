@@ -331,7 +331,7 @@ def test_a_layer_may_be_given_as_a_module(own):
 
 def test_a_number_that_is_the_name_of_another_class_is_refused():
     assert class_index("2", ["0", "1", "2"]) == class_index(2, ["0", "1", "10", "2"]) == 2
-    with pytest.raises(ValueError, match="class: '2' is the name of class 3 and the index of another"):
+    with pytest.raises(ValueError, match="class: '2' is the name of class 3 and the index of another; wanted"):
         class_index("2", ["0", "1", "10", "2"])
 
 

@@ -243,7 +243,7 @@ def write_summary(batch: Batch) -> Path | None:
     return path
 
 
-def write_tables(summary: Path, varied: Collection[str] = ("model",)) -> Path | None:
+def write_tables(summary: Path, varied: Collection[str]) -> Path | None:
     """Write the tables that the paper has, of the rows of a batch of notebook 03, to `tables.md`.
 
     Args:

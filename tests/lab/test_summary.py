@@ -487,7 +487,7 @@ def test_differences_of_any_numbers_are_differences(dtype):
 
 
 def test_box_accuracies_of_images_that_are_all_alike_are_proportions():
-    for right, expected in ((1, (100, 100 * 0.05 ** (1 / 4) / 2 ** (1 / 4), 100)), (0, (0, 0, 60.24))):
+    for right, expected in ((1, (100, 100 * 0.025 ** (1 / 4), 100)), (0, (0, 0, 60.24))):
         found = box_accuracies(box_rows(np.full((4, 4, 2), bool(right)))).loc["m"]
         for kind in ("max_box_acc", "max_box_acc_v2"):
             assert tuple(found[[kind, f"{kind}_low", f"{kind}_high"]]) == pytest.approx(expected, abs=0.01)

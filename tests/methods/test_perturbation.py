@@ -4,6 +4,7 @@ import references
 import torch
 from torch import nn
 
+from opticam.methods import perturbation
 from opticam.methods.perturbation import _rise_masks, blur_pyramid, extremal_perturbation, rise
 from opticam.saliency import min_max
 
@@ -126,3 +127,21 @@ def test_the_area_asked_for_is_kept(tiny, images, class_idx):
 def test_bad_input_in_one_sentence(tiny, images, class_idx, method, change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         method(tiny, images, **{"class_idx": class_idx, **change})
+
+
+def test_rounding_orders_the_equal_pixels_of_the_first_mask(tiny, images, class_idx, monkeypatch):
+    """So maps of two devices agree to hundredths only (test_contract.py). Noise of the image has no such effect."""
+    monkeypatch.setattr(perturbation, "SIGMA", 2.0)
+    generator = torch.Generator().manual_seed(4)
+    smooth, saliency = perturbation.smooth_mask, extremal_perturbation(tiny, images, class_idx, num_steps=4)
+
+    def apart(images):
+        return (extremal_perturbation(tiny, images, class_idx, num_steps=4) - saliency).abs().max()
+
+    def rounded(*given):
+        S = smooth(*given)
+        return S + 1e-15 * torch.randn(S.shape, dtype=S.dtype, generator=generator)
+
+    assert apart((images + 1e-12 * torch.rand(images.shape, generator=generator)).clamp(max=1)) < 1e-9
+    monkeypatch.setattr(perturbation, "smooth_mask", rounded)
+    assert 1e-4 < max(apart(images) for _ in range(4)) < 0.02
