@@ -173,7 +173,7 @@ def test_else_the_network_itself(network):
 def test_methods_and_metrics_give_the_numbers_of_the_network(monkeypatch):
     torch.manual_seed(0)
     network = shuffled(tv.resnet18(num_classes=7)).double()
-    images, class_idx = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 5])
+    images, class_idx = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 5])
     calls = {
         "opti_cam": lambda: opti_cam(network, images, class_idx, layer="layer3", num_steps=5).saliency,
         "score_cam": lambda: METHODS["score_cam"](network, images, class_idx, layer="layer1.1.bn2"),
@@ -183,7 +183,7 @@ def test_methods_and_metrics_give_the_numbers_of_the_network(monkeypatch):
             [
                 curve[1]
                 for curve in insertion_deletion(
-                    network, images, class_idx, images[:, :1], mean=torch.zeros(3), pixels_per_step=512
+                    network, images, class_idx, images[:, :1], mean=torch.zeros(3), pixels_per_step=128
                 )
             ]
         ),
