@@ -443,6 +443,7 @@ def check_weights(own, name, value, table):
             assert wanted.is_floating_point() or not loaded[key].is_floating_point(), key
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of forms that are to go
 @pytest.mark.parametrize("kind", TENSORS)
 @drawn(5)

@@ -235,6 +235,7 @@ def test_the_gallery_of_notebooks_repeats_their_answers():
         assert set(re.findall(r"\d+\.\d+", answer)) <= set(re.findall(r"\d+\.\d+", first))
 
 
+@pytest.mark.slow
 def test_every_notebook_and_batch_of_the_map_of_the_paper_exists():
     page = (REPOSITORY / "notebooks" / "README.md").read_text()
     rows = re.findall(r"^\|.+\|$", page.partition("## The map of the paper")[2], re.M)[2:]

@@ -64,6 +64,7 @@ def flags(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [CALLS, ATTENTION], ids=["cam", "attention"])
 def test_methods_of_many_threads_on_one_network(names, images, class_idx, eager):
     """In training mode, which each call has to leave for its own time and no other."""
@@ -176,6 +177,7 @@ class Talks(nn.Module):
 WAYS = ["a table", "a method as hook", "a function as hook", "a hook that keeps the table", "a list of modules"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [False, True], ids=["new", "seen"])
 @pytest.mark.parametrize("by", WAYS)
 def test_networks_whose_parts_talk(images, class_idx, by, seen):
@@ -233,6 +235,7 @@ def test_metrics_of_many_threads_on_one_network(images, class_idx, eager):
         assert values == pytest.approx(alone[row % 5], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_tracing_in_one_thread_does_not_reach_another(images, eager):
     """While torch.fx traces, every call of every module in the process goes through its tracer."""
     network = Normed().double().eval()

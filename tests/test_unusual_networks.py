@@ -408,6 +408,7 @@ def test_gradients_are_computed_in_the_thread_that_asks(tiny, images):
     assert seen == [False]
 
 
+@pytest.mark.slow
 def test_another_default_device_changes_nothing(images, class_idx):
     class Shifted(ByFunction):
         def __init__(self):

@@ -363,6 +363,7 @@ def test_a_summary_says_of_its_runs_what_holds_for_all(folder, monkeypatch):
     assert provenance["package"]
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_paper_are_written_for_each_model(folder):
     made = read(folder, "grid: {names: [[x], [y]]}\noutput: out")
     for run, model, gain in zip(made.runs, ("small", "large"), (0.25, 0.5), strict=True):

@@ -190,6 +190,7 @@ def test_wrong_parameters_are_refused_before_anything_starts(notebook, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_uses_its_parameters_and_the_notebooks_folder(notebook, tmp_path):
     path = notebook("import os\nprint(count * 2, names, os.getcwd())")
     output = run_notebook(path, tmp_path / "out" / "o.ipynb", {"count": "21", "names": "p,q"})
@@ -312,6 +313,7 @@ def test_a_failing_render_leaves_the_notebook_as_it_was(notebook, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_no_event_loop_stays_open(notebook, tmp_path, monkeypatch):
     loops, new = [], asyncio.new_event_loop
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(new()) or loops[-1])

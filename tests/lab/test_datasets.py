@@ -1300,6 +1300,7 @@ def test_photos_behind_links_are_listed_and_links_that_go_round_are_not_followed
     assert not any(part in name for name in names for part in ("self", "all", ".hidden", "more/back"))
 
 
+@pytest.mark.slow
 def test_own_checkpoint_on_an_own_folder(lungs, tmp_path):
     torch.manual_seed(0)
     trained = load_model("efficientnet_lite0", pretrained=False, num_classes=2).network

@@ -310,6 +310,7 @@ def test_a_map_that_is_not_finite_has_no_scores(tiny, samples):
     assert lost["predicted"].notna().all()
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_metrics(tiny, samples, images, class_idx):
     tiny = wrap(tiny, "features", mean=[0.5], std=[1.0])
     method = partial(METHODS["opti_cam"], num_steps=2, layer="features.0")

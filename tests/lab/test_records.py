@@ -45,6 +45,7 @@ def test_a_method(half, tiny, samples):
     assert method_label("half") == "One half"
 
 
+@pytest.mark.slow
 def test_a_method_is_a_choice_of_the_explorer(half):
     pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'lab'")
     from opticam.lab.explorer import Explorer

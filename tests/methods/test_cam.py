@@ -130,6 +130,7 @@ def test_finer_cam_of_a_sigmoid_is_grad_cam(tiny, images, class_idx):
     torch.testing.assert_close(finer_cam(network, images, class_idx), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_refine_cam_is_the_product_of_the_maps(tiny, images, class_idx):
     saliency = refine_cam(tiny, images, class_idx, layer=["features.0", "features"])
     for b in range(1):
@@ -383,6 +384,7 @@ def test_the_base_of_refine_cam_returns_maps(tiny, images, class_idx):
         refine_cam(tiny, images, class_idx, layer=["features"], base=opti_cam)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["score_cam", "ablation_cam", "rise", "extremal_perturbation"])
 def test_batches_may_be_counted_by_numpy(tiny, images, class_idx, name):
     few = {"rise": {"num_masks": 8}, "extremal_perturbation": {"num_steps": 1, "area": torch.tensor(0.5)}}.get(name, {})

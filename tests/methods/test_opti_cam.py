@@ -94,6 +94,7 @@ def test_agrees_with_the_loop_version(tiny, objective, normalize, layers):
     np.testing.assert_allclose(result.saliency[0, 0], saliency, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", cases(LAYERS, "after ReLU", "both signs"))
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_map_space_agrees_with_the_loop_version(tiny, normalize, layers):
@@ -425,6 +426,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", cases(OPTIONS, "paper", "fast, tol", "robust, layers", "complement"))
 def test_batch_and_chunks_do_not_matter_for_any_option(tiny, images, class_idx, options):
     options = {"layer": "features", "num_steps": 12, **options}

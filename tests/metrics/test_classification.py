@@ -187,6 +187,7 @@ def close(a, b, atol=1e-12):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_step", [None, 100, 767, 1000])  # 3 even steps; 8, the last of 68; the last of 1; 1
 @pytest.mark.parametrize("name", CURVES)
 def test_curve_equals_the_loop_after_mean_and_std(model, images, class_idx, saliency, name, per_step):
@@ -377,6 +378,7 @@ def test_mean_may_be_given(model, images, class_idx, saliency, name):
     )
 
 
+@pytest.mark.slow
 def test_road_equals_the_loop(model, images, class_idx, saliency):
     fractions = (0.1, 0.35, 0.9)
     scores = road(model, images, class_idx, saliency, fractions=fractions, seed=3)
