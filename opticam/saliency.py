@@ -92,7 +92,15 @@ def apply_mask(images: Tensor, saliency: Tensor, baseline: Tensor | None = None)
 
     Returns:
         (B,3,H,W) of the dtype of the images.
+
+    Raises:
+        TypeError: images of whole numbers.
+        ValueError: a map of another shape.
     """
+    if not images.is_floating_point():  # the map would become zeros and ones
+        raise TypeError(f"images: wanted a floating-point dtype, got {images.dtype}")
+    if saliency.ndim != images.ndim or saliency.shape[-3] != 1:  # else its images would be taken for channels
+        raise ValueError(f"saliency: wanted one map per image, (B,1,H,W), got {tuple(saliency.shape)}")
     saliency = saliency.to(images.dtype)
     if baseline is None:
         return images * saliency

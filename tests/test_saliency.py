@@ -30,6 +30,14 @@ def test_combine_is_the_weighted_sum():
         np.testing.assert_allclose(combine(features, weights)[b, 0], expected, atol=1e-13)
 
 
+def test_what_is_no_image_or_map_of_it_is_not_masked():
+    with pytest.raises(TypeError, match=r"images: wanted a floating-point dtype, got torch\.uint8"):
+        apply_mask(torch.ones(1, 3, 2, 2, dtype=torch.uint8), torch.full((1, 1, 2, 2), 0.5))
+    for shape in ((3, 2, 2), (1, 3, 2, 2)):
+        with pytest.raises(ValueError, match="saliency: wanted one map per image"):
+            apply_mask(torch.ones(3, 3, 2, 2), torch.ones(shape))
+
+
 def test_the_callers_autocast_does_not_make_the_sum_coarse():
     features, weights = torch.rand(2, 4, 3, 5), torch.rand(2, 4)
     with torch.autocast("cpu", torch.bfloat16):

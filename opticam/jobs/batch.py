@@ -212,8 +212,8 @@ def write_summary(batch: Batch) -> Path | None:
     """Write the rows of all runs that are done to `summary.parquet` and `summary.csv`, run by run.
 
     A run's rows are those of the table that has the notebook's name. Its varied parameters become columns before the
-    table's own, unless the table has a column of that name. Columns of bytes are left out of the CSV. The Parquet file
-    has a provenance for `results.read_rows`: that of the runs, with the parameters that all of them share.
+    table's own, unless the table has a column of that name. Columns of bytes and of lists are left out of the CSV. The
+    Parquet file has a provenance for `results.read_rows`: that of the runs, with the parameters that all of them share.
 
     Returns:
         The path of the Parquet file; None if no run that is done has such a table.
@@ -227,7 +227,7 @@ def write_summary(batch: Batch) -> Path | None:
         return None
     empty = [_with_varied(pq.read_schema(table).empty_table(), run) for table, run in tables.items()]
     schema = pa.concat_tables(empty, promote_options="permissive").schema
-    flat = [field.name for field in schema if "binary" not in str(field.type)]
+    flat = [field.name for field in schema if not re.search("binary|list|struct", str(field.type))]
     path = batch.folder / "summary.parquet"
     with (
         replacing(path) as whole,
@@ -301,12 +301,16 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         if not tables:
             continue
         path = folder / f"{name}.parquet"
+        for table in tables:
+            if "image" not in pq.read_schema(table).names:
+                raise ValueError(f"evidence: {table.name} has no column image; wanted one row or more for each image")
         shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
         told = f"{len(tables)} of {len(batch.runs)} runs"
         provenance = _shared(tables, **asked, shards=_shards(tables))
         if path.is_file():
             there, made_by = pq.read_table(path), _made_by(provenance)
-            if made_by and made_by == _made_by(there.schema.metadata):
+            same = made_by and made_by == _made_by(there.schema.metadata)
+            if same and {"image", *varied} <= {*there.column_names}:  # a grid may have grown by a name
                 shipped.append(_lacking(there, shipped, ["image", *varied]))
                 provenance = _common(provenance, there.schema.metadata)
                 told += f" and {len(shipped[-1])} rows that were there"

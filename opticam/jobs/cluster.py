@@ -67,6 +67,8 @@ def run_batch(
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: wanted at least 1, got {jobs}")
+    if not runs:
+        return []
     folder = runs[0].folder
     check_writable(folder)
     records = {run.name: read_record(run) for run in runs}

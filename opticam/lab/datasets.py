@@ -418,7 +418,7 @@ def to_input(photo: Image.Image, input_size: int = 224, resize: int = 256) -> Te
     spare = [max(0, side - 100 * min(photo.size)) // 2 for side in photo.size]
     if any(spare):
         photo = photo.crop((spare[0], spare[1], photo.width - spare[0], photo.height - spare[1]))
-    return TF.to_tensor(TF.center_crop(TF.resize(photo, [resize]), [input_size]))
+    return TF.to_tensor(TF.center_crop(TF.resize(photo, [resize]), [input_size])).float()  # whatever torch's default
 
 
 def boxes_to_input(boxes: Tensor, photo_size: tuple[int, int], input_size: int = 224, resize: int = 256) -> Tensor:
@@ -487,9 +487,10 @@ def maps_to_input(
         places = here[:2] + (centres - there[:2]) * (here[2:] - here[:2]) / (there[2:] - there[:2])
         x, y = (2 * places / made[0] - 1).unbind(1)
         grids.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), 2))
-    moved = F.grid_sample(saliency, torch.stack(grids).to(saliency), padding_mode="border", align_corners=False)
-    low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
-    return torch.clamp(moved, low, high)  # rounding would leave [0,1]
+    maps = saliency.to(torch.promote_types(saliency.dtype, torch.float32))  # in half precision torch reads other places
+    moved = F.grid_sample(maps, torch.stack(grids).to(maps), padding_mode="border", align_corners=False)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return torch.clamp(moved, low, high).to(saliency.dtype)  # rounding would leave [0,1]
 
 
 def load_dataset(

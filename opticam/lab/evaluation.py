@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from tqdm import tqdm
 
 from opticam import metrics
@@ -147,6 +148,7 @@ def score_maps(
     _check_maps(saliency)
     if not saliency:
         raise ValueError("saliency: wanted the maps of at least one method")
+    check_inputs(model, images, class_idx)
     image = [*range(len(class_idx))] if names is None else in_order("names", names, len(class_idx))
     tables = []
     for method, S in saliency.items():
@@ -162,7 +164,19 @@ def saliency_maps(
     _check_methods(methods)
     check_whole(1, batch_size=batch_size)
     batches = list(zip(images.split(int(batch_size)), class_idx.split(int(batch_size)), strict=True))
-    return {name: torch.cat([method(model, x, c) for x, c in batches]) for name, method in methods.items()}
+    return {
+        name: torch.cat([_maps_of(name, method, model, x, c) for x, c in batches]) for name, method in methods.items()
+    }
+
+
+def _maps_of(name: str, method: Method, model: nn.Module, images: Tensor, class_idx: Tensor) -> Tensor:
+    saliency = method(model, images, class_idx)
+    wanted = (len(images), 1, *images.shape[-2:])
+    if not isinstance(saliency, Tensor) or saliency.shape != wanted:
+        got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
+        raise ValueError(f"methods: {name} returned {got}; wanted a tensor {wanted}, as the functions in METHODS do")
+    check_tensors(methods=saliency)
+    return saliency.detach()
 
 
 def floors(saliency: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,7 +209,7 @@ def _curves(batch: BatchWithMaps) -> dict[str, Any]:
 
 
 def _adcc(batch: BatchWithMaps) -> dict[str, Any]:
-    again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx)
+    again = batch.method(batch.model, apply_mask(batch.images, batch.saliency), batch.class_idx).detach()
     drop = torch.tensor(batch.scores["average_drop"], device=again.device)
     return {
         "coherency": metrics.coherency(batch.saliency, again),
@@ -311,6 +325,7 @@ def evaluate(
         ValueError: nothing to do; a number that is not positive; unknown `scores`; a dataset whose labels are not the
             classes of the model in their order, or whose items are no `Sample`; a method that returns no such maps.
     """
+    dataset = _of_subset(dataset)
     _check_work(model, dataset, methods, scores)
     batches = _batches(range(len(dataset)), batch_size)
     with _bar(len(dataset) * len(methods), progress) as bar:
@@ -360,10 +375,12 @@ def stream(
         OSError: the folder cannot be written.
         ValueError: see `evaluate`; a method or network without a key that `identity.key_of` cannot recognise.
     """
+    dataset = _of_subset(dataset)
     _check_work(model, dataset, methods, scores)
     if not hasattr(dataset, "records"):
         raise ValueError(f"dataset: wanted Photos, as load_dataset gives them, got {type(dataset).__name__}")
     check_whole(1, shard_size=shard_size, batch_size=batch_size)
+    shard_size, batch_size = int(shard_size), int(batch_size)  # JSON holds no NumPy integers
     number, frame = math.ceil(len(dataset) / shard_size), (dataset.input_size, dataset.resize)
     keys = {} if keys is None else keys
     if not isinstance(keys, Mapping):
@@ -418,8 +435,20 @@ def stream(
     return folder
 
 
+def _of_subset(dataset: Any) -> Any:
+    """A part of `Photos` that torch made as `Photos`, which know their classes and skip what cannot be read."""
+    if not isinstance(dataset, Subset):
+        return dataset
+    whole = _of_subset(dataset.dataset)
+    if isinstance(whole, Photos):
+        return replace(whole, records=[whole.records[i] for i in dataset.indices])
+    return [whole[i] for i in dataset.indices]
+
+
 def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
     check_network(model)
+    if isinstance(dataset, ConcatDataset):
+        raise TypeError("dataset: wanted one data set at a time, as load_dataset gives it, got a ConcatDataset")
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise TypeError(f"dataset: wanted images, as load_dataset gives them, got {type(dataset).__name__}")
     if not len(dataset):
@@ -427,7 +456,7 @@ def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method
     _check_methods(methods)
     of_batch = set(BatchWithMaps._fields)  # a metric that needs more, such as a second map, is no score
     known = [*COLUMN_GROUPS, *(name for name, metric in COLUMNS.items() if set(metric.needs) <= of_batch)]
-    if isinstance(scores, str) or not isinstance(scores, Iterable):
+    if isinstance(scores, str) or not isinstance(scores, Sequence):  # a set has no order, a generator ends
         raise TypeError(f"scores: wanted a list of names, got {in_a_line(scores)}")
     for name in scores:
         if name not in known:
@@ -454,6 +483,8 @@ def _check_methods(methods: Mapping[str, Method]) -> None:
     if not methods:
         raise ValueError("methods: wanted at least one")
     for name, method in methods.items():
+        if not isinstance(name, str):
+            raise TypeError(f"methods: wanted texts as names, got {in_a_line(name)}")
         if not callable(method):
             raise TypeError(
                 f"methods: wanted functions, such as those in METHODS, got {in_a_line(method)} under {name!r}"
@@ -528,6 +559,9 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
     batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
     if batch:
+        for i in [i for i, sample in batch.items() if not sample.image.isfinite().all()]:
+            reasons[i] = f"image: {batch.pop(i).name} has values that are not finite"
+    if batch:
         images, class_idx = stack(list(batch.values()), device)
         images = images.to(_dtype(model))
         with frozen(model), torch.no_grad():
@@ -571,13 +605,8 @@ def _scored(
     model, method = work.model, work.methods[name]
     start = _now(images.device)
     with count_passes(model) as passes:
-        saliency = method(model, images, class_idx)
+        saliency = _maps_of(name, method, model, images, class_idx)
     seconds = _now(images.device) - start
-    wanted = (len(images), 1, *images.shape[-2:])
-    if not isinstance(saliency, Tensor) or saliency.shape != wanted:
-        got = tuple(saliency.shape) if isinstance(saliency, Tensor) else type(saliency).__name__
-        raise ValueError(f"methods: {name} returned {got}; wanted a tensor {wanted}, as the functions in METHODS do")
-    check_tensors(methods=saliency)
     finite = (saliency.isfinite().flatten(1).all(1) & output.logits.isfinite().all(1)).cpu().numpy()
     constant = (saliency.amax((1, 2, 3)) == saliency.amin((1, 2, 3))).cpu().numpy()
     saliency = saliency.nan_to_num(0, 0, 0)
@@ -589,7 +618,7 @@ def _scored(
             table[column] = values.cpu().numpy() if isinstance(values, Tensor) else values
     table.loc[~finite, table.columns != "predicted"] = None
     return table.assign(
-        layer=_layer_name(model, getattr(method, "keywords", {}).get("layer")),
+        layer=_layer_of(method, model),
         seconds=seconds / len(images),
         forward_passes=passes[0] / len(images),
         backward_passes=passes[1] / len(images),
@@ -627,6 +656,16 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _layer_of(method: Method, model: nn.Module) -> str:
+    """The layer that a method of this package takes; "" for a function of one's own, which does not tell."""
+    options: dict[str, Any] = {}
+    while isinstance(method, partial):
+        options = method.keywords | options
+        method = method.func
+    ours = getattr(method, "__module__", "").partition(".")[0] == "opticam"
+    return _layer_name(model, options.get("layer")) if ours else ""
 
 
 def _layer_name(model: nn.Module, layer: Layer) -> str:

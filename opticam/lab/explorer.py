@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from opticam.checks import check_network, check_whole, examine
+from opticam.checks import as_names, check_at_least, check_network, check_whole, examine
 from opticam.classifier import Head, probabilities, probs_of_class, read
 from opticam.features import count_passes, prepared, watched
 from opticam.lab.datasets import demo, read_image, to_input
@@ -42,7 +42,7 @@ class Stopped(Exception):  # noqa: N818  (somebody's wish, no error)
 
 
 class Explanation(NamedTuple):
-    """One decision explained. T is 0 for all methods but Opti-CAM.
+    """One decision explained. T is 0 for all methods but `opti_cam`.
 
     Attributes:
         method: name in `METHODS`.
@@ -87,7 +87,7 @@ def explanation_of(
     class_idx: int,
     method: str = "opti_cam",
     *,
-    num_steps: int = 100,
+    num_steps: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda passes: None,
 ) -> Explanation:
@@ -97,8 +97,8 @@ def explanation_of(
         model: takes images (B,3,H,W), see `classifier.read`. Left as found, also when stopped.
         image: (3,H,W) float in [0,1].
         class_idx: the class to explain.
-        method: a name in `METHODS`.
-        num_steps: T, of Opti-CAM.
+        method: a name that `find_method` takes.
+        num_steps: of Opti-CAM, then T; None for 100, or what a schedule such as `opti_cam:fast` has.
         stopped: asked after every module of the network that has run; True ends the work.
         progress: told how many images have passed through the network, after every pass.
 
@@ -110,9 +110,10 @@ def explanation_of(
         ValueError: unknown method, one that does not apply to the model, or an argument out of range.
     """
     check_network(model)
-    check_whole(0, class_idx=class_idx, num_steps=num_steps)
+    check_whole(0, class_idx=class_idx)
+    check_at_least(0, num_steps=num_steps)
     images, target = image[None], torch.tensor([int(class_idx)], device=image.device)
-    every = max(1, -(-num_steps // KEPT))
+    every = max(1, -(-(num_steps or 100) // KEPT))
     maps: dict[int, Tensor] = {}
     followed: list[tuple[Tensor, Tensor]] = []
 
@@ -128,7 +129,9 @@ def explanation_of(
             progress(passes[0])
 
     with count_passes(model) as passes, watched(model, watch):
-        options = {"num_steps": num_steps, "on_step": follow} if method == "opti_cam" else {}
+        options: dict[str, Any] = {"on_step": follow} if method == "opti_cam" else {}
+        if num_steps is not None and str(method).partition(":")[0] == "opti_cam":
+            options["num_steps"] = num_steps
         saliency = find_method(method)(model, images, target, **options)
         with frozen(model), torch.no_grad():
             x = prepared(model, images)
@@ -148,8 +151,9 @@ def explanation_of(
 def describe(found: Explanation, class_names: Sequence[str]) -> str:
     """The outcome in one line: what masking does to the class, with Average Drop and Average Gain of this photo."""
     p, o = (probs[[found.class_idx]] for probs in (found.probs, found.masked_probs))
+    name = as_names(class_names)[found.class_idx]
     drop, gain = (100 * METRICS[name](p, o).item() for name in ("average_drop", "average_gain"))
-    line = f"{method_label(found.method)} for {class_names[found.class_idx]}: probability {100 * p.item():.1f} % -> "
+    line = f"{method_label(found.method)} for {name}: probability {100 * p.item():.1f} % -> "
     line += f"{100 * o.item():.1f} % when masked (drop {drop:.1f} %, gain {gain:.1f} % of what was possible)"
     return f"{line}. The map is constant: nothing is found." if found.saliency.amax() == found.saliency.amin() else line
 

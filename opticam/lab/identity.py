@@ -89,7 +89,8 @@ def _network(network: nn.Module, name: str, key: str) -> str:
     parts: list[Any] = [*network.named_parameters(), *network.named_buffers()]
     for place, module in network.named_modules():
         settings = {word: item for word, item in vars(module).items() if word not in _OF_ALL}
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        hooks = [hook for hooks_of_kind in kinds for hook in hooks_of_kind.values()]
         parts.append((place, *map(inner, (type(module), type(module).forward, settings, hooks))))
     return digest_of(*parts, key)
 

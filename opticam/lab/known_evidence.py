@@ -29,14 +29,15 @@ from opticam.lab.summary import (
     by_method,
     check_table,
     estimate_and_p,
+    paired,
     ratio_of_means,
     tabulate,
     within_span,
 )
 from opticam.metrics import box_mask, energy_pointing_game, factors
 from opticam.networks import wrap
-from opticam.saliency import BASELINES, apply_mask, baseline_of, upsample
-from opticam.state import frozen
+from opticam.saliency import BASELINES, apply_mask, baseline_of, check_saliency, upsample
+from opticam.state import frozen, in_a_line
 
 SIDE = 2  # cells of a mosaic across and down, so that it has four
 FILLS = ("mean", "blur")  # of BASELINES: what a verified cell is replaced by
@@ -177,9 +178,8 @@ def cell_drops(
         (B,side*side) float64, cells row by row; higher: the network needs the cell more; negative where it disturbs.
     """
     check_inputs(model, images, class_idx)
-    check_whole(1, side=side, batch_size=batch_size)
-    if any(length % side for length in images.shape[2:]):
-        raise ValueError(f"side: wanted a divisor of {tuple(images.shape[2:])}, got {side}")
+    check_side(side, images.shape[2:])
+    check_whole(1, batch_size=batch_size)
     cells = torch.eye(side**2, dtype=images.dtype, device=images.device).view(-1, 1, side, side)
     kept = 1 - F.interpolate(cells, size=images.shape[2:], mode="nearest")
     with frozen(model), torch.no_grad():
@@ -188,11 +188,18 @@ def cell_drops(
         shown = baseline_of(x, baseline)
         network, y = folded(model, x, logits), class_logit(logits.double(), c)
         drops = []
-        for flat in torch.arange(len(x) * side**2, device=x.device).split(batch_size):
+        for flat in torch.arange(len(x) * side**2, device=x.device).split(int(batch_size)):
             rows, cell = flat // side**2, flat % side**2
             without = apply_mask(x[rows], kept[cell], None if shown is None else shown[rows])
             drops.append(y[rows] - class_logit(read(network, prepared(model, without)).logits.double(), c[rows]))
     return torch.cat(drops).view(len(images), -1)
+
+
+def check_side(side: int, size: torch.Size) -> None:
+    """Refuse, by a ValueError, a number of cells across and down that does not divide the size (H,W)."""
+    check_whole(1, side=side)
+    if any(length % side for length in size):
+        raise ValueError(f"side: wanted a divisor of {tuple(size)}, got {side}")
 
 
 class OneCell(nn.Module):
@@ -257,9 +264,10 @@ def phase_scrambled(patch: Tensor, seed: int = 0) -> Tensor:
     that belong together stay together. The amplitude of every frequency stays, and so does the mean. Values may leave
     the range of the patch.
     """
-    noise = torch.rand(patch.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=patch.dtype).to(patch)
+    wide = patch.to(torch.promote_types(patch.dtype, torch.float32))  # CPUs transform nothing of half precision
+    noise = torch.rand(patch.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=wide.dtype).to(wide)
     turned = torch.polar(torch.ones_like(noise[:, : noise.shape[1] // 2 + 1]), torch.fft.rfft2(noise).angle())
-    return torch.fft.irfft2(torch.fft.rfft2(patch) * turned, s=patch.shape[1:])
+    return torch.fft.irfft2(torch.fft.rfft2(wide) * turned, s=patch.shape[1:]).to(patch)
 
 
 def paste_object(
@@ -288,7 +296,8 @@ def paste_object(
         raise ValueError("boxes: wanted one that shows part of the source")
     scale = share * min(height, width) / max(y1 - y0, x1 - x0)
     h, w = (max(1, round(scale * length)) for length in (y1 - y0, x1 - x0))
-    patch = F.interpolate(source[None, :, y0:y1, x0:x1], (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    part = source[None, :, y0:y1, x0:x1].to(torch.promote_types(source.dtype, torch.float32))  # as `phase_scrambled`
+    patch = F.interpolate(part, (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
     chance = torch.rand(2, generator=torch.Generator().manual_seed(seed))
     top, left = int(chance[0] * (height - h + 1)), int(chance[1] * (width - w + 1))
     pasted, scrambled = host.clone(), host.clone()
@@ -315,9 +324,10 @@ def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequ
         model: takes `images`. Left as found.
         images: (N,3,H,W) in [0,1]; errors as `checks.check_inputs`.
         class_idx: (N,) int64.
-        boxes: N tensors (n,4), of the objects of the class.
+        boxes: N tensors (n,4), of the objects of the class; errors as `metrics.box_mask`, and for another number.
     """
     check_inputs(model, images, class_idx)
+    boxes = boxes_in_order(boxes, len(images))
     right = (all_probabilities(model, images).argmax(1) == class_idx).cpu()
     for i, some in enumerate(boxes):
         x0, y0, x1, y1 = _largest_inside(some, images.shape[2:])
@@ -351,6 +361,13 @@ def find_pastes(model: nn.Module, images: Tensor, class_idx: Tensor, boxes: Sequ
     )
 
 
+def boxes_in_order(boxes: Sequence[Tensor], number: int) -> list[Tensor]:
+    """So many tensors (n,4) by their place, see `evaluation.in_order`; errors also as `metrics.box_mask`."""
+    boxes = in_order("boxes", boxes, number)
+    box_mask(boxes, (1, 1))  # for its checks
+    return boxes
+
+
 def pixel_auroc(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """AUROC of pixels: how likely a pixel of the boxes has a higher value than one outside, equals counting one half.
 
@@ -360,8 +377,10 @@ def pixel_auroc(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (B,) float64 in [0,1], higher is better, 1/2 for a constant map; depends on the order of the pixels only. NaN
-        for a map with a NaN, and where no pixel or every pixel lies in a box. Errors as `metrics.box_mask`.
+        for a map with a NaN, and where no pixel or every pixel lies in a box. Errors as `energy_pointing_game`.
     """
+    check_saliency(None, saliency)
+    boxes = in_order("boxes", boxes, len(saliency))
     truth = box_mask(boxes, saliency.shape[-2:]).to(saliency.device).flatten(1).double()
     flat = saliency.detach().double().flatten(1).contiguous()
     ordered = flat.sort(1).values
@@ -426,7 +445,7 @@ def evidence_scores(
     if rivals:
         contrast = class_contrast(saliency, rivals, boxes)
         columns |= {"contrast": contrast, "scaled_contrast": contrast / energy_pointing_game(best, boxes)}
-    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+    return pd.DataFrame({name: values.detach().cpu().numpy() for name, values in columns.items()})
 
 
 def maps_of_other_cells(saliency: Tensor) -> list[Tensor]:
@@ -450,7 +469,8 @@ def maps_of_other_mosaics(saliency: Tensor) -> Tensor:
 
 
 def cell_means(saliency: Tensor, side: int) -> Tensor:
-    """The mean of the map in each cell, (B,side*side), cells row by row as in `cell_drops`."""
+    """The mean of the map in each cell, (B,side*side), cells row by row and errors as in `cell_drops`."""
+    check_side(side, saliency.shape[2:])
     return F.adaptive_avg_pool2d(saliency, side).flatten(1)
 
 
@@ -492,22 +512,28 @@ def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFra
 
 
 def _check_groups(rows: pd.DataFrame, columns: Collection[str]) -> None:
-    if isinstance(columns, str):
-        raise TypeError(f"columns: wanted a list of names, got {columns!r}")
+    if isinstance(columns, str) or not isinstance(columns, Collection):
+        raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
     check_table("rows", rows, ["method", "group", *columns])
-    if rows["group"].isna().any():
-        raise ValueError("rows: wanted a group for every row")
+    for column in columns:
+        try:
+            rows[column].astype(float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rows: wanted numbers in the column {column}, got {rows[column].dtype}") from error
+    for needed in ("method", "group"):
+        if rows[needed].isna().any():
+            raise ValueError(f"rows: wanted a {needed} for every row")
 
 
 def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
     """Mean of what a method has more of a column than a reference, image by image, with its 95 % interval over groups.
 
-    Rows and column as `summarize_groups` takes them; each image has one row of both methods.
+    Rows and column as `summarize_groups` takes them; each image has one row of both methods; errors as
+    `summary.paired`.
     """
     _check_groups(rows, [column])
+    paired(rows, column, method, reference)  # for its checks: each method is there, and each image once
     wide = by_method(rows, ["group", "image"], column).reset_index("group")
-    if other := [name for name in (method, reference) if name not in wide]:
-        raise ValueError(f"rows: no row of {other[0]}; wanted one of {', '.join(map(str, wide.columns[1:]))}")
     factor = factors([column])[column]
     found, _ = _over_groups(factor * (wide[method] - wide[reference]), wide["group"])
     return within_span(found, column, factor, difference=True)

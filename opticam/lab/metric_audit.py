@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from opticam.lab.evaluation import Method, saliency_maps, score
+from opticam.checks import check_at_least, check_inputs
+from opticam.lab.evaluation import Method, in_order, saliency_maps, score
 from opticam.lab.known_evidence import (
     FILLS,
     SIDE,
     all_probabilities,
+    boxes_in_order,
     cell_boxes,
     cell_drops,
     cell_means,
     centred,
+    check_side,
     find_mosaics,
     find_pastes,
     pixel_auroc,
@@ -160,14 +163,19 @@ def collect_evidence(
         model: that decides, and that is explained.
         images: (N,3,H,W) in [0,1].
         class_idx: (N,) int64.
-        boxes: N tensors (n,4).
-        names: N of them.
-        limit: at most so many of each kind; None for all.
-        side: cells across and down whose deletion is tried.
+        boxes: N tensors (n,4); errors as `known_evidence.find_pastes`.
+        names: N of them, by their place; ValueError for another number.
+        limit: at most so many of each kind, at least 1; None for all.
+        side: cells across and down whose deletion is tried, a divisor of H and W.
 
     Returns:
         One entry for each kind that has images.
     """
+    check_inputs(model, images, class_idx)
+    check_at_least(1, limit=limit)
+    check_side(side, images.shape[2:])
+    names = [str(name) for name in in_order("names", names, len(images))]
+    boxes = boxes_in_order(boxes, len(images))
     height, width = images.shape[2:]
     frame, none = torch.tensor([width, height] * 2), torch.zeros(0)
     found = []
@@ -206,7 +214,7 @@ def truth_of(evidence: Evidence, saliency: Tensor) -> np.ndarray:
     """
     if evidence.regions:
         return pixel_auroc(saliency, evidence.regions).cpu().numpy()
-    means = cell_means(saliency.cpu(), math.isqrt(evidence.drops.shape[2])).numpy()
+    means = cell_means(saliency.detach().cpu(), math.isqrt(evidence.drops.shape[2])).numpy()
     return np.mean([spearman(means, drops, axis=1) for drops in evidence.drops.cpu().numpy()], 0)
 
 
@@ -317,6 +325,12 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
     check_table("rows", rows, ["target", "method", "truth", *metrics])
     if BASE not in methods:
         raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
+    known = [*rows["method"].unique()]
+    if other := [name for name in methods if name not in known]:
+        raise ValueError(f"methods: wanted some of {', '.join(map(str, known))}, got {other[0]}")
+    if len(twice := rows[rows.duplicated(["target", "method"])]):
+        target, method = twice[["target", "method"]].iloc[0]
+        raise ValueError(f"rows: wanted one row per target and method, got more of {target}, {method}")
     found = {}
     wide = rows.pivot(index="target", columns="method")
     controls = [name for name in (*CONTROLS, "other") if name in wide["truth"]]

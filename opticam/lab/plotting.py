@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from opticam.checks import as_names
 from opticam.lab.files import replacing
 from opticam.methods import method_color, method_label
 from opticam.metrics import headings
@@ -117,14 +118,14 @@ def overlay(image: Tensor, saliency: Tensor) -> np.ndarray:
     The line runs inside of all that is at least 0.5. It shows the map where the image is dark too.
 
     Args:
-        image: (3,H,W) in [0,1].
+        image: (3,H,W) in [0,1], or (1,H,W) in gray.
         saliency: (1,H,W) in [0,1].
 
     Returns:
         (H,W,3) float in [0,1].
     """
     colored = SALIENCY_CMAP(to_picture(saliency))[..., :3]
-    gray = to_picture(image) @ np.array([0.299, 0.587, 0.114])
+    gray = to_picture(image.expand(3, -1, -1)) @ np.array([0.299, 0.587, 0.114])
     picture = 0.55 * colored + (1 - 0.55) * gray[..., None]
     thick = math.ceil(saliency.shape[-1] / 150)
     inside = (saliency.detach().cpu()[None] >= 0.5).float()
@@ -202,6 +203,7 @@ def probability_bars(probs: Tensor, masked_probs: Tensor, class_names: Sequence[
         class_names: C names.
         class_idx: the class explained.
     """
+    class_names = as_names(class_names)  # a column of a table would be read by its index
     largest = torch.maximum(probs, masked_probs).topk(min(5, len(probs))).indices.tolist()
     shown = [class_idx, *(index for index in largest if index != class_idx)][: len(largest)]
     figure = Figure(figsize=(_WIDTH, 0.3 * len(shown) + 0.6))
@@ -368,16 +370,19 @@ def metric_bars(summary: "pd.DataFrame", columns: Mapping[str, str], num_images:
     """Bars of means with their intervals, one panel per metric, one bar per method.
 
     Args:
-        summary: from `summary.summarize`, in percent; ValueError where a mean is below 0 or above 100.
+        summary: from `summary.summarize`, in percent; ValueError where a mean is below 0 or above 100, or two methods
+            have one label.
         columns: column -> title of its panel.
         num_images: over how many images, for the note below.
     """
     means = summary[[*columns]].to_numpy()
     if (means < 0).any() or (means > 100.001).any():
         raise ValueError("summary: wanted percentages from 0 to 100; for others see `metric_scatter`")
+    names = [method_label(method) for method in summary.index]
+    if len({*names}) < len(names):
+        raise ValueError(f"summary: wanted methods of different labels, got {', '.join(names)}")
     size = (_WIDTH, 0.16 * len(summary) + 0.7)
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
-    names = [method_label(method) for method in summary.index]
     colors = [method_color(method) for method in summary.index]
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         mean, error = _mean_and_error(summary, column)

@@ -27,18 +27,26 @@ def write_rows(rows: pd.DataFrame, path: str | Path, parameters: Mapping[str, An
     """Write a table with its provenance; a file of that name is replaced in one step.
 
     Args:
-        rows: the table; an index that has a name, such as that of a summary, becomes a column.
+        rows: the table; an index that has a name, such as that of a summary, becomes a column. Integers without a name
+            are left out.
         path: where, `.parquet`, and what is returned; folders are made. OSError: it cannot be written.
         parameters: what the rows were computed with; JSON.
         device: where they were computed.
 
     Raises:
-        TypeError: rows that are not a table; parameters that are no JSON.
+        TypeError: rows that are not a table; parameters that are no dict, or no JSON.
+        ValueError: another index without a name; two columns of one name, or one of mixed values.
     """
     if not isinstance(rows, pd.DataFrame):
         raise TypeError(f"rows: wanted a table of pandas, got {in_a_line(rows)}")
     named = any(name is not None for name in rows.index.names)
-    table = pa.Table.from_pandas(rows.reset_index() if named else rows, preserve_index=False)
+    if not (named or pd.api.types.is_integer_dtype(rows.index.dtype)):
+        raise ValueError("rows: wanted a name for the index, which becomes a column, got none")
+    try:
+        table = pa.Table.from_pandas(rows.reset_index() if named else rows, preserve_index=False)
+    except (ValueError, pa.ArrowException) as error:
+        told = error.args[-1]  # the last names the column
+        raise ValueError(f"rows: wanted columns of different names, each with values of one kind ({told})") from error
     provenance = _provenance(parameters, device).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: provenance})
     with replacing(Path(path)) as temporary:
@@ -155,7 +163,8 @@ def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         OSError: no such folder, or nothing in it.
         ValueError: files are missing or do not belong together, or an image has two rows of the same method.
     """
-    paths = sorted(path for path in Path(folder).glob("*.parquet") if not path.name.startswith("."))
+    paths = [path for path in Path(folder).glob("*.parquet") if not path.name.startswith(".")]
+    paths.sort(key=lambda path: (len(path.name), path.name))  # as text, 100000 comes before 99999
     if not paths:
         raise FileNotFoundError(f"results: no shards in {folder}")
     tables, provenances = zip(*map(read_rows, paths), strict=True)
@@ -200,6 +209,8 @@ def _read_provenance(text: str | bytes | None, path: Path) -> dict[str, Any]:
 
 
 def _provenance(parameters: Mapping[str, Any], device: str) -> str:
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters: wanted a dict, got {in_a_line(parameters)}")
     provenance = {
         "parameters": dict(parameters),
         "package": version("opticam"),

@@ -46,7 +46,8 @@ def interval(
 
     Args:
         values: one or more arrays (n,), resampled together, so that values of one image stay paired; or one (n,R), of
-            n images in R repeats that all images share, such as seeds of random weights. Lists are taken too.
+            n images in R repeats that all images share, such as seeds of random weights. Lists are taken too. All are
+            turned into float64, with NaN where an array is masked.
         statistic: from as many arrays as given, along their last axis, to numbers; for (n,R) only the mean.
         num_resamples: bootstrap samples, at least 1.
 
@@ -65,7 +66,7 @@ def interval(
 
 
 def _as_array(name: str, given: Any) -> np.ndarray:
-    """An array of numbers, also from a list or a column of a table. ValueError: anything else."""
+    """Numbers as float64, also of a list or a column of a table, NaN where masked. ValueError: anything else."""
     try:
         array = np.asarray(given)
         array = array.astype(float) if array.dtype == object else array
@@ -73,6 +74,8 @@ def _as_array(name: str, given: Any) -> np.ndarray:
         raise ValueError(f"{name}: wanted an array of numbers, got {in_a_line(given)}") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: wanted an array of numbers, got {in_a_line(given)}")
+    array = array.astype(float)  # sums of half precision overflow, differences of small integers wrap around
+    array[np.ma.getmask(given)] = np.nan
     return array
 
 
@@ -200,7 +203,7 @@ def holm(p_values: Collection[float]) -> np.ndarray:
         Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979.
     """
     row = [*p_values] if isinstance(p_values, Iterable) and not hasattr(p_values, "__array__") else p_values
-    given = _as_array("p_values", row).astype(float)
+    given = _as_array("p_values", row)
     if given.ndim != 1:
         raise ValueError(f"p_values: wanted a row of numbers, got shape {given.shape}")
     if (given < 0).any() or (given > 1).any():
@@ -254,7 +257,8 @@ def paired(rows: pd.DataFrame, column: str, method: str, reference: str) -> np.n
 
 def by_method(rows: pd.DataFrame, keys: str | list[str], column: str) -> pd.DataFrame:
     """A column with a method's values beside another's, as floats: differences of small integers would wrap around."""
-    return rows.pivot(index=keys, columns="method", values=column).astype(float)
+    wide = rows.pivot(index=keys, columns="method", values=column)
+    return wide.where(wide.notna()).astype(float)  # objects may be pd.NA, which is no float
 
 
 def difference(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
@@ -363,7 +367,21 @@ def summarize(rows: pd.DataFrame, columns: Collection[str], repeats: str | None 
         found = Estimate(values.mean(), *(proportion_interval if exact else interval)(values))
         return within_span(found, column, 1, difference=False), None
 
-    return tabulate(rows[rows["status"] != "skipped"] if "status" in rows else rows, columns, mean_of)
+    return tabulate(_counted(rows), columns, mean_of)
+
+
+def _counted(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were not skipped."""
+    return rows[rows["status"] != "skipped"] if "status" in rows else rows
+
+
+def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows by image, if they have one; objects by their text, since numbers and words have no order."""
+
+    def comparable(images: pd.Series) -> pd.Series:
+        return images.astype(str) if images.dtype == object else images
+
+    return rows.sort_values("image", kind="stable", key=comparable) if "image" in rows else rows
 
 
 def tabulate(
@@ -392,8 +410,7 @@ def tabulate(
 def _values(group: pd.DataFrame, column: str, repeats: str | None) -> np.ndarray:
     """The column of one method as `interval` takes it: (n,), in the order of the images, or (n,R) of repeats."""
     if repeats is None:
-        ordered = group.sort_values("image", kind="stable") if "image" in group else group
-        return ordered[column].dropna().to_numpy(float)
+        return _ordered(group)[column].dropna().to_numpy(float)
     wide = group.pivot(index="image", columns=repeats, values=column).dropna(how="all")
     values = wide.dropna()
     if len(values) < len(wide):
@@ -414,7 +431,7 @@ def check_table(name: str, table: pd.DataFrame, columns: Iterable[Any]) -> None:
 
 
 def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repeats: str | None = None) -> None:
-    """Refuse rows without these columns, with two of an image and method, or without one that all repeats should have.
+    """Refuse rows without these columns or a method, two of an image and method, and repeats that lack one.
 
     Args:
         rows: what `summarize` takes.
@@ -427,6 +444,8 @@ def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repe
     if repeats in ("image", "method"):
         raise ValueError(f"repeats: wanted a column beside image and method, got {repeats!r}")
     check_table("rows", rows, [*needed, *columns, *([] if repeats is None else ["image", repeats])])
+    if rows["method"].isna().any():
+        raise ValueError("rows: wanted a method for every row")
     for column in columns:
         if not pd.api.types.is_numeric_dtype(rows[column]):
             _as_array(f"column {column}", rows[column].dropna())
@@ -551,8 +570,7 @@ def box_accuracies(rows: pd.DataFrame, reference: str | None = None) -> pd.DataF
     """
     needed = ["pointing_game", "box_hits"] if reference is None else ["pointing_game", "box_hits", "image"]
     _check_rows(rows, [], "method", *needed)
-    with_box = rows[rows["pointing_game"].notna()]
-    with_box = with_box.sort_values("image", kind="stable") if "image" in with_box else with_box
+    with_box = _ordered(rows[rows["pointing_game"].notna()])
     if with_box.empty:
         raise ValueError("rows: wanted at least one image with a box")
     kinds = {"max_box_acc": slice(1), "max_box_acc_v2": slice(1, 4)}
@@ -596,7 +614,8 @@ def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables as the paper lays them out: methods down, metrics across; means over images, without intervals.
 
     Args:
-        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them.
+        rows: of `evaluate` with the scores "curves" and "localization"; of several shards, all of them. Rows that were
+            skipped do not count.
 
     Returns:
         Title -> table, index `method` by label, columns by heading with arrow; "seconds" are per image, on the device
@@ -606,6 +625,7 @@ def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         TypeError, ValueError: as `summarize`.
     """
     _check_rows(rows, [], "method")
+    rows = _counted(rows)
     known = {"max_box_acc": "BA % ↑", "seconds": "seconds ↓"}
     tables = {}
     for title, columns in PAPER.items():

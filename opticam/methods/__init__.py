@@ -1,6 +1,6 @@
 """The methods compared, by name: `METHODS[name](model, images, class_idx, *, layer=None) -> saliency (B,1,H,W)`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from opticam.methods.opti_cam import OBJECTIVES, OptiCAMResult, class_logit, odd
 from opticam.methods.opti_cam import RECORDS as _OPTI_CAM
 from opticam.methods.record import Method
 from opticam.saliency import blur, mean_color
+from opticam.state import in_a_line
 
 METHODS: dict[str, Method] = {**_CAM, **perturbation.RECORDS, **attention.RECORDS, **_OPTI_CAM}
 GRAD_CAMS = ("x_grad_cam", "hires_cam")  # Grad-CAM by algebra where pooling and one linear layer follow
@@ -106,6 +107,8 @@ def find_methods(names: Collection[str], **options: Mapping[str, Any]) -> dict[s
         ValueError: no such method, among the names or among the options.
         ImportError: a library is not installed.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"names: wanted a list of names of methods, got {in_a_line(names)}")
     for name in options:
         find_method(name)
     return {name: partial(find_method(name), **options.get(name, {})) for name in names}

@@ -335,6 +335,27 @@ def test_evidence_grows_over_a_grid_whose_rows_say_what_follows_from_it(folder):
         )
 
 
+def test_evidence_of_a_grid_that_grew_by_a_name_is_replaced(folder):
+    for grid in ("{name: [x]}", "{name: [x], rate: [0.5]}"):
+        made = read(folder, f"grid: {grid}\noutput: of{len(grid)}\nevidence: {{tiny: 10_tiny}}")
+        finish(made.runs[0], rows={"image": ["a"], "gain": [1]})
+        [told] = write_evidence(made, folder / "evidence").values()
+    assert "in place of 1 rows made otherwise" in told
+
+
+def test_evidence_is_of_images(folder):
+    made = read(folder, "grid: {name: [x]}\noutput: out\nevidence: {tiny: 10_tiny}")
+    finish(made.runs[0], rows={"gain": [1]})
+    with pytest.raises(ValueError, match=r"evidence: 10_tiny\.parquet has no column image"):
+        write_evidence(made, folder / "evidence")
+
+
+def test_lists_are_left_out_of_the_csv(folder):
+    made = read(folder, "grid: {name: [x]}\noutput: out")
+    finish(made.runs[0], rows={"gain": [1], "path": [[1, 2]]})
+    assert write_summary(made).with_suffix(".csv").read_text().splitlines()[0] == '"name","gain"'
+
+
 def test_a_part_of_the_evidence_is_shipped(folder, capsys):
     made = read(folder, "grid: {name: [x, y]}\noutput: out\nevidence: {tiny: 10_tiny}")
     for run in made.runs:

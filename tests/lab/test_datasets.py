@@ -4,6 +4,7 @@ import re
 import struct
 import unicodedata
 import zlib
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -639,6 +640,21 @@ def test_maps_move_as_the_photo_does(size):
     assert (moved[..., 1:] - expected[..., :-1]).abs().mean() > 3 * error
     assert (moved[..., 1:, :] - expected[..., :-1, :]).abs().mean() > 3 * error
     torch.testing.assert_close(maps_to_input(before, [size], made, made), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_in_half_precision_move_likewise(dtype):
+    maps = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
+    move = partial(maps_to_input, photo_sizes=[(375, 500), (500, 375)], made=(224, 256), wanted=(240, 274))
+    assert torch.equal(move(maps), move(maps.float()).to(dtype))
+
+
+def test_tensors_are_single_whatever_torchs_default(monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert to_input(Image.new("RGB", (8, 8)), 8, 8).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_maps_of_another_frame_are_refused():

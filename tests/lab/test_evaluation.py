@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import references
 import torch
-from torch.utils.data import DataLoader
+from conftest import TinyCNN
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from tqdm import tqdm
 
 from opticam import METHODS, METRICS, evaluate, lab, load_model, metrics, opti_cam, score, wrap
@@ -190,6 +191,65 @@ class Numbered(torch.utils.data.Dataset):
         return self.samples[index]
 
 
+def test_a_map_that_is_not_finite_is_a_skipped_row(tiny, samples):
+    def half(model, images, class_idx):
+        return torch.where(torch.arange(len(images))[:, None, None, None] > 0, images[:, :1], torch.nan)
+
+    rows = evaluate(tiny, samples[:2], {"mine": half})
+    assert rows.status.tolist() == ["skipped", "ok"]
+    assert rows.reason.tolist() == ["the network's logits or the map are not finite", ""]
+    assert rows.layer.tolist() == ["", ""], "a function of one's own does not tell"
+
+
+def test_a_subset_of_photos_is_photos(tmp_path):
+    """Torch's Subset knows neither the classes nor how to skip a photo that cannot be read."""
+    photos = demo(64, 64)
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes(photos.paths[3].read_bytes()[:999])
+    records = [*photos.records[:3], photos.records[3]._replace(path=torn), *photos.records[4:]]
+    photos = replace(photos, records=records)
+    model, few = wrap(TinyCNN(num_classes=1000), "features"), [3, 5]
+    methods = {"fake_cam": METHODS["fake_cam"]}
+    rows = evaluate(model, Subset(Subset(photos, range(2, 8)), [1, 3]), methods)
+    expected = evaluate(model, replace(photos, records=[records[i] for i in few]), methods)
+    assert rows.status.tolist() == ["skipped", "ok"]
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), expected.drop(columns="seconds"))
+    other = wrap(TinyCNN(num_classes=1000), "features", class_names=photos.class_names[::-1])
+    for work in (evaluate, partial(stream, tmp_path / "rows", parameters={})):
+        with pytest.raises(ValueError, match="its classes are in another order"):
+            work(model=other, dataset=Subset(photos, few), methods=methods)
+        with pytest.raises(TypeError, match="dataset: wanted one data set at a time"):
+            work(model=model, dataset=ConcatDataset([photos, photos]), methods=methods)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scores": {"complexity"}}, r"scores: wanted a list of names, got \{'complexity'\}"),
+        ({"scores": (name for name in ["complexity"])}, "scores: wanted a list of names, got <generator"),
+        ({"methods": {1: METHODS["fake_cam"]}}, "methods: wanted texts as names, got 1"),
+    ],
+)
+def test_what_is_asked_for_has_an_order_and_names(tiny, samples, change, told):
+    with pytest.raises(TypeError, match=told):
+        evaluate(**{"model": tiny, "dataset": samples, "methods": {"fake": METHODS["fake_cam"]}} | change)
+
+
+def test_maps_of_ones_own_may_have_a_gradient(tiny, samples):
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    rows = evaluate(tiny, samples, {"mine": lambda model, x, c: scale * x[:, :1]}, scores=["complexity", "adcc"])
+    assert (rows.status == "ok").all()
+    assert rows.adcc.notna().all()
+
+
+def test_a_method_that_returns_no_maps_is_named(tiny, images, class_idx):
+    wrong = {"mine": partial(opti_cam, layer="features", num_steps=1)}
+    with pytest.raises(ValueError, match=r"methods: mine returned OptiCAMResult; wanted a tensor \(5, 1, 24, 32\)"):
+        saliency_maps(tiny, images, class_idx, wrong)
+    with pytest.raises(TypeError, match=r"^class_idx: wanted"):
+        score_maps(tiny, images, 3, {"mine": images[:, :1]})
+
+
 def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
     nan = samples[0]._replace(name="nan.png", image=torch.full_like(samples[0].image, torch.nan))
     strange = samples[1]._replace(name="strange.png", label=5)
@@ -201,7 +261,7 @@ def test_what_cannot_be_explained_is_a_row_with_its_reason(tiny, samples):
     assert reasons.map(list).to_dict() == {
         "torn.png": ["image: torn.png is damaged"],
         "strange.png": ["label: wanted a class in 0..4, got 5"],
-        "nan.png": ["the network's logits or the map are not finite"],
+        "nan.png": ["image: nan.png has values that are not finite"],
     }
     assert rows["image"].tolist()[:4] == ["torn.png"] * 2 + ["0.png"] * 2  # images in their order, of each all methods
     costs = ["seconds"]

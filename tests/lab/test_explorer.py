@@ -5,13 +5,14 @@ from functools import partial
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 pytest.importorskip("ipywidgets", reason="no ipywidgets; they come with the extra 'notebooks'")
 
-from opticam import METHODS, opti_cam, wrap
+from opticam import METHODS, SCHEDULES, opti_cam, wrap
 from opticam.classifier import class_logit
 from opticam.lab import explorer
 from opticam.lab.datasets import demo, to_input
@@ -75,6 +76,16 @@ def test_other_methods_have_one_map_and_no_steps(model, images, method):
     assert list(found.maps) == [0]
 
 
+@pytest.mark.parametrize("told", [{}, {"num_steps": 3}])
+def test_a_schedule_takes_its_own_steps_or_those_told(model, images, told):
+    found = explanation_of(model, images[1], 3, "opti_cam:fast", **told)
+    options = SCHEDULES["fast"] | told
+    assert torch.equal(found.saliency, opti_cam(model, images[1:2], torch.tensor([3]), **options).saliency[0])
+    assert list(found.maps) == [0]
+    with pytest.raises(ValueError, match=r"^num_steps: wanted at least 0, got -1$"):
+        explanation_of(model, images[1], 3, num_steps=-1)
+
+
 @pytest.mark.parametrize("method", ["opti_cam", "grad_cam", "ablation_cam", "score_cam", "extremal_perturbation"])
 @pytest.mark.parametrize("asked", [1, 12])
 def test_a_stop_ends_the_work_at_once_and_leaves_the_model_as_found(model, images, method, asked):
@@ -118,7 +129,7 @@ def test_description_by_a_worked_example():
         "grad_cam", 0, torch.ones(3, 2, 2), logits, masked_logits, "softmax", saliency, 0, {}, logits[:1], logits[:1]
     )
     line = "Grad-CAM for cat: probability 25.0 % -> 62.5 % when masked (drop 0.0 %, gain 50.0 % of what was possible)"
-    assert describe(found, ["cat", "dog"]) == line
+    assert describe(found, ["cat", "dog"]) == describe(found, pd.Series(["cat", "dog"], index=[1, 0])) == line
     # and back: drop (5/8 - 1/4)/(5/8) = 3/5
     back = found._replace(logits=masked_logits, masked_logits=logits, saliency=torch.zeros(1, 2, 2))
     assert "62.5 % -> 25.0 % when masked (drop 60.0 %, gain 0.0 %" in describe(back, ["cat", "dog"])

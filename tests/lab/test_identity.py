@@ -126,6 +126,8 @@ def test_a_network_that_was_changed_has_another_key(change):
     "change",
     [
         lambda net, monkeypatch: net.register_forward_hook(lambda module, x, y: 2 * y),
+        lambda net, monkeypatch: net.layer1.register_full_backward_hook(lambda *_: None),
+        lambda net, monkeypatch: net.layer1.register_full_backward_pre_hook(lambda *_: None),
         lambda net, monkeypatch: net.fc.register_forward_pre_hook(lambda module, x: x),
         lambda net, monkeypatch: setattr(net.fc, "forward", lambda x: x),
         lambda net, monkeypatch: setattr(net, "layer4", Own()),

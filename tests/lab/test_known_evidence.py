@@ -143,8 +143,10 @@ def test_cell_drops_equal_the_loop(network, baseline):
         expected = references.cell_drops(network, images[i].numpy(), class_idx[i].item(), 3, fill)
         assert drops[i].tolist() == pytest.approx(expected, abs=1e-12)
         assert torch.allclose(cell_drops(network, images[[i]], class_idx[[i]], 3, shown)[0], drops[i], atol=1e-12)
-    with pytest.raises(ValueError, match=r"side: wanted a divisor of \(24, 24\), got 5"):
-        cell_drops(network, images, class_idx, 5)
+    assert torch.equal(cell_drops(network, images, class_idx, 3, BASELINES[baseline], batch_size=np.int64(5)), drops)
+    for call in (lambda: cell_drops(network, images, class_idx, 5), lambda: cell_means(images[:, :1], 5)):
+        with pytest.raises(ValueError, match=r"side: wanted a divisor of \(24, 24\), got 5"):
+            call()
 
 
 def test_the_head_sees_one_cell_exactly(classifier):
@@ -238,6 +240,19 @@ def test_an_object_is_pasted_whole_and_nothing_else_changes():
         paste_object(host, source, torch.tensor([[30.0, 30, 40, 40]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_patches_are_made_in_half_precision_as_in_single(dtype):
+    host, source = cells(2, 20).to(dtype)
+    boxes = torch.tensor([[5.0, 4, 15, 12]])
+    *found, box = paste_object(host, source, boxes)
+    *wanted, same = paste_object(host.float(), source.float(), boxes)
+    assert torch.equal(box, same)
+    for some, other in zip(found, wanted, strict=True):
+        assert torch.equal(some, other.to(dtype))
+    patch = source[:, :5, :6]
+    assert torch.equal(phase_scrambled(patch), phase_scrambled(patch.float()).to(dtype))
+
+
 def colored(color, size=64, brightness=0.4):
     """A dim photo with a spot of one colour, and a box around it."""
     image = torch.full((3, size, size), 0.3, dtype=torch.float64)
@@ -268,6 +283,23 @@ def test_pastes_are_kept_where_the_network_decides_for_the_object_and_not_for_th
     assert len(wrong.images) == wrong.tried == 0
     small = [torch.tensor([[0.0, 0, 40, 31]])] * 6
     assert find_pastes(Colors(), images, class_idx, small).tried == 0
+
+
+def test_boxes_go_by_their_place_and_are_checked():
+    images = torch.stack([colored(k % 3, brightness=0.3 + 0.05 * k)[0] for k in range(6)])
+    class_idx, boxes = torch.arange(6) % 3, [torch.tensor([[0.0, 0, 40 + k, 40]]) for k in range(6)]
+    found, of_column = (
+        find_pastes(Colors(), images, class_idx, some) for some in (boxes, pd.Series(boxes, index=range(5, -1, -1)))
+    )
+    assert len(found.images) > 0
+    assert torch.equal(found.images, of_column.images)
+    for wrong, told in (
+        (boxes[:2], "6, got 2"),
+        (boxes * 2, "6, got 12"),
+        ([[0, 0, 9, 9]] * 6, "a sequence of tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^boxes: wanted {told}"):
+            find_pastes(Colors(), images, class_idx, wrong)
 
 
 def test_a_mosaic_is_verified_by_replacing_its_cells():
@@ -311,6 +343,9 @@ def test_auroc_equals_the_comparison_of_all_pixels():
     frame = [torch.tensor([[0.0, 0, 16, 12]]), torch.zeros(0, 4)]
     assert pixel_auroc(maps[:2], frame).isnan().all()
     assert math.isnan(pixel_auroc(maps[:1] * torch.nan, REGIONS[:1]).item())
+    for number in (1, 5):
+        with pytest.raises(ValueError, match=rf"^boxes: wanted 4, got {number}$"):
+            pixel_auroc(maps, boxes_of(0, number))
 
 
 @pytest.mark.slow
@@ -340,6 +375,12 @@ def test_scores_equal_the_formulas_and_are_scaled_from_a_uniform_map_to_the_best
     assert "contrast" not in flat
     ideal = evidence_scores(best_map(REGIONS, (12, 16), (3, 4)), REGIONS, (3, 4))
     assert (ideal[["scaled_energy", "scaled_auroc"]] - 1).abs().max().max() < 1e-9
+
+
+def test_maps_with_a_gradient_have_the_same_scores():
+    maps = random_maps()
+    found, wanted = (evidence_scores(S, REGIONS, (3, 4), [S**2]) for S in (maps.clone().requires_grad_(), maps))
+    pd.testing.assert_frame_equal(found, wanted)
 
 
 def test_a_map_that_does_not_know_the_class_has_no_contrast():
@@ -403,13 +444,18 @@ def test_groups_of_any_table_are_summarized():
             lambda: summarize_groups(rows.assign(group=[np.nan, 1, 2, 3, 4]), ["energy_pointing_game"]),
             "a group for every",
         ),
+        (lambda: summarize_groups(rows.assign(method=["a", None, "a", "a", "a"], n=1), ["n"]), "a method for every"),
         (lambda: summarize_groups(rows, ["nope"]), "nope"),
-        (lambda: difference_over_groups(whole, "n", "a", "c"), "no row of c"),
+        (lambda: summarize_groups(rows.assign(n="x"), ["n"]), "rows: wanted numbers in the column n"),
+        (lambda: difference_over_groups(whole, "n", "a", "c"), "reference: wanted one of a, b, got 'c'"),
+        (lambda: difference_over_groups(whole.drop(columns="image"), "n", "a", "b"), "one column 'image', got 0"),
+        (lambda: difference_over_groups(whole.assign(image="v"), "n", "a", "b"), "one row per image and method"),
     ):
         with pytest.raises(ValueError, match=told):
             call()
-    with pytest.raises(TypeError, match="columns: wanted a list of names"):
-        summarize_groups(rows, "energy")
+    for wrong in ("energy", None):
+        with pytest.raises(TypeError, match="columns: wanted a list of names"):
+            summarize_groups(rows, wrong)
 
 
 def test_names_go_by_their_place():

@@ -122,6 +122,10 @@ def test_a_target_without_a_changed_map_does_not_count_for_the_change():
         audit(rows, {"q": True}, ["b", "sharper"])
     with pytest.raises(ValueError, match="zz"):
         audit(rows, {"zz": True}, ["grad_cam", "b"])
+    with pytest.raises(ValueError, match=r"^methods: wanted some of grad_cam, b, sharper, got zz$"):
+        audit(rows, {"q": True}, ["grad_cam", "zz"])
+    with pytest.raises(ValueError, match=r"^rows: wanted one row per target and method, got more of 0, grad_cam$"):
+        audit(pd.concat([rows, rows]), {"q": True}, ["grad_cam", "b"])
 
 
 def test_the_audit_counts_wins_of_uninformative_maps_and_spreads_by_hand():
@@ -210,7 +214,8 @@ def test_evidence_is_collected_once_per_mosaic_and_pair(classifier, monkeypatch)
     monkeypatch.setattr(metric_audit, "find_mosaics", lambda *arguments: mosaics)
     monkeypatch.setattr(metric_audit, "find_pastes", lambda *arguments: pastes)
     names = [f"photo {i}" for i in range(8)]
-    mosaic, paste, deletion = collect_evidence(classifier, photos, class_idx, boxes, names, side=4)
+    columns = (pd.Series(some, index=range(7, -1, -1)) for some in (boxes, names))  # by their place all the same
+    mosaic, paste, deletion = collect_evidence(classifier, photos, class_idx, *columns, side=4)
     assert [crc32(name) % 4 for name in (b"photo 0", b"photo 4")] == [2, 3]
     assert mosaic.names == ["photo 2, cell 2", "photo 4, cell 0"]  # cell 3 of the second is refused, so the next
     assert mosaic.regions[1].tolist() == [[0, 0, 32, 32]]
@@ -227,6 +232,7 @@ def test_evidence_is_collected_once_per_mosaic_and_pair(classifier, monkeypatch)
         means = np.array([S[i, 0, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].mean() for r in range(4) for c in range(4)])
         expected = [references.rank_correlation(means, drops[i].numpy()) for drops in deletion.drops]
         assert value == pytest.approx(np.mean(expected))
+    assert truth_of(deletion, S.clone().requires_grad_()).tolist() == truth_of(deletion, S).tolist()
     assert truth_of(paste, S[:2]).tolist() == pixel_auroc(S[:2], paste.regions).tolist()
     one = [part._replace(**{"names": part.names[:2]}) for part in (mosaic, paste)]
     rows = audit_rows(classifier, one, {"grad_cam": METHODS["grad_cam"]})
@@ -239,3 +245,33 @@ def test_evidence_is_collected_once_per_mosaic_and_pair(classifier, monkeypatch)
     assert [
         len(part.names) for part in collect_evidence(classifier, photos, class_idx, boxes, names, limit=1, side=4)
     ] == [1] * 3
+
+
+BOX = torch.tensor([[2.0, 3, 40, 20]])
+
+
+def test_names_and_boxes_of_photos_go_by_their_place(classifier):
+    photos = square_images()
+    columns = (pd.Series(some, index=[2, 1, 0]) for some in ([BOX, BOX + 1, BOX + 2], [7, 8, 9]))
+    (deletion,) = collect_evidence(classifier, photos, classifier(photos).argmax(1), *columns, side=2)
+    assert deletion.names == ["7", "8", "9"]
+    assert [some[0, 0].item() for some in deletion.objects] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"names": [*"ab"]}, "names: wanted 3, got 2"),
+        ({"names": "abc"}, "names: wanted a list of 3, got 'abc'"),
+        ({"boxes": [BOX] * 4}, "boxes: wanted 3, got 4"),
+        ({"boxes": [[2, 3, 40, 20]] * 3}, "boxes: wanted a sequence of tensors"),
+        ({"limit": -1}, "limit: wanted at least 1, got -1"),
+        ({"limit": 0}, "limit: wanted at least 1, got 0"),
+        ({"side": 5}, r"side: wanted a divisor of \(32, 32\), got 5"),
+    ],
+)
+def test_what_is_no_evidence_is_refused_before_any_pass(classifier, monkeypatch, wrong, told):
+    monkeypatch.setattr(metric_audit, "find_mosaics", lambda *arguments: pytest.fail("passes were made"))
+    arguments = {"boxes": [BOX] * 3, "names": [*"abc"], "side": 4} | wrong
+    with pytest.raises((TypeError, ValueError), match=f"^{told}"):
+        collect_evidence(classifier, square_images(), torch.tensor([0, 3, 4]), **arguments)

@@ -65,6 +65,11 @@ def test_overlay_is_brightest_where_the_map_is_one():
     assert 0 <= picture.min() < picture.max() <= 1
 
 
+def test_overlay_takes_a_gray_photo():
+    gray, saliency = torch.rand(1, 8, 12), torch.rand(1, 8, 12)
+    assert (overlay(gray, saliency) == overlay(gray.repeat(3, 1, 1), saliency)).all()
+
+
 def test_a_white_line_runs_inside_of_what_the_map_calls_salient():
     """5x5 pixels at 0.5 in a map of 0.4: their rim of 16 is white, of a large picture the two outer rings."""
     dark, saliency = torch.zeros(3, 12, 12), torch.full((1, 12, 12), 0.4)
@@ -193,7 +198,8 @@ def test_metric_values_shows_the_metric_and_the_images():
 
 def test_probability_bars_begin_with_the_class_explained():
     probs, masked_probs = torch.tensor([0.1, 0.6, 0.3, 0.0]), torch.tensor([0.2, 0.1, 0.25, 0.45])
-    figure = probability_bars(probs, masked_probs, ["ant", "bee", "cat", "dog"], 2)
+    column = pd.Series(["ant", "bee", "cat", "dog"], index=[3, 2, 1, 0])  # in its order, whatever its index
+    figure = probability_bars(probs, masked_probs, column, 2)
     (ax,) = figure.axes
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["cat", "bee", "dog", "ant"]  # of bee 0.6, of dog 0.45
@@ -313,6 +319,8 @@ def test_what_bars_or_places_cannot_show_is_refused():
     summary = pd.DataFrame({"v": [-56.0, 54], "v_low": [-60.0, 50], "v_high": [-50.0, 60]}, ["grad_cam", "opti_cam"])
     with pytest.raises(ValueError, match="summary: wanted percentages from 0 to 100"):
         metric_bars(summary, {"v": "V"}, 3)
+    with pytest.raises(ValueError, match=r"^summary: wanted methods of different labels, got Grad-CAM, Grad-CAM$"):
+        metric_bars(summary.abs().set_axis(["grad_cam", "Grad-CAM"]), {"v": "V"}, 3)
     index = pd.MultiIndex.from_tuples([("A", "a"), ("B", "b"), ("A", "c")])
     with pytest.raises(ValueError, match="differences: wanted the rows of a group together"):
         difference_dots(pd.DataFrame({"v": 0.0, "v_low": 0.0, "v_high": 0.0, "v_p": 1.0}, index), {"v": "V"})

@@ -27,6 +27,26 @@ def test_an_index_with_a_name_is_a_column_and_parameters_are_json(tmp_path):
         results.write_arrays({"x.npy": np.zeros(2)}, tmp_path / "a.npz", {})
 
 
+ONE = pd.DataFrame({"image": ["a", "b"], "v": [1.0, 2.0]})
+UNTOLD = {
+    "index": (ONE.set_axis(["x", "y"]), "rows: wanted a name for the index, which becomes a column, got none"),
+    "levels": (ONE.set_axis(pd.MultiIndex.from_tuples([(0, 1), (0, 2)])), "rows: wanted a name for the index, "),
+    "both": (ONE.set_index("image", drop=False), "rows: wanted columns of different names, .* insert image, already"),
+    "twice": (ONE.set_axis(["v", "v"], axis=1), r"rows: wanted columns of different names, .*\['v', 'v'\]"),
+    "mixed": (ONE.assign(image=["a", 1]), r"rows: wanted .* values of one kind \(Conversion failed for column image "),
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_what_a_table_on_disk_would_lose_is_refused(tmp_path, case):
+    rows, message = UNTOLD[case]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        results.write_rows(rows, tmp_path / "rows.parquet", {})
+    assert not [*tmp_path.iterdir()]
+    kept = results.write_rows(ONE[::-1], tmp_path / "rows.parquet", {})  # where integers are left out
+    assert results.read_rows(kept)[0].to_dict("list") == {"image": ["b", "a"], "v": [2, 1]}
+
+
 def test_evidence_in_single_precision_comes_in_double(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "EVIDENCE", tmp_path)
     columns = {"method": "rise", "prob": [0.25, 1.0], "masked_prob": [0.5, 0.5]}
@@ -124,6 +144,13 @@ def test_shards_that_do_not_belong_together(tmp_path, monkeypatch, what):
         results.read_shards(tmp_path)
 
 
+def test_shards_of_more_digits_come_after_those_of_fewer(tmp_path):
+    for shard, name in enumerate(["99999", "100000"]):
+        rows = pd.DataFrame({"image": [name], "method": "m"})
+        results.write_rows(rows, tmp_path / f"{name}.parquet", {"shards": 2, "shard": shard})
+    assert results.read_shards(tmp_path)[0]["image"].tolist() == ["99999", "100000"]
+
+
 def test_shards_beside_hidden_files_or_without_their_columns(tmp_path):
     rows = pd.DataFrame({"image": ["0"], "method": ["m"]})
     path = results.write_rows(rows, tmp_path / "00000.parquet", {"shards": 1, "shard": 0})
@@ -198,6 +225,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
             results.write_arrays(wrong, path, {})
     with pytest.raises(TypeError, match=r"^rows: wanted a table of pandas, got "):
         results.write_rows({"a": [1]}, tmp_path / "rows.parquet", {})
+    for wrong in (5, [1], None):
+        with pytest.raises(TypeError, match=r"^parameters: wanted a dict, got "):
+            results.write_rows(ONE, tmp_path / "rows.parquet", wrong)
     np.save(tmp_path / "one.npy", array)
     with pytest.raises(ValueError, match=r"one.npy is not an archive of plain arrays, or damaged$"):
         results.read_arrays(tmp_path / "one.npy")

@@ -398,7 +398,7 @@ def test_each_resample_of_box_accuracies_chooses_its_own_threshold():
 
     def best(images, axis):  # of lists of images, one by one
         lists = images.reshape(-1, images.shape[-1])
-        return np.array([hits[some, 0].mean(0).max() for some in lists]).reshape(images.shape[:-1])
+        return np.array([hits[some.astype(int), 0].mean(0).max() for some in lists]).reshape(images.shape[:-1])
 
     expected = interval(np.arange(40), statistic=best)
     assert found[["max_box_acc", "max_box_acc_low", "max_box_acc_high"]].tolist() == pytest.approx(
@@ -437,7 +437,7 @@ def test_differences_of_box_accuracies_are_of_the_same_images():
 
     def best(images, axis):
         lists = images.reshape(-1, images.shape[-1])
-        gained = [more[some, 0].sum(0).max() - hits[some, 0].sum(0).max() for some in lists]
+        gained = [more[some, 0].sum(0).max() - hits[some, 0].sum(0).max() for some in lists.astype(int)]
         return np.array(gained).reshape(images.shape[:-1]) / images.shape[-1]
 
     assert apart.max_box_acc == pytest.approx(alone.max_box_acc["b"] - alone.max_box_acc["a"])
@@ -468,6 +468,11 @@ def test_paper_tables_have_the_papers_order_and_leave_out_what_is_not_there():
     assert tables["Localization"].loc["Opti-CAM"].tolist() == pytest.approx([50, 100, 50, 50, 100, 30, 1])
     without = rows.assign(pointing_game=np.nan)[["method", "average_gain", "pointing_game", "box_hits"]]
     assert {title: [*table] for title, table in paper_tables(without).items()} == {"Classification": ["AG % ↑"]}
+
+
+def test_seconds_of_what_was_skipped_do_not_count_in_the_papers_tables():
+    rows = pd.DataFrame({"image": [0, 1], "method": "m", "seconds": [1.0, 9], "status": ["ok", "skipped"]})
+    assert paper_tables(rows)["Classification"].loc["m"].tolist() == [1] == [summarize(rows, ["seconds"]).seconds["m"]]
 
 
 def test_values_that_are_all_the_same_are_tested_by_their_sign():
@@ -526,6 +531,21 @@ def test_lists_and_columns_of_a_table_are_arrays():
     assert proportion_interval([1, 0, 1]) == proportion_interval(np.array([1, 0, 1]))
 
 
+def test_numbers_of_any_kind_are_computed_with_as_float64():
+    half = np.linspace(60_000, 65_000, 10).astype(np.float16)  # whose sum it does not hold
+    assert estimate(half) == estimate(half.astype(float))
+    fewer, more = np.uint8([1, 2, 3]), np.uint8([2, 3, 5])
+    assert estimate(fewer, more, statistic=lambda x, y, axis: (x - y).mean(axis)).value == pytest.approx(-4 / 3)
+
+
+def test_what_is_masked_is_no_number():
+    masked = np.ma.masked_array([0, 1, 1, 999], [False, False, False, True])
+    assert np.isnan(estimate(masked)).all()
+    np.testing.assert_array_equal(holm(masked / 25), [0, 0.08, 0.08, np.nan])
+    with pytest.raises(ValueError, match=r"^hits: wanted zeros and ones"):
+        proportion_interval(masked)
+
+
 def test_what_is_no_sample_is_refused():
     few, many = np.arange(5.0), np.arange(30.0)
     for call in (interval, estimate, estimate_and_p):
@@ -574,6 +594,38 @@ def test_two_rows_of_one_image_are_refused():
     for call in calls[:2]:
         with pytest.raises(ValueError, match=r"^rows: wanted one row per image and method and seed, got more of 3, b$"):
             call(repeats="seed")
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_rows_without_a_method_are_refused(missing):
+    rows = seeds_of(3)[lambda table: table.seed == 0].assign(method=["a", missing] * 3, pointing_game=1.0)
+    for call in (
+        lambda: summarize(rows, ["value"]),
+        lambda: summarize_differences(rows, ["value"], "a"),
+        lambda: paper_tables(rows),
+        lambda: box_accuracies(rows.assign(box_hits=bytes(4))),
+    ):
+        with pytest.raises(ValueError, match=r"^rows: wanted a method for every row$"):
+            call()
+
+
+def test_images_of_numbers_and_text_are_ordered_by_their_text():
+    rows = seeds_of(3)[lambda table: table.seed == 0].assign(pointing_game=1.0, box_hits=bytes(4))
+    mixed = rows.assign(image=rows.image.astype(object).replace({1: "b", 2: "a"}))[::-1]
+    for call in (
+        lambda rows: summarize(rows, ["value"]),
+        lambda rows: summarize_differences(rows, {"value": 1}, "a"),
+        lambda rows: box_accuracies(rows, "a"),
+    ):
+        assert call(mixed).sort_index().equals(call(rows))
+
+
+def test_what_is_missing_among_objects_does_not_count():
+    rows = pd.DataFrame({"image": [0, 1, 2] * 2, "method": ["a"] * 3 + ["b"] * 3, "n": [1, pd.NA, 3, 4, 5, 8]})
+    assert rows.n.dtype == object
+    assert paired(rows, "n", "b", "a").tolist() == [3, 5]
+    assert summarize_differences(rows, {"n": 1}, "a").loc["b", "n"] == 4
+    assert summarize(rows, {"n": 1}).loc["a", "n"] == 2
 
 
 def test_an_image_without_all_repeats_is_refused():

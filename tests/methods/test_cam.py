@@ -371,6 +371,9 @@ def test_methods_by_name_take_their_own_options(tiny, images, class_idx):
     for names, options in ((["gradcam"], {}), (["grad_cam"], {"opticam": {"num_steps": 1}})):
         with pytest.raises(ValueError, match="method: wanted one of"):
             find_methods(names, **options)
+    for names in ("grad_cam", None):
+        with pytest.raises(TypeError, match="names: wanted a list of names of methods"):
+            find_methods(names)
 
 
 @pytest.mark.parametrize("name", ["score_cam", "eigen_cam", "grad_cam"])
