@@ -116,7 +116,7 @@ def extremal_perturbation(
 
     Args:
         area: share of the image that the mask shows, in (0,1).
-        num_steps: forward and backward passes.
+        num_steps: forward and backward passes, at least 1.
         batch_size: images in flight; None for all.
 
     Returns:
@@ -130,7 +130,7 @@ def extremal_perturbation(
     check_numbers(area=area, num_steps=num_steps)
     if not 0 < area < 1:
         raise ValueError(f"area: wanted a share of the image between 0 and 1, got {area}")
-    check_whole(0, num_steps=num_steps)
+    check_whole(1, num_steps=num_steps)  # the mask of none knows neither the class nor the network
     check_at_least(1, batch_size=batch_size)
     size, dtype = images.shape[-2:], torch.promote_types(images.dtype, torch.float32)
     masks = []

@@ -119,7 +119,7 @@ def test_the_area_asked_for_is_kept(tiny, images, class_idx):
         (extremal_perturbation, {"area": None}, "^area: wanted a number, got None$"),
         (rise, {"num_masks": 0}, "num_masks: wanted at least 1, got 0"),
         (extremal_perturbation, {"area": 1.0}, "area: wanted a share of the image between 0 and 1, got 1.0"),
-        (extremal_perturbation, {"num_steps": -1}, "num_steps: wanted at least 0, got -1"),
+        (extremal_perturbation, {"num_steps": 0}, "num_steps: wanted at least 1, got 0"),
         (extremal_perturbation, {"class_idx": torch.tensor([9] * 5)}, r"class_idx: wanted indices in 0\.\.4, got 9"),
         (rise, {"class_idx": torch.tensor([9] * 5)}, r"class_idx: wanted indices in 0\.\.4, got 9"),
     ],
