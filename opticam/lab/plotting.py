@@ -488,7 +488,7 @@ def metric_values(rows: "pd.DataFrame", metrics: Mapping[str, Metric]) -> Figure
     return figure
 
 
-def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> Figure:
+def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str], *, linear: float | None = None) -> Figure:
     """Mean differences to a reference with their intervals, one panel per metric, one dot per variant, group by group.
 
     Filled where a difference is clear after Holm's correction for all of the table, see `summary.clear_after_holm`;
@@ -498,6 +498,8 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
         differences: index (group, variant); per column `column`, `column_low`, `column_high`, `column_p`, from
             `summary.summarize_differences`. NaN leaves the place empty.
         columns: column -> title of its panel.
+        linear: for one axis of all panels, linear up to this value on both sides of 0 and logarithmic beyond; None for
+            an axis of each.
     """
     from opticam.lab.summary import clear_after_holm  # here: SciPy's statistics take a second to load
 
@@ -509,10 +511,18 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str]) -> 
     places = [row + 1 + 1.3 * groups.index(group) for row, group in enumerate(group_of)]
     end = len(places) + 1.3 * len(groups)
     size = (_WIDTH, 0.14 * end + 0.7)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=linear is not None, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
-        ax.locator_params(axis="x", nbins=3 if len(columns) > 2 else 4)
+        ax.margins(x=0.1)
+        if linear is None:
+            ax.locator_params(axis="x", nbins=3 if len(columns) > 2 else 4)
+        else:
+            ax.set_xscale("symlog", linthresh=linear)
+            ax.set_xticks(
+                [-10 * linear, -linear, 0, linear], [f"\N{MINUS SIGN}{10 * linear:g}", "", "0", f"{linear:g}"]
+            )
+            ax.minorticks_off()
         values = differences[[column, f"{column}_low", f"{column}_high"]].to_numpy()
         for place, (mean, low, high), holds in zip(places, values, clear[column], strict=True):
             color = _BLUE if holds else "0.45"

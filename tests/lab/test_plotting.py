@@ -360,6 +360,10 @@ def test_dots_are_filled_where_holm_says_so_and_empty_where_there_is_no_value():
     assert heads["layer"] < labels["early"] < labels["late"] < heads["start"] < labels["random"]
     assert ax.yaxis_inverted()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clear after Holm's correction", "not clear"]
+    twice = differences.join(differences.add_prefix("more_"))
+    axes = difference_dots(twice, {"logit": "a", "more_logit": "b"}, linear=1).axes
+    assert [ax.get_xscale() for ax in axes] == ["symlog"] * 2
+    assert axes[0].get_xlim() == axes[1].get_xlim()
 
 
 def test_methods_that_share_a_place_are_shown_larger():
