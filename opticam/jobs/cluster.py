@@ -201,7 +201,14 @@ def _execute_all(
 def _connected(scheduler: str | None, runs: Sequence[Run], jobs: int | None) -> Iterator[Client]:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is in the records
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # the workers' too
-    dask.config.set({"distributed.scheduler.worker-saturation": 1.0})  # no run waits behind a long one
+    dask.config.set(
+        {
+            "distributed.scheduler.worker-saturation": 1.0,  # no run waits behind a long one
+            # else every worker and the driver look at themselves fifty times a second, for a tenth of a core
+            "distributed.admin.tick.interval": "1s",
+            "distributed.worker.profile.enabled": False,
+        }
+    )
     if scheduler is None:
         with _local_cluster(runs, jobs) as cluster, Client(cluster) as client:
             yield client
