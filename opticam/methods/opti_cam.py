@@ -101,8 +101,8 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
 def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
     """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
 
-    Below the image's own log-odds every unit counts fully; beyond `enough` above them, hardly at all. From there on a
-    penalty decides the map.
+    A unit counts fully far below the image's own log-odds, a half at `enough` above them, and less and less beyond;
+    there a penalty decides the map.
 
     Returns:
         (B,), below 0; higher is better.
