@@ -121,7 +121,7 @@ def explain(options: argparse.Namespace) -> int:
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
-    label = method_label(options.method)
+    label = method_label(options.method if options.schedule is None else f"opti_cam:{options.schedule}")
     given = {} if options.schedule is None else SCHEDULES[options.schedule]
     of_all = f" of {num_passes(**given)}" if options.method == "opti_cam" else ""
     with count_passes(model) as passes, _waiting(lambda: f"{label}, {passes[0]}{of_all} passes"):

@@ -81,7 +81,7 @@ def test_explain_a_network_of_another_head(capsys, monkeypatch, outputs, head):
 
 
 @pytest.mark.slow
-def test_explain_by_a_schedule(monkeypatch, folder):
+def test_explain_by_a_schedule(monkeypatch, folder, capsys):
     given = []
     quick = METHODS["equal_weights"]
     spy = replace(quick, function=lambda *args, **options: given.append(options) or quick(*args))
@@ -92,6 +92,8 @@ def test_explain_by_a_schedule(monkeypatch, folder):
     assert given == [{"layer": None}, *({"layer": None, **SCHEDULES[name]} for name in ("fast", "robust"))]
     written = {path.name.removeprefix("imagenet_17_22.") for path in folder.glob("*.png")}
     assert written == {"opti_cam.png", "opti_cam-fast.png", "opti_cam-robust-bald-eagle.png"}
+    labels = re.findall(r"^(Equal weights.*) for ", capsys.readouterr().out, re.M)
+    assert labels == ["Equal weights", "Equal weights, fast", "Equal weights, robust"]
 
 
 @pytest.mark.slow
@@ -105,7 +107,7 @@ def test_explain_shows_in_a_terminal_that_it_works(quick, capsys, monkeypatch):
     assert shown[-1] == [], "nothing stays"
     lines = [line for lines in shown for line in lines]
     assert lines[0].startswith("loading, ")
-    assert len({line for line in lines if re.fullmatch(r"Opti-CAM, \d+ of 20 passes, \d+ s", line)}) > 1
+    assert len({line for line in lines if re.fullmatch(r"Opti-CAM, fast, \d+ of 20 passes, \d+ s", line)}) > 1
     assert lines[-1].startswith("drawing, ")
 
 
