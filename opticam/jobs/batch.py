@@ -301,10 +301,9 @@ def write_evidence(batch: Batch, folder: Path = EVIDENCE) -> dict[Path, str]:
         if not tables:
             continue
         path = folder / f"{name}.parquet"
-        for table in tables:
-            if "image" not in pq.read_schema(table).names:
-                raise ValueError(f"evidence: {table.name} has no column image; wanted one row or more for each image")
         shipped = [_shipped(_with_varied(pq.read_table(table), run)) for table, run in tables.items()]
+        if not all("image" in table.column_names for table in shipped):
+            raise ValueError(f"evidence: {stem}.parquet has no column image; wanted one row or more for each image")
         told = f"{len(tables)} of {len(batch.runs)} runs"
         provenance = _shared(tables, **asked, shards=_shards(tables))
         if path.is_file():

@@ -440,14 +440,14 @@ def _of_subset(dataset: Any) -> Any:
     if not isinstance(dataset, Subset):
         return dataset
     whole = _of_subset(dataset.dataset)
-    if isinstance(whole, Photos):
-        return replace(whole, records=[whole.records[i] for i in dataset.indices])
-    return [whole[i] for i in dataset.indices]
+    if not isinstance(whole, Photos):
+        return dataset
+    return replace(whole, records=[whole.records[i] for i in dataset.indices])
 
 
 def _check_work(model: nn.Module, dataset: Samples, methods: Mapping[str, Method], scores: Sequence[str]) -> None:
     check_network(model)
-    if isinstance(dataset, ConcatDataset):
+    if isinstance(dataset, ConcatDataset) and any(isinstance(part, Photos) for part in dataset.datasets):
         raise TypeError("dataset: wanted one data set at a time, as load_dataset gives it, got a ConcatDataset")
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise TypeError(f"dataset: wanted images, as load_dataset gives them, got {type(dataset).__name__}")
@@ -558,9 +558,8 @@ def _rows_at_once(work: _Work, samples: Sequence[Sample | Skipped]) -> pd.DataFr
     model, device = work.model, _device(work.model)
     reasons = {i: sample.reason for i, sample in enumerate(samples) if isinstance(sample, Skipped)}
     batch = {i: sample for i, sample in enumerate(samples) if isinstance(sample, Sample)}
-    if batch:
-        for i in [i for i, sample in batch.items() if not sample.image.isfinite().all()]:
-            reasons[i] = f"image: {batch.pop(i).name} has values that are not finite"
+    for i in [i for i, sample in batch.items() if not sample.image.isfinite().all()]:
+        reasons[i] = f"image: {batch.pop(i).name} has values that are not finite"
     if batch:
         images, class_idx = stack(list(batch.values()), device)
         images = images.to(_dtype(model))

@@ -514,10 +514,10 @@ def difference_dots(differences: "pd.DataFrame", columns: Mapping[str, str], *, 
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharex=linear is not None, sharey=True)
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         ax.axvline(0, color="0.6", lw=0.7)
-        ax.margins(x=0.1)
         if linear is None:
             ax.locator_params(axis="x", nbins=3 if len(columns) > 2 else 4)
         else:
+            ax.margins(x=0.1)
             ax.set_xscale("symlog", linthresh=linear)
             ax.set_xticks(
                 [-10 * linear, -linear, 0, linear], [f"\N{MINUS SIGN}{10 * linear:g}", "", "0", f"{linear:g}"]

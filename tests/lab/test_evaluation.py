@@ -222,6 +222,23 @@ def test_a_subset_of_photos_is_photos(tmp_path):
             work(model=model, dataset=ConcatDataset([photos, photos]), methods=methods)
 
 
+def test_other_parts_and_sums_of_data_sets_are_read_batch_by_batch(tiny, samples):
+    read, explained = [], []
+
+    class Counted(Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def fake(model, images, class_idx):
+        explained.append(1)
+        assert len(read) == len(explained)
+        return METHODS["fake_cam"](model, images, class_idx)
+
+    for part in (Subset(Counted(samples), [3, 1]), ConcatDataset([Counted(samples)])):
+        assert len(evaluate(tiny, part, {"fake": fake}, batch_size=1)) == len(part)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
