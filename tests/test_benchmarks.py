@@ -1,15 +1,20 @@
 """That the benchmarks run, and say what they have found; their numbers are for `benchmarks/results`."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TinyViT
+from PIL import Image
 
 from opticam import opti_cam, wrap
+from opticam.lab.datasets import imagenet
 from opticam.lab.files import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -114,3 +119,96 @@ def test_the_soak_was_passed(monkeypatch):
     assert (found["images"], found["kills"], found["rows streamed"]) == (10_000, 10, 20_000)
     assert [found["rows"][0]["images"], found["rows"][-1]["images"]] == [1000, 10_000]
     assert faults(found["rows"], found["rows identical"], 10 - found["kills"]) == []
+
+
+@pytest.fixture
+def preregistered(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import preregistered
+
+    return preregistered
+
+
+def test_the_page_expects_what_its_program_prints(preregistered):
+    page = (REPOSITORY / "docs" / "preregistration.md").read_text()
+    assert preregistered.expect().to_markdown(index=False, disable_numparse=True) in page
+
+
+def test_the_images_of_the_test_are_others_and_always_the_same(preregistered):
+    names = preregistered.image_names()
+    assert (len(names), names[0]) == (1000, "ILSVRC2012_val_00000072")
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == "7081344531b98b96"
+    shipped, _ = preregistered.read_evidence("10_robust_opti_cam")
+    assert not {*names} & {name.removesuffix(".JPEG") for name in shipped.image}
+
+
+def test_the_images_of_the_test_are_copied_with_their_boxes(preregistered, tmp_path):
+    few = preregistered.image_names(3)
+    root = tmp_path / "all"
+    places = {name: root / "val" / "n01440764" / f"{name}.JPEG" for name in [*few, "ILSVRC2012_val_00000001"]}
+    places[few[0]].parent.mkdir(parents=True)
+    for path in places.values():
+        Image.new("RGB", (60, 40)).save(path)
+        sides = "".join(f"<{side}>{i + 1}</{side}>" for i, side in enumerate(("xmin", "ymin", "xmax", "ymax")))
+        box = f"<object><name>n01440764</name><bndbox>{sides}</bndbox></object>"
+        path.with_suffix(".xml").write_text(f"<annotation>{box * 2}</annotation>")
+    preregistered.choose(root, tmp_path / "few", 3)
+    copied = imagenet(tmp_path / "few")
+    assert [photo.path.stem for photo in copied.photos] == few
+    assert {(photo.label, photo.boxes, photo.fault) for photo in copied.photos} == {(0, ((1, 2, 3, 4),) * 2, "")}
+    assert copied.photos[0].path.read_bytes() == places[few[0]].read_bytes()
+    places[few[1]].unlink()
+    with pytest.raises(ValueError, match=f"ROOT: wanted 3 images with boxes, lacks 1 of them, such as {few[1]}"):
+        preregistered.choose(root, tmp_path / "fewer", 3)
+
+
+LITE2_BLACK, LITE2_GRAY = (f"log_odds: efficientnet_lite2, {fill}" for fill in ("black", "gray"))
+WIDE, OTHER = (f"log_odds: efficientnet_lite0, {fill}" for fill in ("wide blur", "other photo"))
+GRAY, BLACK = (f"average_gain: efficientnet_lite0, {fill}" for fill in ("gray", "black"))
+AS_EXPECTED = {LITE2_BLACK: 1, LITE2_GRAY: 1, "insertion": 0.04, "road": 0.01, "deletion": -0.01}
+AS_EXPECTED |= {"energy_pointing_game": -0.03, "rank_correlation": -0.09, WIDE: 1, OTHER: -1, GRAY: 0.4, BLACK: 0.5}
+ALMOST = 2.05 / 200**0.5  # of a standard deviation: p is 0.04
+
+
+@pytest.mark.parametrize(
+    ("gains", "spread", "fast", "missed"),
+    [
+        ({}, 0.001, 0.2, []),
+        ({LITE2_BLACK: 0}, 0.001, 0.2, ["log-odds by Lite2, over black"]),
+        ({"insertion": -0.04}, 0.001, 0.2, ["insertion, points"]),
+        ({"road": -0.01}, 0.001, 0.2, ["ROAD, points"]),  # clearly behind
+        ({"road": -0.01, "deletion": 0.01}, 0.1, 0.2, []),  # perhaps not behind
+        ({"road": -0.021}, 0.2, 0.2, ["ROAD, points"]),  # the mean is too far
+        ({"deletion": 0.01}, 0.001, 0.2, ["deletion turned round, points"]),
+        ({"energy_pointing_game": -0.05}, 0.001, 0.2, ["EP, points"]),
+        ({"energy_pointing_game": 0.03}, 0.001, 0.2, ["EP, points"]),  # ahead was not expected
+        ({"rank_correlation": -0.11}, 0.001, 0.2, ["rank correlation under noise"]),
+        ({OTHER: 1}, 0.001, 0.2, ["log-odds by Lite0, over another photo"]),
+        ({GRAY: 0.29}, 0.001, 0.2, ["AG by Lite0, over gray, %, the value itself"]),
+        ({}, 0.001, 0.4, ["AG by Lite0, over gray, minus that of `fast`, points"]),
+        ({BLACK: 0.44}, 0.001, 0.2, ["AG by Lite0, over black, %, the value itself"]),
+        ({LITE2_BLACK: ALMOST, LITE2_GRAY: ALMOST}, 1, 0.2, []),
+        (
+            dict.fromkeys((LITE2_BLACK, LITE2_GRAY, WIDE), ALMOST),  # the first stands alone, Holm's takes the others
+            1,
+            0.2,
+            ["log-odds by Lite2, over gray", "log-odds by Lite0, over the wide blur"],
+        ),
+    ],
+)
+def test_an_endpoint_is_met_by_what_the_page_says(preregistered, gains, spread, fast, missed):
+    images = [f"{i:03d}" for i in range(200)]
+    around = np.linspace(-1, 1, 200) * 3**0.5  # mean 0, standard deviation 1
+    robust = {name: AS_EXPECTED[name] + 0.001 * around for name in AS_EXPECTED}
+    robust |= {name: gain + spread * around for name, gain in gains.items()}
+    of = {"grad_cam": dict.fromkeys(AS_EXPECTED, 0.0), "opti_cam:robust": robust}
+    of |= {"opti_cam:fast": dict.fromkeys(AS_EXPECTED, fast)}
+    rows = pd.concat(pd.DataFrame({"image": images, "method": name, **columns}) for name, columns in of.items())
+    found = preregistered.judge(rows)
+    assert found[~found.met].endpoint.tolist() == missed
+
+
+def test_rows_of_other_images_are_not_judged(preregistered):
+    preregistered.check_images(pd.DataFrame({"image": ["ILSVRC2012_val_00000072.JPEG"]}))
+    with pytest.raises(ValueError, match="ROWS: wanted rows of the 1000 images, got 1 others, such as a"):
+        preregistered.check_images(pd.DataFrame({"image": ["a.JPEG"]}))

@@ -216,7 +216,7 @@ class OneCell(nn.Module):
         cell: 0 to 3, row by row.
 
     Raises:
-        ValueError: a network without these methods, or no such cell.
+        ValueError: a network without these methods, or no such cell; when called, features that are no maps.
 
     Reference:
         Rao, Boehle, Schiele, Towards better understanding attribution methods, CVPR 2022, arXiv 2205.10435.
@@ -227,7 +227,8 @@ class OneCell(nn.Module):
         if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
             name = type(network).__name__
             raise ValueError(f"network: wanted one with forward_features and forward_head, as timm's; got {name}")
-        if cell not in range(SIDE**2):
+        check_whole(0, cell=cell)
+        if cell >= SIDE**2:
             raise ValueError(f"cell: wanted one of 0..{SIDE**2 - 1}, got {cell!r}")
         self.network, self.cell = network, cell
         self.maps = nn.Identity()
@@ -235,8 +236,11 @@ class OneCell(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,C) of mosaics (B,3,2H,2W)."""
         network: Any = self.network
-        maps = to_mosaics(network.forward_features(to_cells(images)))
-        seen = to_cells(self.maps(maps)).unflatten(0, (-1, SIDE**2))
+        cells = network.forward_features(to_cells(images))
+        if cells.ndim != 4:
+            told = f"maps (B,K,h,w) from its forward_features, got shape {tuple(cells.shape)}"
+            raise ValueError(f"network: wanted one with {told}")
+        seen = to_cells(self.maps(to_mosaics(cells))).unflatten(0, (-1, SIDE**2))
         return network.forward_head(seen[:, self.cell])
 
 
@@ -398,12 +402,15 @@ def class_contrast(saliency: Tensor, rivals: Sequence[Tensor], boxes: Sequence[T
 
     Args:
         saliency: (B,1,H,W) in [0,1], of the class whose evidence the boxes hold.
-        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none.
+        rivals: maps (B,1,H,W) of the same images for other classes, by the same method; ValueError where there is none,
+            TypeError for one tensor instead of a list.
         boxes: B tensors (n,4).
 
     Returns:
         (B,) float64 in [-1,1]; higher is better.
     """
+    if isinstance(rivals, Tensor):
+        raise TypeError(f"rivals: wanted a list of maps (B,1,H,W), got a tensor of shape {tuple(rivals.shape)}")
     if not rivals:
         raise ValueError("rivals: wanted at least one map of another class")
     others = torch.stack([energy_pointing_game(maps, boxes) for maps in rivals])
@@ -435,22 +442,26 @@ def evidence_scores(
 
     Returns:
         One row per map; columns `energy` (EP), `auroc` and `contrast`, and the scaled `scaled_energy`, `scaled_auroc`
-        and `scaled_contrast`. Higher is better.
+        and `scaled_contrast`. Higher is better. NaN where the best map is uniform, as that of a single cell.
     """
     uniform, best = torch.ones_like(saliency), best_map(boxes, saliency.shape[-2:], grid).to(saliency)
+    flat = best.amax((1, 2, 3)) - best.amin((1, 2, 3)) < 1e-6  # upsampling rounds
     columns: dict[str, Tensor] = {}
     for name, metric in (("energy", energy_pointing_game), ("auroc", pixel_auroc)):
         value, low, high = (metric(maps, boxes) for maps in (saliency, uniform, best))
-        columns |= {name: value, f"scaled_{name}": (value - low) / (high - low)}
-    if rivals:
+        columns |= {name: value, f"scaled_{name}": ((value - low) / (high - low)).masked_fill(flat, torch.nan)}
+    if len(rivals):
         contrast = class_contrast(saliency, rivals, boxes)
         columns |= {"contrast": contrast, "scaled_contrast": contrast / energy_pointing_game(best, boxes)}
     return pd.DataFrame({name: values.detach().cpu().numpy() for name, values in columns.items()})
 
 
 def maps_of_other_cells(saliency: Tensor) -> list[Tensor]:
-    """Of the maps of all cells of mosaics, (4M,1,H,W), the rivals of each: the maps of the other cells' classes."""
-    by_mosaic = saliency.unflatten(0, (-1, SIDE**2))
+    """Of the maps of all cells of mosaics, (4M,1,H,W), the rivals of each: the maps of the other cells' classes.
+
+    ValueError: a mosaic that lacks one.
+    """
+    by_mosaic = _by_mosaic(saliency)
     return [by_mosaic.roll(shift, 1).flatten(0, 1) for shift in range(1, SIDE**2)]
 
 
@@ -458,14 +469,22 @@ def maps_of_other_mosaics(saliency: Tensor) -> Tensor:
     """For each of the maps of all cells, (4M,1,H,W), a map of the next mosaic, its cells in a random order.
 
     So a map of this list has the histogram and the smoothness of a real one, and a mosaic's four show all cells alike.
-    ValueError: fewer than two mosaics.
+    ValueError: fewer than two mosaics, or one that lacks a map.
     """
-    by_mosaic = saliency.unflatten(0, (-1, SIDE**2))
+    by_mosaic = _by_mosaic(saliency)
     if len(by_mosaic) < 2:
         raise ValueError(f"saliency: wanted maps of at least two mosaics, got {len(by_mosaic)}")
     draw = torch.rand(len(by_mosaic), SIDE**2, generator=torch.Generator().manual_seed(0))
     mosaics = torch.arange(len(by_mosaic))[:, None]
     return by_mosaic.roll(-1, 0)[mosaics, draw.argsort(1)].flatten(0, 1)
+
+
+def _by_mosaic(saliency: Tensor) -> Tensor:
+    """Maps (4M,1,H,W) of all cells as (M,4,1,H,W)."""
+    if saliency.ndim != 4 or len(saliency) % SIDE**2 or not len(saliency):
+        told = f"maps (4M,1,H,W), {SIDE**2} of each mosaic, got shape {tuple(saliency.shape)}"
+        raise ValueError(f"saliency: wanted {told}")
+    return saliency.unflatten(0, (-1, SIDE**2))
 
 
 def cell_means(saliency: Tensor, side: int) -> Tensor:
@@ -516,13 +535,18 @@ def _check_groups(rows: pd.DataFrame, columns: Collection[str]) -> None:
         raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
     check_table("rows", rows, ["method", "group", *columns])
     for column in columns:
-        try:
-            rows[column].astype(float)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"rows: wanted numbers in the column {column}, got {rows[column].dtype}") from error
+        check_numeric(rows, column)
     for needed in ("method", "group"):
         if rows[needed].isna().any():
             raise ValueError(f"rows: wanted a {needed} for every row")
+
+
+def check_numeric(rows: pd.DataFrame, column: str) -> None:
+    """Refuse, by a ValueError, a column whose values are not numbers."""
+    try:
+        rows[column].astype(float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rows: wanted numbers in the column {column}, got {rows[column].dtype}") from error
 
 
 def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
@@ -559,9 +583,15 @@ def evidence_rows(
     """`evidence_scores` of the maps of several methods: one row per method and map, with the column `method`.
 
     Arguments as there, but maps and rivals by method. `columns` are further ones of B values each, such as names.
+    ValueError: rivals of a method that has no maps, or a further column named as one of the scores or `method`.
     """
+    if unknown := [name for name in rivals or {} if name not in saliency]:
+        raise ValueError(f"rivals: wanted those of {', '.join(saliency)}, got {unknown[0]}")
     of_method = {name: evidence_scores(S, boxes, grid, (rivals or {}).get(name, ())) for name, S in saliency.items()}
     more = {name: in_order(name, values, len(boxes)) for name, values in (columns or {}).items()}
+    taken = {"method"}.union(*(map(str, table) for table in of_method.values()))
+    if twice := [name for name in more if name in taken]:
+        raise ValueError(f"columns: wanted other names than {', '.join(sorted(taken))}, got {twice[0]}")
     tables = [table.assign(method=name, **more) for name, table in of_method.items()]
     return pd.concat(tables, ignore_index=True)
 

@@ -27,6 +27,7 @@ from opticam.lab.known_evidence import (
     cell_drops,
     cell_means,
     centred,
+    check_numeric,
     check_side,
     find_mosaics,
     find_pastes,
@@ -46,6 +47,7 @@ from opticam.lab.summary import (
 from opticam.methods import fake_cam
 from opticam.metrics import COLUMNS, adcc, arcc, coherency, complexity, insertion_deletion, road
 from opticam.saliency import BASELINES, apply_mask, min_max
+from opticam.state import in_a_line
 
 STEPS, FRACTIONS = 7, (0.2, 0.4)  # of the curves and of ROAD; else 28 and four: many maps are scored here
 BASE = "grad_cam"  # whose maps are changed, and which uninformative maps are compared with
@@ -219,7 +221,12 @@ def truth_of(evidence: Evidence, saliency: Tensor) -> np.ndarray:
 
 
 def audit_rows(model: nn.Module, evidence: Sequence[Evidence], methods: Mapping[str, Method]) -> pd.DataFrame:
-    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `image`, `target` and `truth`."""
+    """The rows of `judge` for `audited_maps` of all images, with the columns `kind`, `image`, `target` and `truth`.
+
+    ValueError: no evidence, or as `audited_maps`.
+    """
+    if not evidence:
+        raise ValueError("evidence: wanted at least one kind, got none")
     tables = []
     for one in evidence:
         maps = audited_maps(model, one.images, one.class_idx, methods)
@@ -319,23 +326,39 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
         Index `metric`; each with `_low` and `_high`: `maps`, `images`, `methods` of `agreement`; `uninformative`, how
         often a control of the target scores better than the base method's map, equals counting one half, best 0; and
         for each of `CHANGES` what it adds to the base method's score, in standard deviations over the methods, best 0,
-        positive where the metric likes it. NaN where there is no such row. And `n`, the number of targets; `maps_p`,
-        the p value of `maps` being 0.
+        positive where the metric likes it. NaN where there is no such row. And `n`, the number of targets, 0 for a
+        metric without values; `maps_p`, the p value of `maps` being 0.
+
+    Raises:
+        TypeError: rows that are not a table; metrics that do not say which direction is better; methods as one text.
+        ValueError: a column is missing or holds no numbers; two rows of a target and method; fewer than two methods,
+            one of them twice or unknown, or the base method not among them.
     """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: wanted a dict from column to whether higher is better, got {in_a_line(metrics)}")
+    if isinstance(methods, str) or not isinstance(methods, Collection):
+        raise TypeError(f"methods: wanted a list of names, got {in_a_line(methods)}")
     check_table("rows", rows, ["target", "method", "truth", *metrics])
+    if not len(rows):
+        raise ValueError("rows: wanted at least one, got none")
+    for column in ("truth", *metrics):
+        check_numeric(rows, column)
     if BASE not in methods:
-        raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(methods)}")
+        raise ValueError(f"methods: wanted {BASE} among them, got {', '.join(map(str, methods))}")
+    if len(methods) < 2 or len(set(methods)) < len(methods):
+        raise ValueError(f"methods: wanted two or more, each once, got {', '.join(map(str, methods))}")
     known = [*rows["method"].unique()]
     if other := [name for name in methods if name not in known]:
         raise ValueError(f"methods: wanted some of {', '.join(map(str, known))}, got {other[0]}")
     if len(twice := rows[rows.duplicated(["target", "method"])]):
         target, method = twice[["target", "method"]].iloc[0]
         raise ValueError(f"rows: wanted one row per target and method, got more of {target}, {method}")
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     wide = rows.pivot(index="target", columns="method")
     controls = [name for name in (*CONTROLS, "other") if name in wide["truth"]]
     for metric, higher in metrics.items():
         values = pd.DataFrame(wide[metric] if higher else -wide[metric]).dropna(subset=list(methods))
+        found[metric] = {"n": len(values)}
         if not len(values):
             continue
         scores, right = (table.loc[values.index, list(methods)].to_numpy(float) for table in (values, wide["truth"]))
@@ -350,7 +373,7 @@ def audit(rows: pd.DataFrame, metrics: Mapping[str, bool], methods: Collection[s
                 gained = values[change].to_numpy(float) - base
                 there = ~np.isnan(gained)
                 cells[change] = estimate(gained[there], spread[there], statistic=ratio_of_means)
-        found[metric] = {"n": len(values), "maps_p": p}
+        found[metric]["maps_p"] = p
         for name, cell in cells.items():
             found[metric] |= entries(name, clipped(cell, *ENDS.get(name, (-np.inf, np.inf))))
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("metric")

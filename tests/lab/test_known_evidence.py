@@ -199,6 +199,15 @@ def test_networks_that_cannot_be_split_are_refused(network):
         OneCell(TinyCNN(), 0)
     with pytest.raises(ValueError, match=r"cell: wanted one of 0..3, got 4"):
         OneCell(network, 4)
+    for cell in (True, 1.0):
+        with pytest.raises(ValueError, match=f"cell: wanted a whole number, got {cell}"):
+            OneCell(network, cell)
+    tokens = torch.nn.Module()
+    tokens.forward_features = lambda x: x.flatten(2).mT
+    tokens.forward_head = lambda x: x.mean(1)
+    told = r"network: wanted one with maps \(B,K,h,w\) from its forward_features, got shape \(4, 64, 3\)"
+    with pytest.raises(ValueError, match=told):
+        OneCell(tokens, 0)(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="model: wanted a Classifier"):
         see_one_cell(network, 0)
 
@@ -388,6 +397,25 @@ def test_a_map_that_does_not_know_the_class_has_no_contrast():
     assert class_contrast(maps, [maps, maps], REGIONS).abs().max() == 0
     with pytest.raises(ValueError, match="rivals: wanted at least one"):
         class_contrast(maps, [], REGIONS)
+    with pytest.raises(TypeError, match="rivals: wanted a list of maps"):
+        class_contrast(maps, maps, REGIONS)
+    with pytest.raises(TypeError, match="rivals: wanted a list of maps"):
+        evidence_scores(maps, REGIONS, (3, 4), maps)
+
+
+def test_one_cell_leaves_no_room_between_a_uniform_map_and_the_best():
+    found = evidence_scores(random_maps(), REGIONS, (1, 1))
+    assert found[["scaled_energy", "scaled_auroc"]].isna().all().all()
+    assert found[["energy", "auroc"]].notna().all().all()
+
+
+def test_rows_of_maps_that_are_not_there_and_names_that_are_taken_are_refused():
+    maps = {"a": random_maps()}
+    with pytest.raises(ValueError, match="rivals: wanted those of a, got b"):
+        evidence_rows(maps, REGIONS, (3, 4), {"b": [random_maps()]})
+    for name in ("method", "energy"):
+        with pytest.raises(ValueError, match=f"columns: wanted other names than auroc, .*, got {name}"):
+            evidence_rows(maps, REGIONS, (3, 4), columns={name: list("wxyz")})
 
 
 def test_rivals_and_controls_of_mosaics():
@@ -402,6 +430,10 @@ def test_rivals_and_controls_of_mosaics():
     assert other == maps_of_other_mosaics(maps).flatten().tolist()
     with pytest.raises(ValueError, match="at least two mosaics, got 1"):
         maps_of_other_mosaics(maps[:4])
+    for lacking in (maps[:3], maps[:0], maps[0]):
+        for of_others in (maps_of_other_cells, maps_of_other_mosaics):
+            with pytest.raises(ValueError, match=r"saliency: wanted maps \(4M,1,H,W\), 4 of each mosaic, got shape"):
+                of_others(lacking)
 
 
 def test_rows_of_methods_and_what_hangs_together():

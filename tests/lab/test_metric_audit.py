@@ -101,7 +101,37 @@ def test_a_target_without_the_metric_does_not_count():
     found = audit(rows, {"random": True, "oracle": True}, METHODS_OF_ROWS)
     assert found.n.tolist() == [4, 5]
     assert "other" not in set(found)
-    assert audit(rows.assign(random=np.nan), {"random": True}, METHODS_OF_ROWS).empty
+    nothing = audit(rows.assign(random=np.nan), {"random": True, "oracle": True}, METHODS_OF_ROWS)
+    assert nothing.n.tolist() == [0, 5]
+    assert nothing.loc["random"].drop("n").isna().all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"metrics": ["m"]}, "TypeError: metrics: wanted a dict from column to whether higher is better, got ['m']"),
+        ({"methods": "grad_cam"}, "TypeError: methods: wanted a list of names, got 'grad_cam'"),
+        ({"methods": ["grad_cam"]}, "ValueError: methods: wanted two or more, each once, got grad_cam"),
+        ({"methods": ["grad_cam", "a", "a"]}, "ValueError: methods: wanted two or more, each once, got grad_cam, a, a"),
+        ({"methods": ["grad_cam", "b"]}, "ValueError: methods: wanted some of grad_cam, a, got b"),
+        ({"rows": 0}, "ValueError: rows: wanted at least one, got none"),
+        ({"m": "good"}, "ValueError: rows: wanted numbers in the column m, got "),
+        ({"truth": "near"}, "ValueError: rows: wanted numbers in the column truth, got "),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(changed, told):
+    given = {"metrics": {"m": True}, "methods": ["grad_cam", "a"]}
+    rows = pd.DataFrame({"target": [0, 0], "method": ["grad_cam", "a"], "truth": [0.0, 1.0], "m": [0.0, 1.0]})
+    columns = {name: value for name, value in changed.items() if name in rows}
+    given |= {name: value for name, value in changed.items() if name in given}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        audit(rows.assign(**columns)[: changed.get("rows")], **given)
+    assert f"{caught.type.__name__}: {caught.value}".startswith(told)
+
+
+def test_no_evidence_has_no_rows(classifier):
+    with pytest.raises(ValueError, match="evidence: wanted at least one kind, got none"):
+        audit_rows(classifier, [], {})
 
 
 def test_a_target_without_a_changed_map_does_not_count_for_the_change():
