@@ -217,6 +217,9 @@ def write_summary(batch: Batch) -> Path | None:
 
     Returns:
         The path of the Parquet file; None if no run that is done has such a table.
+
+    Raises:
+        ValueError: a column holds numbers in one run and text in another.
     """
     import pyarrow as pa
     import pyarrow.csv
@@ -226,7 +229,10 @@ def write_summary(batch: Batch) -> Path | None:
     if not tables:
         return None
     empty = [_with_varied(pq.read_schema(table).empty_table(), run) for table, run in tables.items()]
-    schema = pa.concat_tables(empty, promote_options="permissive").schema
+    try:
+        schema = pa.concat_tables(empty, promote_options="permissive").schema
+    except pa.ArrowException as error:
+        raise ValueError(f"summary: wanted columns of one kind in the rows of all runs ({error})") from error
     flat = [field.name for field in schema if not re.search("binary|list|struct", str(field.type))]
     path = batch.folder / "summary.parquet"
     with (

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from opticam.jobs.batch import Run, read_record, run_key, write_record
 from opticam.jobs.runner import (
     NotebookError,
+    check_jobs,
     check_writable,
     latest,
     notebook_parameters,
@@ -63,10 +64,9 @@ def run_batch(
 
     Raises:
         OSError: the output cannot be written, or the scheduler cannot be reached or was lost.
-        ValueError: this machine lacks the GPUs that a run wants, or `jobs` is not positive.
+        ValueError: this machine lacks the GPUs that a run wants, or `jobs` is not a positive whole number.
     """
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs: wanted at least 1, got {jobs}")
+    check_jobs(jobs)
     if not runs:
         return []
     folder = runs[0].folder

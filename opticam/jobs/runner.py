@@ -199,6 +199,12 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output: cannot write in {str(folder)!r} ({error})") from error
 
 
+def check_jobs(jobs: int | None) -> None:
+    """Refuse, by a ValueError, a number of jobs that is not positive and whole; None passes."""
+    if jobs is not None and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1):
+        raise ValueError(f"jobs: wanted a whole number of at least 1, got {jobs!r}")
+
+
 def check_run(source: Path, output: Path | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """As `check_parameters`, for a run into `output`; that must not be the notebook itself."""
     checked = check_parameters(source, parameters or {})

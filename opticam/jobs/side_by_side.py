@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from opticam.jobs.runner import (
     NotebookError,
+    check_jobs,
     check_run,
     check_writable,
     find_notebook,
@@ -67,13 +68,12 @@ def run_notebooks(
         jobs: notebooks at the same time; by default as many as there are cores.
 
     Raises:
-        ValueError: see `run_notebook`; or notebooks read each other's results, or `jobs` is not positive. Nothing was
-            started.
+        ValueError: see `run_notebook`; or notebooks read each other's results, or `jobs` is not a positive whole
+            number. Nothing was started.
         NotebookError: one line for each notebook that failed, and for each that was not started because of it.
         OSError: the same, where an output could not be written.
     """
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs: wanted at least 1, got {jobs}")
+    check_jobs(jobs)
     checked = {path: check_run(path, output, parameters) for path, output in outputs.items()}
     for place in {output.parent for output in outputs.values() if output}:
         check_writable(place)

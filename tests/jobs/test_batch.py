@@ -247,6 +247,15 @@ def test_the_summary_has_the_rows_of_what_is_done(folder):
     assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".summary")]
 
 
+def test_columns_of_different_kinds_have_no_summary(folder):
+    made = read(folder, "grid: {count: [1, 2]}\noutput: out")
+    finish(made.runs[0], rows={"image": ["i"], "score": [0.5]})
+    finish(made.runs[1], rows={"image": ["j"], "score": ["good"]})
+    with pytest.raises(ValueError, match=r"summary: wanted columns of one kind in the rows of all runs \(.*score"):
+        write_summary(made)
+    assert not (folder / "out" / "summary.parquet").exists()
+
+
 def test_a_file_of_several_documents_is_several_batches(folder, capsys):
     documents = ["# first\nnotebook: 10_tiny.ipynb\nshards: 2\noutput: a", "notebook: 10_tiny.ipynb\noutput: b\n"]
     (folder / "some.yaml").write_text("\n---\n".join(documents))

@@ -156,8 +156,9 @@ def test_errors_are_reported_before_anything_starts(write, out):
     second = write("11_second", says="Reads `data/results/10_rows.parquet`.")
     with pytest.raises(ValueError, match="10_first and 11_second read each other's results"):
         run_notebooks({first: out / "1.ipynb", second: out / "2.ipynb"})
-    with pytest.raises(ValueError, match="jobs: wanted at least 1, got 0"):
-        run_notebooks({first: out / "1.ipynb"}, jobs=0)
+    for jobs in (0, 1.5, "2", True):
+        with pytest.raises(ValueError, match=f"jobs: wanted a whole number of at least 1, got {jobs!r}"):
+            run_notebooks({first: out / "1.ipynb"}, jobs=jobs)
     with pytest.raises(ValueError, match="parameter limit: unknown to this notebook"):
         run_notebooks({first: out / "1.ipynb"}, {"limit": 1})
     with pytest.raises(ValueError, match="is the notebook itself"):
