@@ -1,24 +1,27 @@
 """The test of `docs/preregistration.md`: its 1000 images, what is expected of them, and which endpoints are met.
 
 `python benchmarks/preregistered.py choose ROOT FOLDER` copies the 1000 images, with their boxes, out of ImageNet in
-ROOT. `opticam batch preregistered` runs notebook 10 on them. `python benchmarks/preregistered.py judge ROWS` says what
-came of it, where ROWS is the `summary.parquet` of that batch. `python benchmarks/preregistered.py expect` prints the
-page's table.
+ROOT to a new FOLDER. `opticam batch preregistered` runs notebook 10 on them. `python benchmarks/preregistered.py judge
+ROWS` says what came of it, where ROWS is the `summary.parquet` of that batch. `python benchmarks/preregistered.py
+expect` prints the page's table.
 """
 
 import argparse
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from common import RESULTS
+from PIL import Image
 
-from opticam.lab import Estimate, estimate_and_p, holm, imagenet, paired, read_evidence
+from opticam.lab import Estimate, estimate_and_p, holm, imagenet, paired, read_evidence, read_rows
 
+NUMBER = 1000
 OWN, JUDGE = "efficientnet_lite0", "efficientnet_lite2"
 ROBUST = "opti_cam:robust"
 
@@ -59,7 +62,7 @@ ENDPOINTS = {  # the first is the primary one
 }
 
 
-def image_names(number: int = 1000) -> list[str]:
+def image_names(number: int = NUMBER) -> list[str]:
     """The images of the test, without ending, by name: those whose names have the smallest SHA-256.
 
     The 300 of `data/evidence` are left out.
@@ -69,20 +72,29 @@ def image_names(number: int = 1000) -> list[str]:
     return sorted(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:number])
 
 
-def choose(root: Path, folder: Path, number: int = 1000) -> None:
+def choose(root: Path, folder: Path, number: int = NUMBER) -> None:
     """Copy the images and write their boxes as a table, in the layout of Kaggle.
 
     Raises:
-        ValueError: one of the images is missing in ROOT, or has no class or boxes.
+        ValueError: FOLDER is not new; one of the images is missing in ROOT, or there twice, or has no class or boxes;
+            or all are of one size, so that they are not the original files.
     """
     from timm.data import ImageNetInfo  # after opticam, which makes torchvision ready
 
-    found = {photo.path.stem: photo for photo in imagenet(root).photos}
+    if folder.exists():
+        raise ValueError(f"FOLDER: wanted a new one, got {folder}")
+    photos = imagenet(root).photos
+    found = {photo.path.stem: photo for photo in photos}
     names = image_names(number)
-    if lacking := [name for name in names if name not in found or not found[name].boxes]:
+    if lacking := [name for name in names if name not in found or found[name].fault or not found[name].boxes]:
         raise ValueError(f"ROOT: wanted {number} images with boxes, lacks {len(lacking)} of them, such as {lacking[0]}")
+    times = Counter(photo.path.stem for photo in photos)
+    if twice := [name for name in names if times[name] > 1]:
+        raise ValueError(f"ROOT: wanted each image once, got {twice[0]} in several folders")
+    if len(sizes := {_size(found[name].path) for name in names}) == 1:
+        raise ValueError(f"ROOT: wanted the original files, got images that all have {sizes.pop()} pixels")
     images = folder / "ILSVRC" / "Data" / "CLS-LOC" / "val"
-    images.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True)
     wnids, lines = ImageNetInfo().label_names(), ["ImageId,PredictionString"]
     for name in names:
         photo = found[name]
@@ -90,6 +102,11 @@ def choose(root: Path, folder: Path, number: int = 1000) -> None:
         boxes = (" ".join([wnids[photo.label], *(f"{side:g}" for side in box)]) for box in photo.boxes)
         lines.append(f"{name},{' '.join(boxes)}")
     (folder / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 def values_of(rows: pd.DataFrame, endpoint: Endpoint) -> np.ndarray:
@@ -105,7 +122,7 @@ def in_words(endpoint: Endpoint) -> str:
     return ", ".join(part for part in (endpoint.wanted, least) if part)
 
 
-def expect(number: int = 1000) -> pd.DataFrame:
+def expect(number: int = NUMBER) -> pd.DataFrame:
     """The page's table: means of the images that chose nothing, and where the mean of so many others should lie.
 
     95 % intervals by the spread over these images, for images stored as they are.
@@ -124,14 +141,16 @@ def expect(number: int = 1000) -> pd.DataFrame:
 def judge(rows: pd.DataFrame) -> pd.DataFrame:
     """Which endpoints the rows meet; see "Endpoints" on the page.
 
-    p is corrected by Holm for all that are differences but the first, which stands alone.
+    `n` images have a value. `p` is corrected by Holm for all that are differences but the first, which stands alone.
     """
-    found = [estimate_and_p(values_of(rows, endpoint)) for endpoint in ENDPOINTS.values()]
+    values = [values_of(rows, endpoint) for endpoint in ENDPOINTS.values()]
+    nothing = Estimate(np.nan, np.nan, np.nan), np.nan
+    found = [estimate_and_p(some) if len(some) else nothing for some in values]
     tested = [endpoint.reference != "" for endpoint in ENDPOINTS.values()]
     family = [p if test else np.nan for (_, p), test in zip(found, tested, strict=True)][1:]
     p_values = [found[0][1], *holm(family)]
     table = []
-    for (title, endpoint), (mean, _), p in zip(ENDPOINTS.items(), found, p_values, strict=True):
+    for (title, endpoint), some, (mean, _), p in zip(ENDPOINTS.items(), values, found, p_values, strict=True):
         sides = {
             "above 0": mean.value > 0 and p < 0.05,
             "behind": mean.value < 0 and p < 0.05,
@@ -139,14 +158,40 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
             "": True,
         }
         met = sides[endpoint.wanted] and mean.value >= endpoint.least
-        table.append({"endpoint": title, "expected": in_words(endpoint), "found": f"{mean:.2f}", "p": p, "met": met})
+        found_here = {"found": f"{mean:.2f}", "n": len(some), "p": p, "met": met}
+        table.append({"endpoint": title, "expected": in_words(endpoint), **found_here})
     return pd.DataFrame(table)
 
 
-def check_images(rows: pd.DataFrame) -> None:
-    """ValueError: rows of an image that is not of the test."""
-    if others := {Path(name).stem for name in rows.image} - {*image_names()}:
+def check_rows(rows: pd.DataFrame) -> list[str]:
+    """Refuse what the test cannot be judged by.
+
+    Returns:
+        Those of the 1000 images that have no rows.
+
+    Raises:
+        ValueError: a column or a method is missing; rows of another image, or two of an image and method; a method that
+            lacks an image another has; a value that is not a number, but for EP, which needs a box.
+    """
+    rows = rows.reset_index(drop=True)
+    columns = {endpoint.column for endpoint in ENDPOINTS.values()}
+    if lacking := sorted({"image", "method", *columns} - {*rows}):
+        raise ValueError(f"ROWS: wanted those of notebook 10, lacks the column {lacking[0]}")
+    stems = rows.image.map(lambda name: Path(str(name)).stem)
+    names = image_names()
+    if others := {*stems} - {*names}:
         raise ValueError(f"ROWS: wanted rows of the 1000 images, got {len(others)} others, such as {min(others)}")
+    methods = {ROBUST, *(endpoint.reference for endpoint in ENDPOINTS.values() if endpoint.reference)}
+    for method in sorted(methods):
+        times = Counter(stems[rows.method == method])
+        if wrong := [name for name in sorted({*stems}) if times[name] != 1]:
+            raise ValueError(f"ROWS: wanted one row of each image by {method}, got {times[wrong[0]]} of {wrong[0]}")
+    for column in sorted(columns):
+        values = rows[column][rows.method.isin(methods)].astype(float)
+        values = values.dropna() if column == "energy_pointing_game" else values
+        if len(bad := values[~np.isfinite(values)]):
+            raise ValueError(f"ROWS: wanted numbers in {column}, got {bad.iloc[0]} of {stems[bad.index[0]]}")
+    return [name for name in names if name not in {*stems}]
 
 
 def main() -> None:
@@ -165,10 +210,11 @@ def main() -> None:
         elif options.step == "expect":
             print(expect().to_markdown(index=False, disable_numparse=True))
         else:
-            rows = pd.read_parquet(options.rows)
-            check_images(rows)
+            rows, made = read_rows(options.rows)
+            left_out = check_rows(rows)
             print(judge(rows).to_markdown(index=False, floatfmt=".2g"))
-            print(f"{rows.image.nunique()} of 1000 images")
+            print(f"{NUMBER - len(left_out)} of {NUMBER} images; without: {', '.join(left_out) or 'none'}")
+            print(", ".join(f"{name} {made.get(name)}" for name in ("package", "commit", "device", "torch")))
     except (ValueError, OSError) as error:
         parser.exit(1, f"preregistered: {error}\n")
 

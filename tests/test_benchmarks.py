@@ -147,8 +147,8 @@ def test_the_images_of_the_test_are_copied_with_their_boxes(preregistered, tmp_p
     root = tmp_path / "all"
     places = {name: root / "val" / "n01440764" / f"{name}.JPEG" for name in [*few, "ILSVRC2012_val_00000001"]}
     places[few[0]].parent.mkdir(parents=True)
-    for path in places.values():
-        Image.new("RGB", (60, 40)).save(path)
+    for i, path in enumerate(places.values()):
+        Image.new("RGB", (60, 40 + i)).save(path)
         sides = "".join(f"<{side}>{i + 1}</{side}>" for i, side in enumerate(("xmin", "ymin", "xmax", "ymax")))
         box = f"<object><name>n01440764</name><bndbox>{sides}</bndbox></object>"
         path.with_suffix(".xml").write_text(f"<annotation>{box * 2}</annotation>")
@@ -157,9 +157,20 @@ def test_the_images_of_the_test_are_copied_with_their_boxes(preregistered, tmp_p
     assert [photo.path.stem for photo in copied.photos] == few
     assert {(photo.label, photo.boxes, photo.fault) for photo in copied.photos} == {(0, ((1, 2, 3, 4),) * 2, "")}
     assert copied.photos[0].path.read_bytes() == places[few[0]].read_bytes()
-    places[few[1]].unlink()
+    with pytest.raises(ValueError, match=r"FOLDER: wanted a new one, got .*few"):
+        preregistered.choose(root, tmp_path / "few", 3)
+    with pytest.raises(ValueError, match=r"ROOT: wanted the original files, got images that all have \(60, \d+\)"):
+        preregistered.choose(root, tmp_path / "fewer", 1)
+    again = root / "val" / "n01443537" / places[few[2]].name
+    again.parent.mkdir()
+    again.with_suffix(".xml").write_text(places[few[2]].with_suffix(".xml").read_text().replace("01440764", "01443537"))
+    again.write_bytes(places[few[2]].read_bytes())
+    with pytest.raises(ValueError, match=f"ROOT: wanted each image once, got {few[2]} in several folders"):
+        preregistered.choose(root, tmp_path / "fewer", 3)
+    places[few[1]].with_suffix(".xml").write_text("damaged")
     with pytest.raises(ValueError, match=f"ROOT: wanted 3 images with boxes, lacks 1 of them, such as {few[1]}"):
         preregistered.choose(root, tmp_path / "fewer", 3)
+    assert not (tmp_path / "fewer").exists()
 
 
 LITE2_BLACK, LITE2_GRAY = (f"log_odds: efficientnet_lite2, {fill}" for fill in ("black", "gray"))
@@ -197,18 +208,43 @@ ALMOST = 2.05 / 200**0.5  # of a standard deviation: p is 0.04
     ],
 )
 def test_an_endpoint_is_met_by_what_the_page_says(preregistered, gains, spread, fast, missed):
-    images = [f"{i:03d}" for i in range(200)]
-    around = np.linspace(-1, 1, 200) * 3**0.5  # mean 0, standard deviation 1
+    found = preregistered.judge(rows_of([f"{i:03d}" for i in range(200)], gains, spread, fast))
+    assert found[~found.met].endpoint.tolist() == missed
+    assert (found.n == 200).all()
+
+
+def rows_of(images, gains=(), spread=0.001, fast=0.2):
+    """Of notebook 10: Grad-CAM has 0 everywhere, robust what is given, else what is expected."""
+    around = np.linspace(-1, 1, len(images)) * 3**0.5  # mean 0, standard deviation 1
     robust = {name: AS_EXPECTED[name] + 0.001 * around for name in AS_EXPECTED}
-    robust |= {name: gain + spread * around for name, gain in gains.items()}
+    robust |= {name: gain + spread * around for name, gain in dict(gains).items()}
     of = {"grad_cam": dict.fromkeys(AS_EXPECTED, 0.0), "opti_cam:robust": robust}
     of |= {"opti_cam:fast": dict.fromkeys(AS_EXPECTED, fast)}
-    rows = pd.concat(pd.DataFrame({"image": images, "method": name, **columns}) for name, columns in of.items())
-    found = preregistered.judge(rows)
-    assert found[~found.met].endpoint.tolist() == missed
+    return pd.concat(pd.DataFrame({"image": images, "method": name, **columns}) for name, columns in of.items())
 
 
-def test_rows_of_other_images_are_not_judged(preregistered):
-    preregistered.check_images(pd.DataFrame({"image": ["ILSVRC2012_val_00000072.JPEG"]}))
-    with pytest.raises(ValueError, match="ROWS: wanted rows of the 1000 images, got 1 others, such as a"):
-        preregistered.check_images(pd.DataFrame({"image": ["a.JPEG"]}))
+def test_without_boxes_all_but_their_endpoint_are_judged(preregistered):
+    found = preregistered.judge(rows_of([f"{i:03d}" for i in range(40)]).assign(energy_pointing_game=np.nan))
+    assert found[~found.met].endpoint.tolist() == ["EP, points"]
+    assert found[found.n == 0].endpoint.tolist() == ["EP, points"]
+
+
+def test_only_whole_rows_of_the_test_are_judged(preregistered):
+    names = [f"{name}.JPEG" for name in preregistered.image_names()]
+    rows = rows_of(names).reset_index(drop=True)
+    assert preregistered.check_rows(rows) == []
+    assert preregistered.check_rows(rows[rows.image != names[3]]) == [names[3].removesuffix(".JPEG")]
+    robust = rows.method == "opti_cam:robust"
+    wrong = {
+        "lacks the column average_gain: efficientnet_lite0, black": rows.drop(columns=BLACK),
+        "lacks the column image": rows.drop(columns="image"),
+        "got 1 others, such as a": pd.concat([rows, rows[:1].assign(image="a.JPEG")]),
+        "got 0 of ILSVRC2012_val_00000072": rows[~robust | (rows.image != names[0])],
+        "got 2 of ILSVRC2012_val_00000072": pd.concat([rows, rows[robust][:1].assign(image=f"folder/{names[0]}")]),
+        "by opti_cam:fast, got 0": rows[rows.method != "opti_cam:fast"],
+        "wanted numbers in road, got nan": rows.assign(road=rows.road.where(robust)),
+        "wanted numbers in energy_pointing_game, got inf": rows.assign(energy_pointing_game=np.inf),
+    }
+    for told, changed in wrong.items():
+        with pytest.raises(ValueError, match=f"ROWS: .*{told}"):
+            preregistered.check_rows(changed)
