@@ -96,9 +96,10 @@ def explain(options: argparse.Namespace) -> int:
         from opticam.saliency import apply_mask
         from opticam.state import frozen
 
-        method = find_method(options.method)
         if options.schedule not in (None, *SCHEDULES):
             raise ValueError(f"schedule: wanted one of {', '.join(SCHEDULES)}, got {options.schedule!r}")
+        asked = options.method if options.schedule is None else f"opti_cam:{options.schedule}"
+        method, label = find_method(asked), method_label(asked)
         told = [options.method, options.schedule, options.class_name]
         words = "-".join(re.sub(r"[^\w.+]+", "-", word) for word in told if word is not None)
         default = f"{Path(options.photo).stem}.{words}.png"
@@ -121,11 +122,10 @@ def explain(options: argparse.Namespace) -> int:
         print(f"  {100 * prob:5.1f} %  {model.class_names[index]}  ({index})")
     chosen = int(top.indices[0]) if named is None else named
     class_idx = torch.tensor([chosen], device=options.device)
-    label = method_label(options.method if options.schedule is None else f"opti_cam:{options.schedule}")
-    given = {} if options.schedule is None else SCHEDULES[options.schedule]
-    of_all = f" of {num_passes(**given)}" if options.method == "opti_cam" else ""
+    is_opti_cam = asked.partition(":")[0] == "opti_cam"
+    of_all = f" of {num_passes(**getattr(method, 'keywords', {}))}" if is_opti_cam else ""
     with count_passes(model) as passes, _waiting(lambda: f"{label}, {passes[0]}{of_all} passes"):
-        saliency = method(model, images, class_idx, layer=options.layer, **given)
+        saliency = method(model, images, class_idx, layer=options.layer)
     masked = apply_mask(images, saliency)
     with torch.no_grad():
         masked_logits = read(model, masked).logits

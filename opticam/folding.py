@@ -21,7 +21,7 @@ from opticam.tracing import Tracer
 
 Pair = tuple[str, str]
 
-OF_TORCH = vars(nn.Module()).keys()
+OF_TORCH = {*vars(nn.Module())}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
@@ -35,7 +35,7 @@ def folded(model: nn.Module, images: Tensor, logits: Tensor) -> nn.Module:
     rounding, and where there is nothing to fold. The twin is for logits only: the maps of its convolutions differ.
 
     Args:
-        model: any network in eval mode, its parameters out of the graph, as inside `features.frozen`.
+        model: any network in eval mode, its parameters out of the graph, as inside `state.frozen`.
         images: (B,3,H,W) float.
         logits: (B,C) of them, by the model.
 

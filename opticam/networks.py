@@ -35,7 +35,7 @@ class ModelSpec:
     """How to build a network, and what belongs to it.
 
     Attributes:
-        build: from `pretrained` and `num_classes`, by default 1000, to the bare network, which takes normalised images.
+        build: from `pretrained` and `num_classes` to the bare network, which takes normalised images.
         layer: dotted name of the target layer inside the network; "" for `default_layer`.
         source: where architecture and weights come from.
         class_names: of the published weights, one name per class.
@@ -333,7 +333,7 @@ def _library(name: str, extra: str = "lab") -> Any:
         raise ImportError(f"model: needs the package {name}: pip install '.[{extra}]' in a clone of opticam") from error
 
 
-def _lite(variant: int, pretrained: bool, num_classes: int = 1000) -> nn.Module:
+def _lite(variant: int, pretrained: bool, num_classes: int) -> nn.Module:
     name = f"tf_efficientnet_lite{variant}"
     network = _library("timm").create_model(name, pretrained=False, num_classes=num_classes)
     if pretrained:
@@ -345,7 +345,7 @@ def _lite(variant: int, pretrained: bool, num_classes: int = 1000) -> nn.Module:
     return network
 
 
-def _torchvision(name: str, tag: str, pretrained: bool, num_classes: int = 1000, **options: Any) -> nn.Module:
+def _torchvision(name: str, tag: str, pretrained: bool, num_classes: int, **options: Any) -> nn.Module:
     network = tv.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
         weights = tv.get_model_weights(name)[tag]
@@ -378,7 +378,7 @@ def _torchvision_spec(name: str) -> ModelSpec:
     )
 
 
-def _timm(name: str, pretrained: bool, num_classes: int = 1000) -> nn.Module:
+def _timm(name: str, pretrained: bool, num_classes: int) -> nn.Module:
     return _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
 
 

@@ -125,7 +125,7 @@ def check_layout(
         for _ in range(num_changes):
             bright = torch.rand(len(image), 1, 1, generator=generator, device="cpu").to(images.device) < 0.5
             colour = torch.where(bright, high, low).expand_as(image)
-            for part in cells.split(batch_size):
+            for part in cells.split(int(batch_size)):
                 (maps,), _ = feature_maps(model, torch.where(places[part], colour, image), layer)
                 changes[part] += (maps.double() - own.double()).square().sum(1).flatten(1).cpu()
     strongest = changes.argmax(1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from opticam.checks import check_strided, check_tensors
-from opticam.features import for_autograd
+from opticam.classifier import for_autograd
 from opticam.state import in_a_line
 
 

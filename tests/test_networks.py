@@ -68,7 +68,7 @@ def test_classifier_normalises_inside(lite0):
 )
 def test_every_model_has_its_target_layer(name, shape):
     with torch.device("meta"):  # shapes without the cost of the numbers
-        network = MODELS[name].build(False)
+        network = MODELS[name].build(False, 1000)
     classifier = wrap(network.to_empty(device="cpu").eval(), MODELS[name].layer, input_size=MODELS[name].input_size)
     side = classifier.input_size
     (features,), logits = feature_maps(classifier, torch.zeros(1, 3, side, side))

@@ -41,7 +41,7 @@ class Run(NamedTuple):
         name: the name of its files in `folder`, made of what the grid varies.
         notebook: the source.
         parameters: of the notebook, without `figures` and `results`.
-        varied: those parameters that differ between the runs of the batch.
+        varied: those parameters that the grid or the shards of the batch set.
         folder: the batch's. The run writes NAME.ipynb or NAME.failed.ipynb, NAME.json (its record) and NAME/.
         gpus: how many GPUs it has to itself.
         code: digest of the package that the key was made with.

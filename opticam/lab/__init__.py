@@ -15,8 +15,8 @@ _NAMES = {
     "files": "REPOSITORY",
     "findings": "compare finding report",
     "known_evidence": "Mosaics OneCell Pastes best_map cell_boxes cell_drops cell_means centred choose_mosaics"
-    " class_contrast difference_over_groups evidence_rows evidence_scores find_mosaics find_pastes maps_of_other_cells"
-    " maps_of_other_mosaics paste_object phase_scrambled pixel_auroc see_one_cell summarize_groups to_cells to_mosaics"
+    " class_contrast evidence_rows evidence_scores find_mosaics find_pastes maps_of_other_cells"
+    " maps_of_other_mosaics paste_object phase_scrambled pixel_auroc see_one_cell to_cells to_mosaics"
     " uniform",
     "metric_audit": "Audited CHANGES CONTROLS Evidence GROUPS agreement audit audit_rows audited_maps audited_metrics"
     " blurrier brighter collect_evidence judge lifted sharper truth_of",
@@ -24,9 +24,9 @@ _NAMES = {
     " metric_bars metric_scatter metric_values objective_curve overlay overview probability_bars save_figure show_boxes"
     " show_table similarity_curves to_picture use_style",
     "results": "read_arrays read_evidence read_rows read_shards write_arrays write_rows",
-    "summary": "Estimate box_accuracies clear_after_holm difference estimate estimate_and_p estimate_of holm"
-    " interval paired paper_tables print_differences proportion_interval ratio_of_means spearman summarize"
-    " summarize_differences",
+    "summary": "Estimate box_accuracies clear_after_holm difference difference_over_groups estimate"
+    " estimate_and_p estimate_of holm interval paired paper_tables print_differences"
+    " proportion_interval ratio_of_means spearman summarize summarize_differences summarize_groups",
     "synthetic": "PATTERNS draw_scenes",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -613,7 +613,7 @@ def imagenet(
             raise ValueError(f"{solution.name}: wanted names of images without folders, got {outside[0]!r}")
     _, listed = _class_folders(images, r"n\d{8}")
     listed = listed or [(images / f"{name}.JPEG", "") for name in predictions]
-    if not listed and places:
+    if not listed and (places or any(images.glob("*.xml"))):
         listed = [(path, "") for path in _images(images.iterdir())]
     if not listed:
         raise FileNotFoundError(
@@ -781,7 +781,7 @@ def _folder(argument: str, path: str | Path | None, wanted: str) -> Path:
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
-    """Those with an ending of an image that Pillow opens, in their order."""
+    """Those with an ending of an image that Pillow opens, sorted."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted((p for p in paths if p.suffix.lower() in endings and not _passed_over(p.name)), key=Path.as_posix)
 

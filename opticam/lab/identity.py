@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from opticam.features import layer_name
+from opticam.folding import OF_TORCH
 
 _KNOWN = {"opticam", "torch", "torchvision", "timm", "transformers", "numpy", "builtins", "collections", "functools"}
-_OF_ALL = {*vars(nn.Module())}
 
 
 def key_of(value: Any, model: nn.Module, name: str = "model", key: str = "") -> Any:
@@ -88,7 +88,7 @@ def _network(network: nn.Module, name: str, key: str) -> str:
     inner = partial(key_of, model=network, name=name, key=key)
     parts: list[Any] = [*network.named_parameters(), *network.named_buffers()]
     for place, module in network.named_modules():
-        settings = {word: item for word, item in vars(module).items() if word not in _OF_ALL}
+        settings = {word: item for word, item in vars(module).items() if word not in OF_TORCH}
         kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         hooks = [hook for hooks_of_kind in kinds for hook in hooks_of_kind.values()]
         parts.append((place, *map(inner, (type(module), type(module).forward, settings, hooks))))

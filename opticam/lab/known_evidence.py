@@ -9,8 +9,7 @@ Scores say how much of a map lies on the evidence. Each photo is in one construc
 constructions are independent samples.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -23,21 +22,10 @@ from opticam.classifier import Classifier, as_classifier, class_logit, for_autog
 from opticam.features import prepared
 from opticam.folding import folded
 from opticam.lab.evaluation import in_order
-from opticam.lab.summary import (
-    NOTHING,
-    Estimate,
-    by_method,
-    check_table,
-    estimate_and_p,
-    paired,
-    ratio_of_means,
-    tabulate,
-    within_span,
-)
-from opticam.metrics import box_mask, energy_pointing_game, factors
+from opticam.metrics import box_mask, energy_pointing_game
 from opticam.networks import wrap
 from opticam.saliency import BASELINES, apply_mask, baseline_of, check_saliency, upsample
-from opticam.state import frozen, in_a_line
+from opticam.state import frozen
 
 SIDE = 2  # cells of a mosaic across and down, so that it has four
 FILLS = ("mean", "blur")  # of BASELINES: what a verified cell is replaced by
@@ -506,71 +494,6 @@ def centred(model: nn.Module, images: Tensor, class_idx: Tensor) -> Tensor:
         torch.exp(-8 * ((torch.arange(n, device=images.device) + 0.5) / n - 0.5) ** 2) for n in images.shape[2:]
     )
     return (down[:, None] * across).to(images).expand(len(images), 1, -1, -1).contiguous()
-
-
-def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
-    """Means per method with 95 % intervals, where rows of one group are not independent: groups are resampled.
-
-    A mosaic's four values hang together, and no photo is in two mosaics. So to resample photos is to resample mosaics,
-    with their four photos and all that is known of them; likewise pairs of photos.
-
-    Args:
-        rows: one row per method and whatever was explained, with the columns `method` and `group`.
-        columns: names; multiplied with the factor of their record, if they have one.
-
-    Returns:
-        As `summary.summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
-    """
-    _check_groups(rows, columns)
-
-    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
-        found, p = _over_groups(group[column], group["group"])
-        return within_span(found, column, 1, difference=False), p
-
-    return tabulate(rows, columns, mean_of)
-
-
-def _check_groups(rows: pd.DataFrame, columns: Collection[str]) -> None:
-    if isinstance(columns, str) or not isinstance(columns, Collection):
-        raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
-    check_table("rows", rows, ["method", "group", *columns])
-    for column in columns:
-        check_numeric(rows, column)
-    for needed in ("method", "group"):
-        if rows[needed].isna().any():
-            raise ValueError(f"rows: wanted a {needed} for every row")
-
-
-def check_numeric(rows: pd.DataFrame, column: str) -> None:
-    """Refuse, by a ValueError, a column whose values are not numbers."""
-    try:
-        rows[column].astype(float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rows: wanted numbers in the column {column}, got {rows[column].dtype}") from error
-
-
-def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
-    """Mean of what a method has more of a column than a reference, image by image, with its 95 % interval over groups.
-
-    Rows and column as `summarize_groups` takes them; each image has one row of both methods; errors as
-    `summary.paired`.
-    """
-    _check_groups(rows, [column])
-    paired(rows, column, method, reference)  # for its checks: each method is there, and each image once
-    wide = by_method(rows, ["group", "image"], column).reset_index("group")
-    factor = factors([column])[column]
-    found, _ = _over_groups(factor * (wide[method] - wide[reference]), wide["group"])
-    return within_span(found, column, factor, difference=True)
-
-
-def _over_groups(values: pd.Series, groups: pd.Series) -> tuple[Estimate, float]:
-    """The mean over all values, NaN left out, with its interval over groups, and its p value."""
-    by_group = values.astype(float).reset_index(drop=True).groupby(groups.to_numpy())
-    counts = by_group.count().to_numpy(float)  # without NaN
-    if not counts.any():
-        return NOTHING, math.nan
-    sums, counts = by_group.sum().to_numpy()[counts > 0], counts[counts > 0]
-    return estimate_and_p(sums, counts, statistic=ratio_of_means)
 
 
 def evidence_rows(

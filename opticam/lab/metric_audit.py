@@ -27,7 +27,6 @@ from opticam.lab.known_evidence import (
     cell_drops,
     cell_means,
     centred,
-    check_numeric,
     check_side,
     find_mosaics,
     find_pastes,
@@ -36,6 +35,7 @@ from opticam.lab.known_evidence import (
 )
 from opticam.lab.summary import (
     Estimate,
+    check_numeric,
     check_table,
     clipped,
     entries,

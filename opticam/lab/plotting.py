@@ -418,9 +418,10 @@ def metric_scatter(summary: "pd.DataFrame", x: str, y: str, labels: Mapping[str,
         corners = [(left, low) for low in (0.59, 0.12) for left in (0.1, 0.6)]
         free = min(corners, key=lambda corner: (np.abs(share - corner - 0.2) < 0.3).all(1).sum())
         panels.append(ax.inset_axes((*free, 0.37, 0.37)))
-    for marker, (method, row) in zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False):
-        across, up = ([[row[c] - row[f"{c}_low"]], [row[f"{c}_high"] - row[c]]] for c in (x, y))
-        ax.errorbar(row[x], row[y], xerr=across, yerr=up, fmt="none", elinewidth=0.7, color=method_color(str(method)))
+    (_, across), (_, up) = (_mean_and_error(summary, column) for column in (x, y))
+    for i, (marker, (method, row)) in enumerate(zip(itertools.cycle(_MARKERS), summary.iterrows(), strict=False)):
+        color = method_color(str(method))
+        ax.errorbar(row[x], row[y], up[:, [i]], across[:, [i]], fmt="none", elinewidth=0.7, color=color)
         for panel in panels:  # hollow: methods may share a place
             panel.plot(row[x], row[y], marker, ms=5, mfc="none", mew=1.1, **_named(method))
     ax.set(xlabel=labels[x], ylabel=labels[y])

@@ -151,7 +151,7 @@ def is_done(path: str | Path, parameters: Mapping[str, Any]) -> bool:
 
 
 def read_shards(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of all files that `evaluate.stream` wrote into a folder, checked to be complete.
+    """The rows of all files that `evaluation.stream` wrote into a folder, checked to be complete.
 
     Args:
         folder: of `00000.parquet`, `00001.parquet`, ...; hidden files, such as macOS adds, are passed over.

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import special, stats
 
 from opticam.checks import check_numbers, check_whole
 from opticam.methods import method_label
-from opticam.metrics import COLUMNS, factors, headings
+from opticam.metrics import COLUMNS, factors, headings, max_box_accuracy
 from opticam.state import in_a_line
 
 
@@ -180,7 +181,7 @@ def estimate_and_p(
     if np.isnan(found).any():
         return found, np.nan
     if found.low == found.high != 0:
-        return found, max(2.0 ** (1 - len(arrays[0])), 2 / num_resamples) if statistic is np.mean else np.nan
+        return found, max(2.0 ** (1 - len(arrays[0])), min(1, 2 / num_resamples)) if statistic is np.mean else np.nan
     return found, p()
 
 
@@ -430,6 +431,24 @@ def check_table(name: str, table: pd.DataFrame, columns: Iterable[Any]) -> None:
             )
 
 
+def check_numeric(rows: pd.DataFrame, column: str) -> None:
+    """Refuse, by a ValueError, a column with values that are not numbers."""
+    if not pd.api.types.is_numeric_dtype(rows[column]):
+        _as_array(f"column {column}", rows[column].dropna())
+
+
+def _check_columns(rows: pd.DataFrame, columns: Collection[str], *needed: str) -> None:
+    """Refuse rows without these columns, of which the first hold numbers, and those without a method or a group."""
+    if isinstance(columns, str | bytes) or not isinstance(columns, Collection):
+        raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
+    check_table("rows", rows, [*needed, *columns])
+    for column in columns:
+        check_numeric(rows, column)
+    for name in {"method", "group"}.intersection(needed):
+        if rows[name].isna().any():
+            raise ValueError(f"rows: wanted a {name} for every row")
+
+
 def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repeats: str | None = None) -> None:
     """Refuse rows without these columns or a method, two of an image and method, and repeats that lack one.
 
@@ -439,16 +458,9 @@ def _check_rows(rows: pd.DataFrame, columns: Collection[str], *needed: str, repe
         needed: others.
         repeats: as `summarize`.
     """
-    if isinstance(columns, str | bytes) or not isinstance(columns, Collection):
-        raise TypeError(f"columns: wanted a list of names, got {in_a_line(columns)}")
     if repeats in ("image", "method"):
         raise ValueError(f"repeats: wanted a column beside image and method, got {repeats!r}")
-    check_table("rows", rows, [*needed, *columns, *([] if repeats is None else ["image", repeats])])
-    if rows["method"].isna().any():
-        raise ValueError("rows: wanted a method for every row")
-    for column in columns:
-        if not pd.api.types.is_numeric_dtype(rows[column]):
-            _as_array(f"column {column}", rows[column].dropna())
+    _check_columns(rows, columns, *needed, *([] if repeats is None else ["image", repeats]))
     if "image" not in rows:
         return
     twice = rows[rows.duplicated(["image", "method"] + ([] if repeats is None else [repeats]))]
@@ -509,6 +521,51 @@ def summarize_differences(
         return within_span(found, column, 1, difference=True), p
 
     return tabulate(pd.DataFrame(differences).reset_index(), columns, mean_of)
+
+
+def summarize_groups(rows: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
+    """Means per method with 95 % intervals, where rows of one group are not independent: groups are resampled.
+
+    A mosaic's four values hang together, and no photo is in two mosaics. So to resample photos is to resample mosaics,
+    with their four photos and all that is known of them; likewise pairs of photos.
+
+    Args:
+        rows: one row per method and whatever was explained, with the columns `method` and `group`.
+        columns: names; multiplied with the factor of their record, if they have one.
+
+    Returns:
+        As `summarize_differences`, `column_p` being the p value of a mean of 0. NaN counts as no row.
+    """
+    _check_columns(rows, columns, "method", "group")
+
+    def mean_of(group: pd.DataFrame, column: str) -> tuple[Estimate, float]:
+        found, p = _over_groups(group[column], group["group"])
+        return within_span(found, column, 1, difference=False), p
+
+    return tabulate(rows, columns, mean_of)
+
+
+def difference_over_groups(rows: pd.DataFrame, column: str, method: str, reference: str) -> Estimate:
+    """Mean of what a method has more of a column than a reference, image by image, with its 95 % interval over groups.
+
+    Rows and column as `summarize_groups` takes them; each image has one row of both methods; errors as `paired`.
+    """
+    _check_rows(rows, [column], "image", "method", "group")
+    _check_method(rows, method=method, reference=reference)
+    wide = by_method(rows, ["group", "image"], column).reset_index("group")
+    factor = factors([column])[column]
+    found, _ = _over_groups(factor * (wide[method] - wide[reference]), wide["group"])
+    return within_span(found, column, factor, difference=True)
+
+
+def _over_groups(values: pd.Series, groups: pd.Series) -> tuple[Estimate, float]:
+    """The mean over all values, NaN left out, with its interval over groups, and its p value."""
+    by_group = values.astype(float).reset_index(drop=True).groupby(groups.to_numpy())
+    counts = by_group.count().to_numpy(float)  # without NaN
+    if not counts.any():
+        return NOTHING, np.nan
+    sums, counts = by_group.sum().to_numpy()[counts > 0], counts[counts > 0]
+    return estimate_and_p(sums, counts, statistic=ratio_of_means)
 
 
 def clear_after_holm(differences: pd.DataFrame) -> pd.DataFrame:
@@ -632,12 +689,17 @@ def paper_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         present = [name for name in columns if name in rows]
         means = rows.groupby("method", sort=False)[present].mean() * pd.Series(factors(present), dtype=float)
         if "max_box_acc" in columns and "box_hits" in rows and rows["pointing_game"].notna().any():
-            means = means.join(box_accuracies(rows)["max_box_acc"])
+            with_box = rows[rows["pointing_game"].notna()].groupby("method", sort=False)
+            means["max_box_acc"] = pd.Series({name: _max_box_acc(group) for name, group in with_box})
         shown = {name: known.get(name, heading) for name, heading in headings(columns).items()}
         table = means.reindex(columns=columns).rename(columns=shown, index=method_label).dropna(axis=1, how="all")
         if table.size:
             tables[title] = table
     return tables
+
+
+def _max_box_acc(group: pd.DataFrame) -> float:
+    return 100 * max_box_accuracy(torch.from_numpy(_hits(group).sum(0, dtype=int)), len(group))[0]
 
 
 def _hits(group: pd.DataFrame) -> np.ndarray:

@@ -98,17 +98,17 @@ def log_probability(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) ->
     return class_logit(masked_logits.log_softmax(1), logits, class_idx)
 
 
-def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor, enough: float = 1.0) -> Tensor:
-    """`log sigmoid(l(x * S) - l(x) - enough)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
+def odds_gain(masked_logits: Tensor, logits: Tensor, class_idx: Tensor) -> Tensor:
+    """`log sigmoid(l(x * S) - l(x) - 1)`, l the log-odds of the class. **Ours.** Arguments as `class_logit`.
 
-    A unit counts fully far below the image's own log-odds, a half at `enough` above them, and less and less beyond;
+    A unit counts fully far below the image's own log-odds, a half at one above them, and less and less beyond;
     there a penalty decides the map.
 
     Returns:
         (B,), below 0; higher is better.
     """
     gain = log_odds(masked_logits, class_idx) - log_odds(logits, class_idx)
-    return torch.nn.functional.logsigmoid(gain - enough)
+    return torch.nn.functional.logsigmoid(gain - 1)
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_area, box_iou, clip_boxes_to_image
 
 from opticam.checks import check_corners, check_inputs, check_numbers, check_tensors, check_whole, examine
 from opticam.classifier import as_softmax, class_logit, for_autograd
@@ -77,7 +78,7 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """
     _check(saliency, boxes)
     predicted = predicted_box(saliency).cpu() + BOTH_ENDS
-    found = [(_ious(box[None], _pixels(truth)) > 0.5).any() for box, truth in zip(predicted, boxes, strict=True)]
+    found = [(box_iou(box[None], _pixels(truth)) > 0.5).any() for box, truth in zip(predicted, boxes, strict=True)]
     return _where_defined(1 - torch.tensor(found, device="cpu").double(), saliency, boxes)
 
 
@@ -123,7 +124,9 @@ def soft_f1(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     best = torch.zeros(len(saliency), dtype=torch.float64, device=saliency.device)
     for i, (values, truth) in enumerate(zip(saliency[:, 0].double(), boxes, strict=True)):
         total = values.sum()
-        for area, (x0, y0, x1, y1) in zip(_areas(_pixels(truth)).tolist(), _clipped(truth, size).tolist(), strict=True):
+        for area, (x0, y0, x1, y1) in zip(
+            box_area(_pixels(truth)).tolist(), _clipped(truth, size).tolist(), strict=True
+        ):
             f1 = 2 * values[y0:y1, x0:x1].sum() / (total + area).clamp(min=TINY)
             best[i] = torch.maximum(best[i], f1)
     return _where_defined(best, saliency, boxes)
@@ -146,7 +149,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
     check_saliency(images, saliency)
     height, width = images.shape[-2:]
     ends = predicted_box(saliency).cpu() + BOTH_ENDS
-    crops = torch.where(_areas(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height], device="cpu"))
+    crops = torch.where(box_area(ends)[:, None] > 0, ends, torch.tensor([0, 0, width, height], device="cpu"))
     resized = [
         F.interpolate(image[None, :, y0:y1, x0:x1], (height, width), mode="bilinear", align_corners=False)
         for image, (x0, y0, x1, y1) in zip(for_autograd(images).detach(), crops.tolist(), strict=True)
@@ -155,7 +158,7 @@ def saliency_metric(model: nn.Module, images: Tensor, class_idx: Tensor, salienc
         logits, head = examine(model, prepared(model, torch.cat(resized)), class_idx)
     two, c = as_softmax(logits.double(), for_autograd(class_idx), head)
     log_prob = class_logit(two.log_softmax(1), c)
-    area = _areas(crops).to(log_prob) / (height * width)
+    area = box_area(crops).to(log_prob) / (height * width)
     return (area.clamp(min=0.05).log() - log_prob).masked_fill(_has_nan(saliency), torch.nan)
 
 
@@ -207,7 +210,7 @@ def pointing_game(saliency: Tensor, boxes: Sequence[Tensor], tolerance: float = 
     near = torch.zeros(len(saliency), 1, height, width, dtype=torch.bool, device="cpu")
     for i, truth in enumerate(boxes):
         inside = _clipped(truth, (height, width))
-        x0, y0, x1, y1 = inside[_areas(inside) > 0, :, None].unbind(1)
+        x0, y0, x1, y1 = inside[box_area(inside) > 0, :, None].unbind(1)
         dx = torch.maximum(x0 - columns, columns - (x1 - 1)).clamp(min=0)
         dy = torch.maximum(y0 - rows, rows - (y1 - 1)).clamp(min=0)
         near[i] = (dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= tolerance**2).any(0)
@@ -351,7 +354,7 @@ def _contour_hits(kept: np.ndarray, truth: Tensor) -> Tensor:
     height, width = kept.shape
     x, y, w, h = torch.tensor([cv2.boundingRect(contour) for contour in contours], device="cpu").T
     predicted = torch.stack([x, y, (x + w).clamp(max=width - 1), (y + h).clamp(max=height - 1)], 1)
-    best = _ious(predicted + BOTH_ENDS, truth + BOTH_ENDS).amax(1)
+    best = box_iou(predicted + BOTH_ENDS, truth + BOTH_ENDS).amax(1)
     largest = best[int(np.argmax([cv2.contourArea(contour) for contour in contours]))]
     return torch.stack([largest >= 0.5, *(best.max() >= iou for iou in (0.3, 0.5, 0.7))])
 
@@ -363,19 +366,7 @@ def _pixels(boxes: Tensor) -> Tensor:
 
 def _clipped(boxes: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     height, width = size
-    ends = torch.tensor([width, height, width, height], device="cpu")
-    return _pixels(boxes).clamp(min=torch.zeros_like(ends), max=ends)
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _ious(a: Tensor, b: Tensor) -> Tensor:
-    """(len(a),len(b)) float64 of half-open boxes; 0 where both are empty."""
-    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])
-    overlap = (high - low).clamp(min=0).prod(2)
-    return overlap.double() / (_areas(a)[:, None] + _areas(b) - overlap).clamp(min=1)
+    return clip_boxes_to_image(_pixels(boxes), (height, width))
 
 
 def _has_nan(saliency: Tensor) -> Tensor:

@@ -848,6 +848,14 @@ def test_an_image_that_the_table_lacks_is_not_listed_but_one_that_the_folder_lac
     assert photos.get(1) == Skipped("first.JPEG", 0, "image: no file at first.JPEG")
 
 
+def test_a_flat_folder_with_xml_beside_the_images(kaggle):
+    folder = kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    write(folder / "first.xml", xml((TENCH, 1, 2, 3, 4)))
+    write(folder / "second.xml", xml((EAGLE, 5, 6, 7, 8)))
+    expected = [("first.JPEG", 0, ((1, 2, 3, 4),)), ("second.JPEG", 22, ((5, 6, 7, 8),))]
+    assert listed(imagenet(folder)) == expected
+
+
 def test_class_folders(folders):
     nothing_boxed = [(f"{TENCH}/b.JPEG", 0, ()), (f"{EAGLE}/a.jpeg", 22, ()), (f"{EAGLE}/b.JPEG", 22, ())]
     assert listed(imagenet(folders)) == listed(imagenet(folders / "val")) == nothing_boxed

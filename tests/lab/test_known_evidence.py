@@ -20,7 +20,6 @@ from opticam.lab.known_evidence import (
     centred,
     choose_mosaics,
     class_contrast,
-    difference_over_groups,
     evidence_rows,
     evidence_scores,
     find_mosaics,
@@ -31,12 +30,11 @@ from opticam.lab.known_evidence import (
     phase_scrambled,
     pixel_auroc,
     see_one_cell,
-    summarize_groups,
     to_cells,
     to_mosaics,
     uniform,
 )
-from opticam.lab.summary import interval
+from opticam.lab.summary import difference_over_groups, interval
 
 
 class Pooled(TinyCNN):
@@ -436,7 +434,7 @@ def test_rivals_and_controls_of_mosaics():
                 of_others(lacking)
 
 
-def test_rows_of_methods_and_what_hangs_together():
+def test_rows_of_methods_with_further_columns():
     maps, rivals = {"a": random_maps(), "b": random_maps(seed=3)}, {"a": [random_maps(seed=5)]}
     rows = evidence_rows(maps, REGIONS, (3, 4), rivals, {"image": list("wxyz"), "group": [0, 0, 1, 1]})
     assert rows.method.tolist() == ["a"] * 4 + ["b"] * 4
@@ -445,49 +443,6 @@ def test_rows_of_methods_and_what_hangs_together():
     gaps = rows.energy[:4].to_numpy() - rows.energy[4:].to_numpy()
     assert more == pytest.approx((gaps.mean(), *interval(gaps.reshape(2, 2).mean(1))))
     assert rows.contrast.isna().tolist() == [False] * 4 + [True] * 4
-    rows = pd.DataFrame(
-        {"method": "a", "group": np.repeat(range(30), 4), "energy": np.random.default_rng(0).random(120)}
-    )
-    summary = summarize_groups(rows, ["energy"]).loc["a"]
-    means = rows.groupby("group").energy.mean().to_numpy()
-    assert summary["energy"] == pytest.approx(means.mean())
-    assert (summary["energy_low"], summary["energy_high"]) == pytest.approx(interval(means))
-    alike = rows.assign(energy=rows.group % 2)  # within a group all the same: 30 independent values, not 120
-    found = summarize_groups(alike, ["energy"]).loc["a"]
-    assert found["energy_high"] - found["energy_low"] > 1.8 * np.diff(interval(alike.energy.to_numpy(float)))[0]
-    unequal = summarize_groups(rows[1:].assign(method="b"), ["energy"]).loc["b"]
-    assert unequal["energy"] == pytest.approx(rows.energy[1:].mean())
-    assert summarize_groups(rows.assign(energy=np.nan), ["energy"]).isna().all().all()
-
-
-def test_groups_of_any_table_are_summarized():
-    values = [1, 1, 1, 1, 0.6]
-    rows = pd.DataFrame({"method": "a", "group": range(5), "energy_pointing_game": values})
-    found = summarize_groups(rows, ["energy_pointing_game"]).loc["a"]
-    assert found.energy_pointing_game_high == 100
-    again = pd.concat([rows[:3], rows[3:].reset_index(drop=True)])  # an index with the same numbers twice
-    again.loc[[0], "energy_pointing_game"] = [np.nan, 1]
-    assert summarize_groups(again, ["energy_pointing_game"]).loc["a"].energy_pointing_game == pytest.approx(90)
-    whole = pd.concat([rows, rows.assign(method="b")]).assign(n=5, image=[*"vwxyz"] * 2).astype({"n": "uint8"})
-    whole.loc[whole.method == "a", "n"] = 3
-    assert difference_over_groups(whole, "n", "a", "b").value == -2
-    for call, told in (
-        (
-            lambda: summarize_groups(rows.assign(group=[np.nan, 1, 2, 3, 4]), ["energy_pointing_game"]),
-            "a group for every",
-        ),
-        (lambda: summarize_groups(rows.assign(method=["a", None, "a", "a", "a"], n=1), ["n"]), "a method for every"),
-        (lambda: summarize_groups(rows, ["nope"]), "nope"),
-        (lambda: summarize_groups(rows.assign(n="x"), ["n"]), "rows: wanted numbers in the column n"),
-        (lambda: difference_over_groups(whole, "n", "a", "c"), "reference: wanted one of a, b, got 'c'"),
-        (lambda: difference_over_groups(whole.drop(columns="image"), "n", "a", "b"), "one column 'image', got 0"),
-        (lambda: difference_over_groups(whole.assign(image="v"), "n", "a", "b"), "one row per image and method"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            call()
-    for wrong in ("energy", None):
-        with pytest.raises(TypeError, match="columns: wanted a list of names"):
-            summarize_groups(rows, wrong)
 
 
 def test_names_go_by_their_place():

@@ -115,8 +115,8 @@ def test_a_target_without_the_metric_does_not_count():
         ({"methods": ["grad_cam", "a", "a"]}, "ValueError: methods: wanted two or more, each once, got grad_cam, a, a"),
         ({"methods": ["grad_cam", "b"]}, "ValueError: methods: wanted some of grad_cam, a, got b"),
         ({"rows": 0}, "ValueError: rows: wanted at least one, got none"),
-        ({"m": "good"}, "ValueError: rows: wanted numbers in the column m, got "),
-        ({"truth": "near"}, "ValueError: rows: wanted numbers in the column truth, got "),
+        ({"m": "good"}, "ValueError: column m: wanted an array of numbers, got "),
+        ({"truth": "near"}, "ValueError: column truth: wanted an array of numbers, got "),
     ],
 )
 def test_what_cannot_be_audited_is_refused(changed, told):

@@ -376,6 +376,8 @@ def test_methods_that_share_a_place_are_shown_larger():
     (left, right), (low, high) = inset.get_xlim(), inset.get_ylim()
     assert [left < x < right and low < y < high for x, y in zip(*points.values(), strict=True)] == [0, 1, 1, 1, 0]
     assert not metric_scatter(summary[::4], "ep", "ag", {"ep": "EP", "ag": "AG"}).axes[0].child_axes
+    rounded = summary.assign(ep_low=summary.ep + 1e-9)  # an interval whose end is the mean, but for rounding
+    metric_scatter(rounded, "ep", "ag", {"ep": "EP", "ag": "AG"})
 
 
 def test_charts_are_as_wide_as_a_column_with_text_of_7_to_8_points(tmp_path):

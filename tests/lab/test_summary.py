@@ -13,6 +13,7 @@ from opticam.lab.summary import (
     box_accuracies,
     clear_after_holm,
     difference,
+    difference_over_groups,
     estimate,
     estimate_and_p,
     estimate_of,
@@ -26,6 +27,7 @@ from opticam.lab.summary import (
     spearman,
     summarize,
     summarize_differences,
+    summarize_groups,
 )
 from opticam.metrics import max_box_accuracy
 
@@ -39,6 +41,10 @@ def test_interval_of_many_images_is_bca():
     assert (low, high) == pytest.approx(tuple(expected), abs=0.1 * error)
     assert high - values.mean() > 1.03 * (values.mean() - low)  # skewed, as the values are; percentile: 1.01
     assert (low, high) == interval(values)  # seeded
+
+
+def test_no_p_value_is_above_1():
+    assert estimate_and_p(np.ones(3), num_resamples=1)[1] == 1
 
 
 def test_interval_of_few_images_is_t():
@@ -703,3 +709,49 @@ def test_box_hits_that_are_none_are_refused():
             box_accuracies(rows.drop(columns=column))
     with pytest.raises(TypeError, match=r"^rows: wanted a table of pandas, got None$"):
         box_accuracies(None)
+
+
+def test_what_hangs_together_is_one_sample():
+    rows = pd.DataFrame(
+        {"method": "a", "group": np.repeat(range(30), 4), "energy": np.random.default_rng(0).random(120)}
+    )
+    summary = summarize_groups(rows, ["energy"]).loc["a"]
+    means = rows.groupby("group").energy.mean().to_numpy()
+    assert summary["energy"] == pytest.approx(means.mean())
+    assert (summary["energy_low"], summary["energy_high"]) == pytest.approx(interval(means))
+    alike = rows.assign(energy=rows.group % 2)  # within a group all the same: 30 independent values, not 120
+    found = summarize_groups(alike, ["energy"]).loc["a"]
+    assert found["energy_high"] - found["energy_low"] > 1.8 * np.diff(interval(alike.energy.to_numpy(float)))[0]
+    unequal = summarize_groups(rows[1:].assign(method="b"), ["energy"]).loc["b"]
+    assert unequal["energy"] == pytest.approx(rows.energy[1:].mean())
+    assert summarize_groups(rows.assign(energy=np.nan), ["energy"]).isna().all().all()
+
+
+def test_groups_of_any_table_are_summarized():
+    values = [1, 1, 1, 1, 0.6]
+    rows = pd.DataFrame({"method": "a", "group": range(5), "energy_pointing_game": values})
+    found = summarize_groups(rows, ["energy_pointing_game"]).loc["a"]
+    assert found.energy_pointing_game_high == 100
+    again = pd.concat([rows[:3], rows[3:].reset_index(drop=True)])  # an index with the same numbers twice
+    again.loc[[0], "energy_pointing_game"] = [np.nan, 1]
+    assert summarize_groups(again, ["energy_pointing_game"]).loc["a"].energy_pointing_game == pytest.approx(90)
+    whole = pd.concat([rows, rows.assign(method="b")]).assign(n=5, image=[*"vwxyz"] * 2).astype({"n": "uint8"})
+    whole.loc[whole.method == "a", "n"] = 3
+    assert difference_over_groups(whole, "n", "a", "b").value == -2
+    for call, told in (
+        (
+            lambda: summarize_groups(rows.assign(group=[np.nan, 1, 2, 3, 4]), ["energy_pointing_game"]),
+            "a group for every",
+        ),
+        (lambda: summarize_groups(rows.assign(method=["a", None, "a", "a", "a"], n=1), ["n"]), "a method for every"),
+        (lambda: summarize_groups(rows, ["nope"]), "nope"),
+        (lambda: summarize_groups(rows.assign(n="x"), ["n"]), "column n: wanted an array of numbers"),
+        (lambda: difference_over_groups(whole, "n", "a", "c"), "reference: wanted one of a, b, got 'c'"),
+        (lambda: difference_over_groups(whole.drop(columns="image"), "n", "a", "b"), "one column 'image', got 0"),
+        (lambda: difference_over_groups(whole.assign(image="v"), "n", "a", "b"), "one row per image and method"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+    for wrong in ("energy", None):
+        with pytest.raises(TypeError, match="columns: wanted a list of names"):
+            summarize_groups(rows, wrong)
