@@ -574,7 +574,8 @@ def similarity_curves(curves: "pd.DataFrame", columns: Mapping[str, str], orders
             if f"{column}_low" in curve:
                 low, high = curve[[f"{column}_low", f"{column}_high"]].to_numpy().T
                 ax.fill_between(places, low, high, color=method_color(method), alpha=0.1, lw=0)
-        ax.set_xticks(range(len(stages)), stages, rotation=30, ha="right")
+        tilt = {"rotation": 30, "ha": "right"} if len(stages) <= 4 else {"rotation": 90, "ha": "center"}
+        ax.set_xticks(range(len(stages)), stages, **tilt)
         if i == 0:
             ax.set_title(orders[order], fontsize=7.5)
         if j == 0:
