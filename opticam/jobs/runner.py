@@ -255,6 +255,7 @@ def run_notebook(
     sockets = Path(tempfile.mkdtemp(prefix="opticam-"))
     # Unix sockets: no port to race for; absolute, because relative ones hang when notebooks run side by side
     transport = {} if sys.platform == "win32" else {"transport": "ipc", "ip": str(sockets / "k")}
+    kernel = transport | {"connection_file": str(sockets / "connection.json")}  # which Jupyter, interrupted, may leave
     told = progress or sockets / "progress"
 
     def tell(cell: "nbformat.NotebookNode", cell_index: int) -> None:
@@ -276,7 +277,7 @@ def run_notebook(
             start_timeout=300,  # on a busy machine many start at once
             cwd=source.parent,
             progress_bar=False,
-            config=Config({"KernelManager": transport, "NotebookClient": client}),
+            config=Config({"KernelManager": kernel, "NotebookClient": client}),
         )
         for number, cell in enumerate(executed.cells):
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:

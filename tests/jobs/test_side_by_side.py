@@ -231,7 +231,7 @@ def test_an_interrupted_run_leaves_nothing_behind(write, out, temporary, ending)
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, "run", *map(str, paths)],
-        env=os.environ | {"TMPDIR": temporary},
+        env=os.environ | {"TMPDIR": temporary, "TORCHINDUCTOR_CACHE_DIR": str(out.parent)},  # torch keeps its own
         stderr=subprocess.PIPE,
         text=True,
     )
