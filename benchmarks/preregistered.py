@@ -83,7 +83,7 @@ def choose(root: Path, folder: Path, number: int = NUMBER) -> None:
 
     if folder.exists():
         raise ValueError(f"FOLDER: wanted a new one, got {folder}")
-    photos = imagenet(root).photos
+    photos = imagenet(root).records
     found = {photo.path.stem: photo for photo in photos}
     names = image_names(number)
     if lacking := [name for name in names if name not in found or found[name].fault or not found[name].boxes]:
@@ -122,19 +122,19 @@ def in_words(endpoint: Endpoint) -> str:
     return ", ".join(part for part in (endpoint.wanted, least) if part)
 
 
-def expect(number: int = NUMBER) -> pd.DataFrame:
-    """The page's table: means of the images that chose nothing, and where the mean of so many others should lie.
+def expect() -> pd.DataFrame:
+    """The page's table: means of the images that chose nothing, and where the mean of 1000 others should lie.
 
-    95 % intervals by the spread over these images, for images stored as they are.
+    95 % intervals by the spread over these images, as if the others were stored in the same form.
     """
     rows, _ = read_evidence("10_robust_opti_cam")
     rows = rows[~rows.image.isin(json.loads((RESULTS / "robust.json").read_text())["images"])]
     table = []
     for title, endpoint in ENDPOINTS.items():
         values = values_of(rows, endpoint)
-        half = 1.96 * values.std(ddof=1) * (1 / len(values) + 1 / number) ** 0.5
+        half = 1.96 * values.std(ddof=1) * (1 / len(values) + 1 / NUMBER) ** 0.5
         lies = Estimate(values.mean(), values.mean() - half, values.mean() + half)
-        table.append({"endpoint": title, "expected": in_words(endpoint), f"mean of {number}": f"{lies:.2f}"})
+        table.append({"endpoint": title, "expected": in_words(endpoint), f"mean of {NUMBER}": f"{lies:.2f}"})
     return pd.DataFrame(table)
 
 
@@ -146,9 +146,8 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
     values = [values_of(rows, endpoint) for endpoint in ENDPOINTS.values()]
     nothing = Estimate(np.nan, np.nan, np.nan), np.nan
     found = [estimate_and_p(some) if len(some) else nothing for some in values]
-    tested = [endpoint.reference != "" for endpoint in ENDPOINTS.values()]
-    family = [p if test else np.nan for (_, p), test in zip(found, tested, strict=True)][1:]
-    p_values = [found[0][1], *holm(family)]
+    p_values = [p if endpoint.reference else np.nan for endpoint, (_, p) in zip(ENDPOINTS.values(), found, strict=True)]
+    p_values[1:] = holm(p_values[1:])
     table = []
     for (title, endpoint), some, (mean, _), p in zip(ENDPOINTS.items(), values, found, p_values, strict=True):
         sides = {

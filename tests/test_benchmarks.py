@@ -154,9 +154,9 @@ def test_the_images_of_the_test_are_copied_with_their_boxes(preregistered, tmp_p
         path.with_suffix(".xml").write_text(f"<annotation>{box * 2}</annotation>")
     preregistered.choose(root, tmp_path / "few", 3)
     copied = imagenet(tmp_path / "few")
-    assert [photo.path.stem for photo in copied.photos] == few
-    assert {(photo.label, photo.boxes, photo.fault) for photo in copied.photos} == {(0, ((1, 2, 3, 4),) * 2, "")}
-    assert copied.photos[0].path.read_bytes() == places[few[0]].read_bytes()
+    assert [photo.path.stem for photo in copied.records] == few
+    assert {(photo.label, photo.boxes, photo.fault) for photo in copied.records} == {(0, ((1, 2, 3, 4),) * 2, "")}
+    assert copied.records[0].path.read_bytes() == places[few[0]].read_bytes()
     with pytest.raises(ValueError, match=r"FOLDER: wanted a new one, got .*few"):
         preregistered.choose(root, tmp_path / "few", 3)
     with pytest.raises(ValueError, match=r"ROOT: wanted the original files, got images that all have \(60, \d+\)"):

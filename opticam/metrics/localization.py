@@ -78,7 +78,8 @@ def localization_error(saliency: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """
     _check(saliency, boxes)
     predicted = predicted_box(saliency).cpu() + BOTH_ENDS
-    found = [(box_iou(box[None], _pixels(truth)) > 0.5).any() for box, truth in zip(predicted, boxes, strict=True)]
+    pairs = zip(predicted.double(), boxes, strict=True)
+    found = [(box_iou(box[None], _pixels(truth).double()) > 0.5).any() for box, truth in pairs]
     return _where_defined(1 - torch.tensor(found, device="cpu").double(), saliency, boxes)
 
 
@@ -354,7 +355,7 @@ def _contour_hits(kept: np.ndarray, truth: Tensor) -> Tensor:
     height, width = kept.shape
     x, y, w, h = torch.tensor([cv2.boundingRect(contour) for contour in contours], device="cpu").T
     predicted = torch.stack([x, y, (x + w).clamp(max=width - 1), (y + h).clamp(max=height - 1)], 1)
-    best = box_iou(predicted + BOTH_ENDS, truth + BOTH_ENDS).amax(1)
+    best = box_iou((predicted + BOTH_ENDS).double(), (truth + BOTH_ENDS).double()).amax(1)  # of integers: single
     largest = best[int(np.argmax([cv2.contourArea(contour) for contour in contours]))]
     return torch.stack([largest >= 0.5, *(best.max() >= iou for iou in (0.3, 0.5, 0.7))])
 
